@@ -1,0 +1,779 @@
+"""Text → tokens → batches. What is unusual:
+
+  no download      the default corpus is text that every Python installation carries: the documentation in the
+                   standard library (prose), its source without that documentation (code), and worked
+                   arithmetic (math; the only generated domain). It differs a little between Python versions.
+  no loader state  batch(step) is a pure function of (seed, step): nothing to save or to lose. The global
+                   batch does not depend on the number of ranks; a rank takes its slice.
+  moving mixture   domain weights move linearly over a horizon of tokens [Motif §3.2.1]. Each window is due at
+                   a time given in closed form, so the windows taken from a domain never fall and stay within
+                   3 of the integral of its weight.
+
+Letters:  N windows  D domains  B windows of a batch (b: of a rank)  T context, tokens  V vocabulary
+Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
+"""
+import ast, contextlib, fcntl, functools, hashlib, heapq, inspect, json, math, os, random, sys, sysconfig
+import time, warnings
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    domains: str = "prose:0.70:0.20,code:0.20:0.50,math:0.10:0.30"  # NAME:START_WEIGHT:END_WEIGHT,...  from
+                                    # prose to code and math, as in Motif's schedule; the numbers:  [ours]
+    files: str = ""                 # NAME=PATH,...  one UTF-8 text file per name (no comma in a path); names
+                                    # that `domains` does not know replace it, with equal weights
+    tokenizer: str = "bpe"          # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
+    horizon: int = 0                # tokens over which the weights move; the end weights hold after it. Its
+                                    # own number, so that stopping early changes nothing an earlier step saw
+    doc_mask: bool = False          # attention may not cross documents; pre-training lets it          [ours]
+    cache: str = "cache"            # folder of trained tokenizers and token shards
+
+
+EMBEDDED = "prose", "code", "math"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+def parse_domains(config):
+    """DataConfig → (names, start weights (D,), end weights (D,), {name: path}).  ValueError: what is wrong."""
+    paths, rows = {}, []
+    for item in filter(None, config.files.split(",")):
+        name, _, path = item.partition("=")
+        if not name or not path: raise ValueError(f"files: {item!r} is not NAME=PATH")
+        if name in paths: raise ValueError(f"files: {name!r} is given twice")
+        paths[name] = path
+
+    for item in filter(None, config.domains.split(",")):
+        name, *weights = item.split(":")
+        try:
+            start, end = (float(w) for w in weights)
+        except ValueError:
+            raise ValueError(f"domains: {item!r} is not NAME:START_WEIGHT:END_WEIGHT, two numbers") from None
+        if not (start >= 0 and end >= 0): raise ValueError(f"domains: {item!r} has a weight that is not >= 0")
+        rows.append((name, start, end))
+    if paths and not any(name in paths for name, _, _ in rows):
+        rows = [(name, 1 / len(paths), 1 / len(paths)) for name in paths]
+
+    names = [name for name, _, _ in rows]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"domains: {name!r} is given twice")
+        if name == "shakespeare" and name not in paths:
+            raise ValueError("domain 'shakespeare' needs its text: --data.files=shakespeare=PATH; "
+                             f"Tiny Shakespeare (1.1 MB) is at {SHAKESPEARE}")
+        if name not in paths and name not in EMBEDDED:
+            raise ValueError(f"domains: {name!r} has no text; known: {', '.join(EMBEDDED)}; "
+                             f"your own: --data.files={name}=PATH")
+    for name in paths:
+        if name not in names: raise ValueError(f"files: {name!r} is not in domains ({', '.join(names)})")
+    start, end = (np.array([row[i] for row in rows]) for i in (1, 2))                    # (D,), (D,)
+    for which, w in (("start", start.sum()), ("end", end.sum())):
+        if not abs(w - 1) <= 1e-6: raise ValueError(f"domains: the {which} weights sum to {w:g}, not 1")
+    return names, start, end, paths
+
+
+# ---- Embedded corpus: the standard library -----------------------------------------------------------------
+
+def library_sources():
+    """[(module name, source bytes)] of the standard library, sorted; found as files, never imported.
+    Left out: tests; installed packages; `encodings` and html.entities, generated tables; what was generated
+    when this Python was built (_sysconfigdata, config-*), which differs between machines and names paths."""
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "entities"}
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not any(p in skip or p.startswith(("_sysconfigdata", "config-")) for p in parts):
+            found.append((".".join(p for p in parts if p != "__init__"), path.read_bytes()))
+    if not found: raise ValueError(f"no library sources in {root}: give your text, --data.files=NAME=PATH")
+    return found
+
+
+def split_docstrings(source, module):
+    """source text → ([(qualified name, docstring)], the source without them).  An empty body gets `pass`.
+    SyntaxError if either side of the cut does not parse."""
+    docs, cuts = [], []
+
+    def visit(node, name):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr): continue             # holds no docstring; most of the tree
+            named = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            visit(child, f"{name}.{child.name}" if named else name)
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): return
+        if ast.get_docstring(node) is not None:
+            docs.append((node.body[0].lineno, name, ast.get_docstring(node)))
+            cuts.append((node.body[0], len(node.body) == 1))
+
+    visit(ast.parse(source), module)
+    lines = source.encode().split(b"\n")         # ast counts columns in UTF-8 bytes; a form feed ends no line
+    for node, empty in sorted(cuts, key=lambda c: -c[0].lineno):                     # from the bottom upwards
+        first, last = node.lineno - 1, node.end_lineno
+        before, after = lines[first][:node.col_offset], lines[last - 1][node.end_col_offset:]
+        if empty or before.strip() or after.strip():
+            lines[first:last] = [before + b"pass" + after]
+        else:
+            while last < len(lines) and not lines[last].strip(): last += 1            # blank lines below
+            lines[first:last] = []
+    code = b"\n".join(lines).decode()
+    ast.parse(code)
+    return [(name, doc) for _, name, doc in sorted(docs)], code
+
+
+@functools.cache                                                 # both domains come from one pass
+def library():
+    """(prose documents, code documents): no docstring is in both, and none is in prose twice."""
+    prose, code, seen = [], [], set()
+    for module, raw in library_sources():
+        try:
+            source = raw.decode().replace("\r\n", "\n")
+            if module == "pydoc_data.topics":                    # topics = {title: text}: language reference
+                table = ast.parse(source).body[-1].value
+                prose += [f"{title}\n\n{text.strip()}\n" for title, text in ast.literal_eval(table).items()]
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                  # old escapes in old modules
+                docs, body = split_docstrings(source, module)
+        except (UnicodeDecodeError, SyntaxError):                # a few old files are Latin-1; dropped
+            continue
+        new = [(name, doc) for name, doc in docs if doc.strip() and not (doc in seen or seen.add(doc))]
+        if new: prose.append("\n\n".join(f"{name}\n\n{doc.strip()}" for name, doc in new) + "\n")
+        if body.strip(): code.append(body.strip() + "\n")
+    return prose, code
+
+
+# ---- Embedded corpus: worked mathematics, generated --------------------------------------------------------
+# A problem: random.Random → lines.  Every `=` between numbers is a true statement; the tests check all.
+
+def between(rng, low, high):                                    # of a Random, only random() is promised to be
+    return low + int(rng.random() * (high - low + 1))           # the same in every Python version
+
+def one_of(rng, *options): return options[between(rng, 0, len(options) - 1)]
+def natural(rng, digits):  return between(rng, 10 ** (k := between(rng, 0, digits - 1)), 10 ** (k + 1) - 1)
+def nonzero(rng, size):    return between(rng, 1, size) * one_of(rng, -1, 1)
+def paren(n):              return f"({n})" if n < 0 else f"{n}"
+
+def polynomial(*terms):
+    """(2, "x"), (-3, "") → 2x - 3;  zeros vanish."""
+    text = ""
+    for a, x in terms:
+        size = x if abs(a) == 1 and x else f"{abs(a)}{x}"
+        if a: text += (" - " if a < 0 else " + ") * bool(text) + "-" * (a < 0 and not text) + size
+    return text or "0"
+
+PLACES = "ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands"
+
+def addition(rng):
+    a, b, carry = natural(rng, 6), natural(rng, 6), 0
+    lines = [one_of(rng, f"Add {a} and {b}.", f"What is {a} + {b}?", f"Find the sum: {a} and {b}.")]
+    for k in range(len(str(max(a, b)))):
+        p, q = a // 10 ** k % 10, b // 10 ** k % 10
+        total = p + q + carry
+        lines.append(f"{PLACES[k]}: {p} + {q}{f' + {carry}' if carry else ''} = {total}, write {total % 10}"
+                     + (f", carry {total // 10}" if total > 9 else ""))
+        carry = total // 10
+    return lines + [f"The last carry, {carry}, leads."] * carry + [f"{a} + {b} = {a + b}"]
+
+def subtraction(rng):
+    (b, a), borrow = sorted((natural(rng, 6), natural(rng, 6))), 0
+    lines = [one_of(rng, f"Subtract {b} from {a}.", f"What is {a} - {b}?", f"How much more is {a} than {b}?")]
+    for k in range(len(str(a))):
+        p, q = a // 10 ** k % 10 - borrow, b // 10 ** k % 10
+        lent, borrow = f" after lending 1, {p + 1} - 1 = {p};" if borrow else "", int(p < q)
+        more = f"{paren(p)} < {q}, borrow 10: {paren(p)} + 10 = {p + 10}; " if borrow else ""
+        lines.append(f"{PLACES[k]}:{lent} {more}{p + 10 * borrow} - {q} = {p + 10 * borrow - q}")
+    return lines + [f"{a} - {b} = {a - b}", f"Check: {a - b} + {b} = {a}"]
+
+def multiplication(rng):
+    a, b, total = natural(rng, 5), natural(rng, 4), 0
+    lines = [one_of(rng, f"Multiply {a} by {b}.", f"What is {a} * {b}?", f"Multiply by parts: {a} * {b}.")]
+    for k, digit in enumerate(reversed(str(b))):
+        if digit == "0": continue
+        part = a * int(digit) * 10 ** k
+        lines.append(f"{a} * {int(digit) * 10 ** k} = {part}")
+        if total: lines.append(f"{total} + {part} = {total + part}")
+        total += part
+    return lines + [f"So {a} * {b} = {total}"]
+
+def division(rng):
+    a, b, rest = natural(rng, 6), between(rng, 2, one_of(rng, 9, 99)), 0
+    lines = [one_of(rng, f"Divide {a} by {b}.", f"What is {a} divided by {b}?", f"Long division: {a} by {b}")]
+    for digit in str(a):
+        now, rest = rest * 10 + int(digit), (rest * 10 + int(digit)) % b
+        goes = f"{b} goes {now // b} times: {now // b} * {b} = {now - rest}, {now} - {now - rest} = {rest}"
+        lines.append(f"Bring down {digit}: {now}. " + (goes if now >= b else f"{now} < {b}, write 0"))
+    return lines + [f"Quotient {a // b}, remainder {rest}.", f"Check: {a // b} * {b} + {rest} = {a}"]
+
+def fractions(rng):
+    b, d = between(rng, 2, 24), between(rng, 2, 24)
+    a, c, sign = between(rng, 1, 2 * b), between(rng, 1, 2 * d), one_of(rng, "+", "-")
+    m = math.lcm(b, d)
+    p, q = a * m // b, c * m // d
+    n = p + q if sign == "+" else p - q
+    g = math.gcd(n, m)
+    lines = [f"{one_of(rng, 'Compute', 'Find, in lowest terms,')} {a}/{b} {sign} {c}/{d}.",
+             f"The least common multiple of {b} and {d} is {m}.", f"{a}/{b} = {p}/{m} and {c}/{d} = {q}/{m}",
+             f"{p}/{m} {sign} {q}/{m} = {n}/{m}"]
+    return lines + [f"Divide by {g}: {n}/{m} = {n // g}/{m // g}" if g > 1 else "That is in lowest terms."]
+
+def linear(rng):
+    x, a, b, c = between(rng, -15, 15), nonzero(rng, 12), nonzero(rng, 40), between(rng, -9, 9)
+    if a == c: a = 13                                            # else every x would do, or none
+    d = (a - c) * x + b
+    lines = [f"{one_of(rng, 'Solve', 'Find x:', 'Solve for x:')} {polynomial((a, 'x'), (b, ''))} = "
+             f"{polynomial((c, 'x'), (d, ''))}"]
+    if c: lines.append(f"{'Subtract' if c > 0 else 'Add'} {polynomial((abs(c), 'x'))} on both sides: "
+                       f"{polynomial((a - c, 'x'), (b, ''))} = {d}")
+    verb = "Subtract" if b > 0 else "Add"
+    return lines + [f"{verb} {abs(b)} on both sides: {polynomial((a - c, 'x'))} = {d - b}",
+                    f"Divide by {a - c}: x = {d - b} / {paren(a - c)} = {x}",
+                    f"Check on the left: {a} * {paren(x)} + {paren(b)} = {a * x + b}",
+                    f"Check on the right: {c} * {paren(x)} + {paren(d)} = {c * x + d}"]
+
+def quadratic(rng):
+    k, m, n = between(rng, 1, 4), nonzero(rng, 12), nonzero(rng, 12)    # k (x + m)(x + n) = 0
+    b, c = m + n, m * n
+    lines = [f"{one_of(rng, 'Solve by factoring:', 'Find every solution of')} "
+             f"{polynomial((k, 'x^2'), (k * b, 'x'), (k * c, ''))} = 0"]
+    if k > 1: lines.append(f"Divide by {k}: {polynomial((1, 'x^2'), (b, 'x'), (c, ''))} = 0")
+    lines.append(f"Find two numbers with product {c} and sum {b}.")
+    for p in (s * p for p in range(1, abs(c) + 1) if c % p == 0 for s in (1, -1)):
+        q = c // p
+        lines.append(f"{p} * {paren(q)} = {c}, {p} + {paren(q)} = {p + q}" + ", yes" * (p + q == b))
+        if p + q == b: break
+    f, g = polynomial((1, "x"), (p, "")), polynomial((1, "x"), (q, ""))
+    return lines + [f"({f})({g}) = 0", f"x = {-p}" + (f" or x = {-q}" if p != q else ", twice")]
+
+def system(rng):
+    x, y = between(rng, -9, 9), between(rng, -9, 9)
+    a, b, c, d = (nonzero(rng, 9) for _ in range(4))
+    if a * d == b * c: d += 1 if d != -1 else 2                  # parallel lines; a is not 0, so these cross
+    e, f = a * x + b * y, c * x + d * y
+    left, right = (polynomial((p, "x"), (q, "y")) for p, q in ((a, b), (c, d)))
+    minor = a * d - b * c
+    u, v = c * e, a * f
+    return [f"{one_of(rng, 'Solve the system', 'Find x and y:')} {left} = {e}, {right} = {f}",
+            f"Multiply the first by {c}: {polynomial((a * c, 'x'), (b * c, 'y'))} = {u}",
+            f"Multiply the second by {a}: {polynomial((a * c, 'x'), (a * d, 'y'))} = {v}",
+            f"Subtract the first from the second: {polynomial((minor, 'y'))} = {v} - {paren(u)} = {v - u}",
+            f"y = {v - u} / {paren(minor)} = {y}",
+            f"Put y into the first: {polynomial((a, 'x'))} = {e} - {paren(b)} * {paren(y)} = {a * x}",
+            f"x = {a * x} / {paren(a)} = {x}",
+            f"Check in the second: {c} * {paren(x)} + {paren(d)} * {paren(y)} = {f}"]
+
+def percentage(rng):
+    p, n = 5 * between(rng, 1, 19), 20 * between(rng, 1, 400)    # of 5% and of 20: the part is whole
+    g, part, up = math.gcd(p, 100), n * p // 100, one_of(rng, True, False)
+    thing = one_of(rng, "price", "rent", "fee", "wage", "stock of paper", "crowd", "harvest", "bill")
+    moves = one_of(rng, "rises", "goes up") if up else one_of(rng, "falls", "goes down")
+    return [f"A {thing} of {n} {moves} by {p}%. {one_of(rng, 'What is it then?', 'Find the new value.')}",
+            f"{p}% is {p}/100 = {p // g}/{100 // g}", f"{n} * {p // g} = {n * p // g}",
+            f"{n * p // g} / {100 // g} = {part}",
+            f"{n} + {part} = {n + part}" if up else f"{n} - {part} = {n - part}"]
+
+def euclid(rng):
+    g = between(rng, 1, 30)
+    a, b = g * between(rng, 20, 300), g * between(rng, 5, 200)
+    lines, p, q = [f"{one_of(rng, 'Find', 'Compute')} the greatest common divisor of {a} and {b}."], a, b
+    while q:
+        lines.append(f"{p} = {p // q} * {q} + {p % q}")
+        p, q = q, p % q
+    return lines + [f"The last divisor is {p}.", f"Least common multiple: {a} / {p} * {b} = {a * b // p}"]
+
+def expression(rng):
+    """An expression, evaluated one operation at a time, the leftmost possible first."""
+    def grow(depth):
+        if depth == 0 or rng.random() < 0.15: return between(rng, 1, 12)
+        return [grow(depth - 1), one_of(rng, "+", "-", "*"), grow(depth - 1)]
+
+    def show(t): return paren(t) if isinstance(t, int) else f"({show(t[0])} {t[1]} {show(t[2])})"
+
+    def step(t):
+        a, op, b = t
+        if isinstance(a, int) and isinstance(b, int):
+            return {"+": a + b, "-": a - b, "*": a * b}[op]
+        return [a, op, step(b)] if isinstance(a, int) else [step(a), op, b]
+
+    tree = [grow(2), one_of(rng, "+", "-", "*"), grow(2)]
+    lines = [f"{one_of(rng, 'Evaluate', 'Work out', 'Simplify')} step by step:", show(tree)[1:-1]]
+    while isinstance(tree, list):
+        tree = step(tree)
+        lines.append(f"= {tree if isinstance(tree, int) else show(tree)[1:-1]}")
+    return lines
+
+PROBLEMS = (addition, subtraction, multiplication, division, fractions, linear, quadratic, system, percentage,
+            euclid, expression)
+
+def worked_math(size=2_000_000):
+    """Distinct problems with every step, one document each, about `size` bytes; the same on every machine."""
+    rng, found = random.Random(2026), {}                         # a dict keeps the order and drops duplicates
+    while size > 0:
+        text = "\n".join(one_of(rng, *PROBLEMS)(rng)) + "\n"
+        if text not in found: size -= len(text)
+        found[text] = None
+    return list(found)
+
+
+# ---- Documents of a domain, and their split ----------------------------------------------------------------
+
+def documents(name, path=None):
+    """Every document of a domain, duplicates included.  A file of one's own is one document."""
+    if path is None: return worked_math() if name == "math" else library()[EMBEDDED.index(name)]
+    try:
+        text = read_own(name, path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"files: {name}={path} is not UTF-8 at byte {error.start}; convert it") from None
+    return [text]
+
+
+def read_own(name, path):
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"files: cannot read {name}={path}: {error.strerror}; give a text file") from None
+    if not raw.strip(): raise ValueError(f"files: {name}={path} is empty; give a UTF-8 text file")
+    return raw
+
+
+def split_documents(docs, val=0.05):
+    """docs → (train, val) without exact duplicates.  A hash of the text decides, so that a document keeps its
+    side when others come or go; at least one goes to validation.  A single document is cut: its last 10%."""
+    docs = list(dict.fromkeys(docs))
+    if len(docs) == 1: return [docs[0][:len(docs[0]) * 9 // 10]], [docs[0][len(docs[0]) * 9 // 10:]]
+    hashes = [int(sha256(doc)[:8], 16) for doc in docs]
+    cut = max(val * 2 ** 32, min(hashes))
+    return [d for d, h in zip(docs, hashes) if h > cut], [d for d, h in zip(docs, hashes) if h <= cut]
+
+
+def text_key(name, path=None):
+    """Names the text of a domain, and how it is cut, without extracting it."""
+    if path: return sha256(read_own(name, path), inspect.getsource(split_documents))
+    helpers = between, one_of, natural, nonzero, paren, polynomial, worked_math, *PROBLEMS
+    steps = library_sources, split_docstrings, library, documents, split_documents, *helpers
+    sources = (part for module in library_sources() for part in module)
+    return sha256(name, *sources, *map(inspect.getsource, steps))
+
+
+def sha256(*parts):
+    """hex digest of strings, bytes, arrays.  Lengths go in, so that "ab", "c" is not "a", "bc"."""
+    h = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else memoryview(part).cast("B")
+        h.update(b"%d:" % len(part))
+        h.update(part)
+    return h.hexdigest()
+
+
+# ---- Tokenizers --------------------------------------------------------------------------------------------
+
+EOT = "<|endoftext|>"
+SPECIALS = EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"      # the last ids of every vocabulary
+BPE_CHARS = 32_000_000          # characters of a document that BPE training reads; more costs only memory
+
+# A word with the one mark or blank before it; up to 3 digits; marks; line ends with the next line's
+# indentation, one token at any depth; other blanks, less the last, which belongs to the word behind it.
+PATTERN = (r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+"
+           r"|\s*\n[ \t]*|\s+(?!\S)|\s+")
+
+
+def merge(word, a, b, new):
+    """[.., a, b, ..] → [.., new, ..], from the left."""
+    out, i = [], 0
+    while i < len(word):
+        hit = word[i] == a and i + 1 < len(word) and word[i + 1] == b
+        out.append(new if hit else word[i])
+        i += 2 if hit else 1
+    return out
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE → ranks {bytes: id}, vocab_size - 5 of them (5 ids are left for specials).  Merges the
+    most frequent pair, ties to the smallest pair of ids.  ValueError if the text has too few pairs."""
+    import regex
+    if (size := vocab_size - len(SPECIALS)) < 256:
+        raise ValueError(f"vocab_size {vocab_size}: bpe needs at least {256 + len(SPECIALS)}")
+    freq = Counter()
+    for text in texts: freq.update(regex.findall(PATTERN, text[:BPE_CHARS]))
+    words, freq = [list(word.encode()) for word in freq], list(freq.values())
+    count, where = Counter(), defaultdict(set)       # of a pair: how often, and the words that may hold it
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count[pair] += freq[w]
+            where[pair].add(w)
+
+    pieces = [bytes([i]) for i in range(256)]
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    while (new := len(pieces)) < size:
+        if not heap:
+            raise ValueError(f"vocab_size {vocab_size}: the text gives only {new + len(SPECIALS)} tokens")
+        n, pair = heapq.heappop(heap)
+        if -n != count[pair]:                    # stale: a count grows only in the merge that makes the pair,
+            if count[pair]: heapq.heappush(heap, (-count[pair], pair))       # so the top is an upper bound
+            continue
+        pieces.append(pieces[pair[0]] + pieces[pair[1]])
+        born = set()
+        for w in where.pop(pair):
+            for p in zip(words[w], words[w][1:]): count[p] -= freq[w]
+            words[w] = merge(words[w], *pair, new)
+            for p in zip(words[w], words[w][1:]):
+                count[p] += freq[w]
+                if new in p:
+                    born.add(p)
+                    where[p].add(w)
+        for p in born: heapq.heappush(heap, (-count[p], p))
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+class Tokenizer:
+    """Text ↔ ids.  n_vocab, eot, specials {name: id}, token_bytes (V,) bytes a token stands for (0: special),
+    fingerprint.  encode never reads specials in text; they are put in by id."""
+    def __init__(self, name, pattern, ranks):
+        first = max(ranks.values()) + 1
+        self.specials = {special: first + i for i, special in enumerate(SPECIALS)}
+        self.n_vocab, self.eot = first + len(SPECIALS), first
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.specials)
+        self.pieces = [b""] * self.n_vocab                       # an encoding may have unused ids
+        for piece, i in ranks.items(): self.pieces[i] = piece
+        self.token_bytes = np.array([len(piece) for piece in self.pieces])                # (V,) int64
+        for special, i in self.specials.items(): self.pieces[i] = special.encode()
+        self.fingerprint = sha256(pattern, *self.pieces)
+
+    def encode(self, text):
+        """str → ids, uint32"""
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        """ids → str; broken UTF-8, and ids of a padded vocabulary that stand for nothing, become U+FFFD"""
+        return b"".join(self.pieces[i] if i < self.n_vocab else b"\xff" for i in ids).decode("utf-8", "replace")
+
+    def save(self, path):
+        """All of it as one JSON file, for load_tokenizer."""
+        pieces = [piece.hex() for piece in self.pieces[:self.eot]]
+        saved = dict(name=self.encoding.name, pattern=self.encoding._pat_str, pieces=pieces,
+                     fingerprint=self.fingerprint)
+        write_atomically(path, json.dumps(saved).encode())
+
+
+def load_tokenizer(path):
+    """What Tokenizer.save wrote.  ValueError if the file is damaged."""
+    try:
+        saved = json.loads(Path(path).read_bytes())
+        ranks = {bytes.fromhex(piece): i for i, piece in enumerate(saved["pieces"]) if piece}
+        tokenizer = Tokenizer(saved["name"], saved["pattern"], ranks)
+        if tokenizer.fingerprint == saved["fingerprint"]: return tokenizer
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}: damaged")
+
+
+def known_encoding(name):
+    """A tiktoken encoding with our specials in the place of its own.  (gpt2's <|endoftext|> keeps its id.)"""
+    known = tiktoken.list_encoding_names()
+    if name not in known: raise ValueError(f"tokenizer {name!r}: known are bytes, bpe, {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:                       # no network, or a damaged file
+        raise ValueError(f"tokenizer {name!r}: tiktoken cannot get its file ({type(error).__name__}); put it "
+                         "into the folder that TIKTOKEN_CACHE_DIR names, or use bpe") from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks)
+
+
+# ---- The cache: written once, verified on every load, shared by processes ----------------------------------
+
+def write_atomically(path, data):
+    """A reader sees the whole file or none, even after a crash."""
+    beside = Path(f"{path}.{os.getpid()}.tmp")
+    with open(beside, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process builds; the others wait, then load.  The system frees the lock of a process that dies."""
+    os.makedirs(folder, exist_ok=True)
+    with open(Path(folder, "lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def read_json(path, *needs):
+    """The dict in a cache file, or None (and a line saying so) if it is damaged or missing."""
+    if not path.exists(): return None
+    try:
+        found = json.loads(path.read_bytes())
+        return {name: found[name] for name in needs}
+    except (ValueError, KeyError, TypeError):
+        print(f"{path}: damaged, building it again")
+
+
+def cached_bpe(folder, vocab_size, keys, texts):
+    """keys: of the training texts.  texts(): those texts, called only if there is something to build."""
+    key = sha256(*sorted(keys), str(vocab_size), PATTERN, *map(inspect.getsource, (merge, train_bpe)))
+    path = Path(folder, f"bpe-{vocab_size}-{key[:16]}.json")
+    if path.exists():
+        try:
+            return load_tokenizer(path)
+        except ValueError as error:
+            print(f"{error}, building it again")
+    texts, began = texts(), time.time()
+    tokenizer = Tokenizer("bpe", PATTERN, train_bpe(texts, vocab_size))
+    tokenizer.save(path)
+    size = sum(map(len, texts)) / 1e6
+    print(f"{path}: {vocab_size} tokens from {size:.1f} MB, {time.time() - began:.1f} s")
+    return tokenizer
+
+
+class Domain(NamedTuple):
+    train: np.ndarray            # tokens, uint16 or uint32, memory-mapped; every document is followed by eot
+    val: np.ndarray
+    train_bytes: int             # UTF-8 bytes of the text behind them, without the eots
+    val_bytes: int
+    documents: int               # train + validation; one that is cut counts twice
+    sha256: list                 # of the tokens: train, val
+
+
+def cached_domain(folder, name, key, tokenizer, texts):
+    """texts(): (train documents, val documents), called only if there is something to build."""
+    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
+    paths = [Path(folder, f"{stem}-{part}.bin") for part in ("train", "val")]
+    dtype, about = np.dtype("<u2" if tokenizer.n_vocab <= 65536 else "<u4"), Path(folder, f"{stem}.json")
+    facts = read_json(about, "tokens", "bytes", "documents", "sha256")
+    for path, n, digest in zip(paths, *(facts["tokens"], facts["sha256"]) if facts else ((), ())):
+        size = path.stat().st_size if path.exists() else 0
+        if size == n * dtype.itemsize and sha256(np.memmap(path, dtype, "r")) == digest: continue
+        print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
+        facts = None
+    if not facts:
+        docs, began, facts = texts(), time.time(), dict(tokens=[], bytes=[], sha256=[])
+        for path, part in zip(paths, docs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:     # tiktoken lets go of the interpreter lock
+                ids = [ids for doc in pool.map(tokenizer.encode, part) for ids in (doc, [tokenizer.eot])]
+            ids = np.concatenate(ids).astype(dtype)
+            write_atomically(path, ids)
+            facts["tokens"].append(len(ids))
+            facts["bytes"].append(sum(len(doc.encode()) for doc in part))
+            facts["sha256"].append(sha256(ids))
+        facts["documents"] = len(docs[0]) + len(docs[1])
+        write_atomically(about, json.dumps(facts).encode())      # last: without it the shards do not count
+        print(f"{about}: {sum(facts['bytes']) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
+              f"{time.time() - began:.1f} s")
+    train, val = (np.memmap(path, dtype, "r") for path in paths)
+    return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+
+
+class Corpus(NamedTuple):
+    tokenizer: Tokenizer
+    domains: dict                # name → Domain
+    start: np.ndarray            # (D,) weights, in the order of `domains`
+    end: np.ndarray              # (D,)
+    fingerprint: str             # of the tokens of all domains and of the tokenizer; a checkpoint carries it
+
+
+def prepare(config, vocab_size):
+    """DataConfig, the model's vocab_size → Corpus; built once, then loaded.  ValueError: what to mend."""
+    names, start, end, paths = parse_domains(config)
+    with locked(config.cache):
+        keys = {name: text_key(name, paths.get(name)) for name in names}
+        texts = functools.cache(lambda name: split_documents(documents(name, paths.get(name))))
+        if config.tokenizer == "bpe":
+            train = lambda: [doc for name in names for doc in texts(name)[0]]
+            tokenizer = cached_bpe(config.cache, vocab_size, keys.values(), train)
+        elif config.tokenizer == "bytes":
+            tokenizer = Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+        else:
+            tokenizer = known_encoding(config.tokenizer)
+        if vocab_size < tokenizer.n_vocab:
+            raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
+        build = {name: functools.partial(texts, name) for name in names}
+        domains = {n: cached_domain(config.cache, n, keys[n], tokenizer, build[n]) for n in names}
+    digests = (part for name, domain in domains.items() for part in (name, *domain.sha256))
+    return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
+
+
+# ---- Mixture: which domain the n-th window comes from ------------------------------------------------------
+
+class Mixture:
+    """Weights move linearly from start to end over `horizon` windows, then the end weights hold:
+         P_i(t) = ∫₀ᵗ w_i                                                    (1)   Σ_i P_i(t) = t
+         due_i(j) = t with P_i(t) = j + ½                                    (2)   j = 0, 1, ..
+    Windows are taken in order of due time, ties by domain. Rounding P_i instead would take windows back."""
+    def __init__(self, start, end, horizon):
+        self.start, self.end = (np.asarray(w, np.float64) / np.sum(w) for w in (start, end))        # (D,)
+        if horizon <= 0 and not np.array_equal(self.start, self.end):
+            raise ValueError(f"horizon {horizon:g}: the weights move; over how long?  --data.horizon=TOKENS")
+        self.horizon = float(horizon) if horizon > 0 else 1.0
+
+    def integral(self, t):
+        """(1): t (...) in windows → (..., D)"""
+        t = np.asarray(t, np.float64)[..., None]
+        u = np.minimum(t, self.horizon)
+        return self.start * u + (self.end - self.start) * u * u / (2 * self.horizon) + self.end * (t - u)
+
+    def due(self, j):
+        """(2): j (..., D) → times (..., D); inf if it never is.  The one place that decides the order."""
+        s, e, h, y = self.start, self.end, self.horizon, j + 0.5
+        whole = self.integral(h)                                                         # (D,) taken by then
+        with np.errstate(divide="ignore", invalid="ignore"):
+            moving = 2 * y / (s + np.sqrt(np.maximum(s * s + 2 * (e - s) * y / h, 0)))   # no cancellation
+            return np.where(y <= whole, moving, h + (y - whole) / e)
+
+    def counts(self, n):
+        """Of the first n windows, how many each domain gives: n (N,) → (N, D) int64.  Sums to n."""
+        n = np.asarray(n, np.int64)
+        t = np.maximum(n - len(self.start) / 2 - 1, 0)           # by t, n - D - 1 to n - 1 windows are due,
+        c = np.floor(self.integral(t) + 0.5).astype(np.int64)    # so these are of the first n          (N, D)
+        rows = np.arange(len(n))
+        while (left := n > c.sum(-1)).any():                     # take what is due next, one a round
+            c[rows, self.due(c).argmin(-1)] += left
+        return c
+
+    def window_domains(self, n0, n1):
+        """Windows n0 .. n1-1 → (domain (N,), index within the domain (N,))"""
+        c = self.counts(np.arange(n0, n1 + 1))
+        domain = np.diff(c, axis=0).argmax(-1)
+        return domain, c[np.arange(n1 - n0), domain]
+
+
+def mix(x):
+    """splitmix64: uint64 (N,) → (N,), every bit depends on every bit"""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def permute(i, n, key):
+    """A pseudo-random permutation of 0 .. n-1, named by key, at i.  i (N,), n, key (N,) or one → (N,) int64.
+    A Feistel network permutes 4^half >= n numbers; what falls outside goes through again."""
+    i, n, key = np.broadcast_arrays(*(np.atleast_1d(np.asarray(a)).astype(np.uint64) for a in (i, n, key)))
+    half = np.array([max(1, (int(size - 1).bit_length() + 1) // 2) for size in n.tolist()], np.uint64)
+    low, x, out = (np.uint64(1) << half) - np.uint64(1), i, np.ones(len(i), bool)
+    while out.any():
+        left, right = x >> half, x & low
+        for r in range(6): left, right = right, left ^ mix(right ^ mix(key + np.uint64(r))) & low
+        x = np.where(out, left << half | right, x)
+        out = x >= n
+    return x.astype(np.int64)
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    x: torch.Tensor              # (b, T) int64 tokens
+    y: torch.Tensor              # (b, T) int64 the tokens after them
+    doc_start: torch.Tensor      # (b, T) int64 position where the token's document begins, or None
+    domain: torch.Tensor         # (b,)   int64 index in the order of corpus.domains
+
+
+def document_starts(x, eot):
+    """x (b, T) → (b, T): one past the last eot before a token; an eot belongs to the document it ends."""
+    starts = np.where(x == eot, np.arange(1, x.shape[1] + 1), 0)[:, :-1]
+    return np.maximum.accumulate(np.pad(starts, ((0, 0), (1, 0))), axis=1)
+
+
+def cut(sources, starts, T):
+    """b token arrays and where to start in each → x, y (b, T) int64"""
+    rows = np.stack([ids[a:a + T + 1] for ids, a in zip(sources, starts)]).astype(np.int64)
+    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
+
+
+class Batches:
+    """batch(step), a pure function of (seed, step).  batch: windows in the global batch of a step.
+    Window k of a domain is tokens [kT, kT + T + 1); all are seen once an epoch, in its own order."""
+    def __init__(self, corpus, config, seed, batch, context):
+        self.corpus, self.config, self.seed, self.batch, self.context = corpus, config, seed, batch, context
+        for name, domain in corpus.domains.items():
+            for part, ids in (("train", domain.train), ("validation", domain.val)):
+                if len(ids) <= context: raise ValueError(
+                    f"domain {name!r}: {len(ids)} {part} tokens, less than a window: context {context} + 1")
+        self.windows = np.array([(len(d.train) - 1) // context for d in corpus.domains.values()])    # (D,)
+        self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context)
+
+    def __call__(self, step, rank=0, world=1):
+        """→ Batch of rank's contiguous slice, b = batch / world"""
+        if self.batch % world: raise ValueError(f"{self.batch} windows a batch, not divisible by {world}")
+        b, T = self.batch // world, self.context
+        n0 = step * self.batch + rank * b
+        domain, j = self.mixture.window_domains(n0, n0 + b)
+        W = self.windows[domain]
+        key = np.full(b, self.seed & 2 ** 64 - 1, np.uint64)
+        for part in (domain, j // W): key = mix(mix(key) + part.astype(np.uint64))       # seed, domain, epoch
+        k = permute(j % W, W, key)
+        train = [d.train for d in self.corpus.domains.values()]
+        x, y = cut([train[i] for i in domain], k * T, T)
+        starts = document_starts(x.numpy(), self.corpus.tokenizer.eot) if self.config.doc_mask else None
+        return Batch(x, y, starts if starts is None else torch.from_numpy(starts), torch.from_numpy(domain))
+
+    def epochs(self, step):
+        """{name: epochs of the domain seen after `step` steps}"""
+        epochs = self.mixture.counts([step * self.batch])[0] / self.windows
+        return dict(zip(self.corpus.domains, epochs.tolist()))
+
+    def val(self, name, limit=0):
+        """(x, y), each (n, T) int64: `limit` validation windows at even distances; 0: all"""
+        ids, T = self.corpus.domains[name].val, self.context
+        total = (len(ids) - 1) // T
+        n = min(limit, total) or total
+        return cut([ids] * n, np.arange(n) * total // n * T, T)
+
+
+# ---- What counting alone can do: the bar a model has to pass -----------------------------------------------
+
+def bigram_bits(train, val, tokenizer):
+    """bits/byte of val[1:] under a Witten-Bell bigram of the same tokens, T(a) = distinct followers of a:
+         p(b|a) = (c(ab) + T(a) u(b)) / (c(a) + T(a)),   u(b) = (c(b) + 1) / (N + V)
+    An eot costs bits and stands for 0 bytes."""
+    V = tokenizer.n_vocab
+    train, val = train.astype(np.int64), val.astype(np.int64)
+    unigram = (np.bincount(train, minlength=V) + 1) / (len(train) + V)                   # (V,)
+    pairs, n = np.unique(train[:-1] * V + train[1:], return_counts=True)                # the pairs that occur
+    seen, followers = (np.bincount(a, minlength=V) for a in (train[:-1], pairs // V))    # c(a), T(a)
+    a, b = val[:-1], val[1:]
+    code = a * V + b
+    at = np.minimum(np.searchsorted(pairs, code), len(pairs) - 1)
+    both = np.where(pairs[at] == code, n[at], 0)
+    smooth = (both + followers[a] * unigram[b]) / np.maximum(seen[a] + followers[a], 1)
+    p = np.where(seen[a] > 0, smooth, unigram[b])
+    return float(-np.log2(p).sum() / tokenizer.token_bytes[b].sum())
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+def stats(config, vocab_size):
+    corpus = prepare(config, vocab_size)
+    print(f"{'domain':12}{'documents':>10}{'MB':>8}{'tokens':>12}{'val':>10}{'bytes/token':>13}"
+          f"{'windows':>14}{'bigram bits/byte':>18}")
+    for (name, d), s, e in zip(corpus.domains.items(), corpus.start, corpus.end):
+        size, tokens = d.train_bytes + d.val_bytes, len(d.train) + len(d.val)
+        print(f"{name:12}{d.documents:10,}{size / 1e6:8.2f}{tokens:12,}{len(d.val):10,}{size / tokens:13.2f}"
+              f"{f'{s:.0%} → {e:.0%}':>14}{bigram_bits(d.train, d.val, corpus.tokenizer):18.3f}")
+    print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
+
+
+def main(argv):
+    command, *options = argv or ["(none)"]
+    if command != "stats": raise SystemExit(f"unknown command {command}; known: stats")
+    config, vocab_size, known = DataConfig(), 4096, [f.name for f in fields(DataConfig) if isinstance(f.default, str)]
+    for option in options:
+        name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
+        if name == "vocab" and value.isdecimal(): vocab_size = int(value)
+        elif name in known: config = replace(config, **{name: value})
+        else: raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
+    try:
+        stats(config, vocab_size)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

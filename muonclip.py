@@ -1,0 +1,174 @@
+"""Muon, and the clip that keeps its attention logits in bounds: MuonClip, the optimizer of Kimi K2.
+
+  newton_schulz   the nearest (semi-)orthogonal matrix, nearly, by matmuls alone            [Moonlight §2.1]
+  muon_update     momentum, orthogonalised, scaled to the RMS of an AdamW update            [Kimi K2 Algorithm 1]
+  adamw_update    for what is not a hidden matrix: embeddings, head, vectors                [Moonlight §2.2]
+  qk_clip_        after the step: shrink the query and key weights of heads that exploded   [Kimi K2 Algorithm 1]
+
+Pure functions first; `MuonClip` is the thin torch.optim.Optimizer that holds their state.
+"""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = "muonclip"       # muonclip | adamw
+    lr: float = 6e-3             # peak; one rate for every group, as in K2           [ours, for a laptop]
+    warmup: float = 0.0          # linear warm-up, as a part of the run's tokens
+    decay: str = "linear"        # shape after the plateau: linear | cosine [Kimi K2 §2.5] | rsqrt [Motif §3.2.2]
+    decay_start: float = 0.0     # where the plateau ends, as a part of the run's tokens
+    floor: float = 0.1           # last rate / peak
+    weight_decay: float = 0.1    # [both reports]
+    beta1: float = 0.9           # AdamW
+    beta2: float = 0.95          # AdamW                                                             [both reports]
+    eps: float = 1e-8
+    momentum: float = 0.95       # Muon's μ   [Moonlight; K2 is silent]
+    nesterov: bool = True        # orthogonalise G + μM rather than M   [Moonlight; K2 is silent]
+    ns_steps: int = 5            # Newton–Schulz iterations   [Moonlight; K2 is silent]
+    rms: float = 0.2             # RMS of Muon's update, that of AdamW's   [Kimi K2 Algorithm 1]
+    tau: float = 100.0           # largest logit that QK-Clip allows; 0 = no clip                    [Kimi K2 §2.5]
+    clip_norm: float = 1.0       # of the whole gradient                                             [guess]
+
+    def __post_init__(self):
+        for name, choices in dict(name=("muonclip", "adamw"), decay=("linear", "cosine", "rsqrt")).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"optim.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
+        for name in ("lr", "clip_norm", "eps", "rms"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be positive")
+        for name in ("weight_decay", "tau"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must not be negative")
+        for name in ("warmup", "floor", "decay_start", "beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must lie in 0..1")
+
+
+# ---- pure functions -----------------------------------------------------------------------------------------------
+
+QUINTIC = (3.4445, -4.7750, 2.0315)      # the result's singular values lie in [0.68, 1.13], not at 1   [Moonlight §2.1]
+
+
+def newton_schulz(g, steps=5, coefficients=QUINTIC):
+    """Push every singular value of g (..., m, n) towards 1:  X ← aX + b(XXᵀ)X + c(XXᵀ)²X.
+
+    g is scaled by its Frobenius norm first, so that the iteration starts inside its basin. Zero stays zero."""
+    a, b, c = coefficients
+    wide = g.shape[-2] <= g.shape[-1]
+    x = g if wide else g.mT                                              # (m, n), m ≤ n: the smaller Gram matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    for _ in range(steps):
+        gram = x @ x.mT                                                          # (m, m)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def muon_update(g, m, momentum=0.95, nesterov=True, steps=5, rms=0.2):
+    """The direction ΔW of one Muon step; m is updated in place.  g, m (..., n, k).   [Kimi K2 Algorithm 1]
+
+        M ← μM + G                          (1)
+        O = NewtonSchulz(G + μM)            (2)   without Nesterov: of M
+        ΔW = 0.2·√max(n, k)·O               (3)   O has RMS 1/√max(n, k) at full rank: ΔW has AdamW's"""
+    m.mul_(momentum).add_(g)                                                     # (1)
+    o = newton_schulz(torch.add(g, m, alpha=momentum) if nesterov else m, steps)  # (2)
+    return o.mul_(rms * max(g.shape[-2:]) ** 0.5)                                # (3)
+
+
+def adamw_update(g, m, v, step, beta1=0.9, beta2=0.95, eps=1e-8):
+    """The direction of AdamW at its step-th update (from 1); m and v are updated in place. Any shape."""
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g * g, 1 - beta2)
+    return (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt_().add_(eps))
+
+
+@torch.no_grad()
+def qk_clip_(attentions, tau):
+    """Shrink the heads whose logits exploded; calm heads keep their weights bit for bit.   [Kimi K2 Algorithm 1]
+
+    Each attention says in `max_logits` (H,) how large its logits got, and in `qk_heads` which weights make them.
+    → how many heads were clipped, a tensor: nothing here waits for the device."""
+    clipped = torch.zeros((), dtype=torch.int64)
+    for attention in attentions:
+        s = attention.max_logits                                                 # (H,) S^h
+        gamma = torch.where(s > tau, tau / s, 1.0)                       # (H,) 1 for a calm head, also where S ≤ 0
+        for weight, by_head, power in attention.qk_heads():                      # by_head(w): (H, rows, inputs)
+            by_head(weight).mul_(gamma.pow(power).to(weight.dtype)[:, None, None])
+        clipped = clipped.to(s.device) + (s > tau).sum()
+    return clipped
+
+
+# ---- the optimizer ------------------------------------------------------------------------------------------------
+
+def parameter_groups(model, config):
+    """Who is updated how:  hidden matrices → Muon;  embedding, head, positions → AdamW;  vectors → AdamW.
+
+    Weight decay: every matrix; the gains of norms too under Muon (Moonlight found it to matter), not under AdamW, as
+    is the custom there; never λ or PolyNorm's coefficients, which mean something as they are."""
+    muon = config.name == "muonclip"
+    kinds = {}
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            kind = "embedding and head" if name in ("embed", "head", "position") else "hidden matrices"
+        else:
+            kind = "gains" if "norm.weight" in name else "coefficients"
+        kinds.setdefault(kind, []).append((name, p))
+    rows = []
+    for kind, pairs in kinds.items():
+        decays = kind in ("hidden matrices", "embedding and head") or kind == "gains" and muon
+        rows.append(dict(kind=kind, names=[name for name, _ in pairs], params=[p for _, p in pairs],
+                         rule="muon" if muon and kind == "hidden matrices" else "adamw",
+                         weight_decay=config.weight_decay if decays else 0.0))
+    return rows
+
+
+class MuonClip(torch.optim.Optimizer):
+    """Muon for the groups whose rule is "muon", AdamW for the others; decoupled weight decay in both.
+
+    W ← W − lr·(ΔW + weight_decay·W).  `step()` → how many matrices were orthogonalised. The clip is not in here:
+    it needs the largest logits of all ranks, and comes after the step (`qk_clip_`)."""
+
+    def __init__(self, model, config):
+        self.config = config
+        super().__init__(parameter_groups(model, config), dict(lr=config.lr))
+
+    def describe(self):
+        """One line a group."""
+        for g in self.param_groups:
+            size = sum(p.numel() for p in g["params"])
+            yield (f"{g['rule']:<6} {g['kind']:<19} {len(g['params']):>4} tensors {size:>12,} parameters  "
+                   f"weight decay {g['weight_decay']:g}")
+
+    @torch.no_grad()
+    def step(self):
+        c, orthogonalised = self.config, 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if group["rule"] == "muon":
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    update = muon_update(p.grad, state["momentum"], c.momentum, c.nesterov, c.ns_steps, c.rms)
+                    orthogonalised += 1
+                else:
+                    if not state:
+                        state |= dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                        state["step"] = torch.zeros((), dtype=torch.int64)
+                    state["step"] += 1
+                    update = adamw_update(p.grad, state["m"], state["v"], int(state["step"]), c.beta1, c.beta2, c.eps)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+        return orthogonalised
+
+    def tensors(self):
+        """{"NAME:KEY": state tensor}: what a checkpoint keeps of the optimizer."""
+        return {f"{name}:{key}": t for group in self.param_groups for name, p in zip(group["names"], group["params"])
+                for key, t in self.state[p].items()}
+
+    def load(self, tensors):
+        """The inverse of `tensors`: copies of what they hold."""
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                keys = ("momentum",) if group["rule"] == "muon" else ("m", "v", "step")
+                self.state[p] = {key: tensors[f"{name}:{key}"].clone().to(p.device if key != "step" else "cpu")
+                                 for key in keys if f"{name}:{key}" in tensors}

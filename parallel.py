@@ -1,0 +1,96 @@
+"""What changes when one device becomes many.
+
+`Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
+It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
+"""
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    timeout: float = 60.0        # seconds after which a collective that waits for a lost rank fails
+
+    def __post_init__(self):
+        if not self.timeout > 0:
+            raise ValueError(f"mesh.timeout={self.timeout}: must be positive, in seconds")
+
+
+class Axis(NamedTuple):
+    rank: int = 0
+    size: int = 1
+    group: object = None         # torch.distributed process group; None = nobody to talk to
+
+
+class Mesh(NamedTuple):
+    """This process's coordinates: data parallel, pipeline stage, expert group; and the device it computes on."""
+    dp: Axis = Axis()
+    pp: Axis = Axis()
+    ep: Axis = Axis()
+    device: torch.device = torch.device("cpu")
+
+
+def this_rank():
+    """This process's rank as torchrun set it; known before the process group is."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_mesh(config):
+    """The mesh of this process, from the variables that torchrun sets; a plain `python train.py` stands alone.
+
+    NCCL on GPUs, gloo on CPUs. Call it when data is ready: from here on, who waits longer than the timeout fails."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Mesh(device=device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
+    return Mesh(dp=Axis(this_rank(), world, dist.group.WORLD), device=device)
+
+
+def leave_mesh(mesh):
+    if mesh.dp.size > 1:
+        dist.destroy_process_group()
+
+
+def barrier(mesh):
+    if mesh.dp.size > 1:
+        dist.barrier(mesh.dp.group)
+
+
+def all_max(t, mesh):
+    """Element-wise maximum over ranks, in place."""
+    if mesh.dp.size > 1:
+        dist.all_reduce(t, dist.ReduceOp.MAX, mesh.dp.group)
+    return t
+
+
+def all_sum(t, mesh):
+    """Element-wise sum over ranks, in place."""
+    if mesh.dp.size > 1:
+        dist.all_reduce(t, dist.ReduceOp.SUM, mesh.dp.group)
+    return t
+
+
+def average_gradients_(parameters, mesh, bucket_bytes=32 << 20):
+    """Replace every gradient by its mean over the ranks. Small ones travel together, in buckets of `bucket_bytes`."""
+    if mesh.dp.size == 1:
+        return
+    bucket, size = [], 0
+    for p in [*parameters, None]:
+        if bucket and (p is None or size + p.grad.nbytes > bucket_bytes or p.grad.dtype != bucket[0].dtype):
+            flat = torch.cat([g.flatten() for g in bucket])
+            all_sum(flat, mesh).div_(mesh.dp.size)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket, size = [], 0
+        if p is not None:
+            bucket.append(p.grad)
+            size += p.grad.nbytes

@@ -1,0 +1,1090 @@
+"""Every claim the code makes, one banner a file:  python -m pytest -q test_all.py
+
+Each fast path is held against its definition, each definition against a property that follows from it. Everything runs
+on a CPU: several ranks are processes that talk over gloo. A tolerance stands beside the reason for it.
+"""
+import ast
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+
+import data
+import kernels
+import model as net
+import muonclip
+import parallel
+import train
+
+HERE = Path(__file__).parent
+TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61, context=32)
+MHA = replace(TINY, differential=False)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def lively(config, seed=0, std=0.2, **kwargs):
+    """A model none of whose parts is an identity: every matrix random, every vector moved."""
+    network = net.Transformer(config, seed=seed, **kwargs)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            seeded = torch.Generator().manual_seed(sum(name.encode()) + seed)
+            noise = torch.empty(p.shape).normal_(0, 1, generator=seeded)
+            p.copy_(noise * std if p.ndim > 1 else p + 0.1 * noise)
+    return network
+
+
+def tokens(*shape, high=TINY.vocab_size):
+    return torch.randint(0, high, shape)
+
+
+def gradients(f, *inputs):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    f(*inputs).backward()
+    return [t.grad for t in inputs]
+
+
+# ---- the repository -------------------------------------------------------------------------------------------------
+
+def test_files_can_be_read_on_one_screen_width():
+    for path in (*HERE.glob("*.py"), *HERE.glob("notes/*.py")):
+        wide = [i for i, line in enumerate(path.read_text("utf-8").splitlines(), 1) if len(line) > 120]
+        assert not wide, f"{path.name}: lines {wide} are wider than 120 columns"
+
+
+# ---- kernels.py -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("D", [64, 37, 1])
+def test_poly_norm_is_its_definition_in_values_and_gradients(D, float64):
+    x, w, b = torch.randn(3, 5, D), torch.randn(3), torch.randn(1)
+    torch.testing.assert_close(kernels.poly_norm(x, w, b), kernels.poly_norm_ref(x, w, b))
+    weight = torch.randn(3, 5, D)
+    for ours, theirs in zip(*(gradients(lambda x, w, b: (f(x, w, b) * weight).sum(), x, w, b)
+                              for f in (kernels.poly_norm, kernels.poly_norm_ref))):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(kernels.poly_norm, tuple(t.requires_grad_() for t in (x, w, b)))
+
+
+def test_poly_norm_in_bfloat16_is_as_near_as_its_rounding():
+    """Statistics are kept in float32: the error against float64 is that of rounding x and y, 2^-8 each."""
+    x, w, b = torch.randn(64, 256).bfloat16(), torch.full((3,), 1 / 3), torch.zeros(1)
+    exact = kernels.poly_norm_ref(x.double(), w.double(), b.double())
+    ours = kernels.poly_norm(x, w, b)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).norm() / exact.norm() < 2 ** -8
+
+
+def test_poly_norm_ignores_the_scale_of_its_input(float64):
+    """y is invariant to x → s·x, so Σ x·∂L/∂x = 0 (up to eps)."""
+    x, w, b = torch.randn(4, 50), torch.randn(3), torch.randn(1)
+    torch.testing.assert_close(kernels.poly_norm(7 * x, w, b), kernels.poly_norm(x, w, b), rtol=1e-4, atol=1e-5)
+    dx = gradients(lambda x: (kernels.poly_norm(x, w, b, 1e-20) ** 3).sum(), x)[0]
+    assert (x * dx).sum(-1).abs().max() < 1e-9
+
+
+def explicit_maps(q, k, v, lam, mask):
+    """Differential attention as its paper writes it, one query at a time: two softmax maps, one subtracted."""
+    B, H2, T, d = q.shape
+    rep, out = H2 // k.shape[1], torch.zeros(B, H2 // 2, T, v.shape[-1])
+    for n, h, i in itertools.product(range(B), range(H2 // 2), range(T)):
+        see = mask[n, 0, i].nonzero().flatten()
+        maps = []
+        for part in (0, 1):
+            keys = k[n, 2 * (h // rep) + part, see]
+            maps.append((keys @ q[n, 2 * h + part, i] / math.sqrt(d)).softmax(0))
+        out[n, h, i] = (maps[0] - lam * maps[1]) @ v[n, h // rep, see]
+    return out
+
+
+@pytest.mark.parametrize("T, kv, documents", [(9, 4, False), (17, 2, False), (13, 4, True)])
+def test_differential_attention_is_two_explicit_maps(T, kv, documents, float64):
+    q, k, v, lam = torch.randn(2, 4, T, 6), torch.randn(2, kv, T, 6), torch.randn(2, kv // 2, T, 12), torch.tensor(0.3)
+    starts = torch.where(torch.arange(T) < 5, 0, 5).expand(2, T)
+    mask = kernels.causal_mask(T, T, starts if documents else torch.zeros(2, T, dtype=torch.int64))
+    exact, given = explicit_maps(q, k, v, lam, mask), mask if documents else None
+    weight = torch.randn_like(exact)
+    want = gradients(lambda *a: (explicit_maps(*a, mask) * weight).sum(), q, k, v, lam)
+    for f in (kernels.diff_attention_ref, kernels.diff_attention):
+        torch.testing.assert_close(f(q, k, v, lam, given), exact)
+        for ours, theirs in zip(gradients(lambda *a: (f(*a, given) * weight).sum(), q, k, v, lam), want):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("T, S, kv, block", [(33, 33, 4, 8), (5, 40, 4, 2), (64, 64, 2, 64), (1, 7, 1, 16)])
+def test_largest_logits_without_a_full_map(T, S, kv, block, float64):
+    q, k = torch.randn(3, 4, T, 6), torch.randn(3, kv, S, 6)
+    torch.testing.assert_close(kernels.max_logits(q, k, block=block), kernels.max_logits_ref(q, k))
+    starts = torch.randint(0, 3, (3, S)).cummax(1).values
+    mask = kernels.causal_mask(T, S, starts)
+    torch.testing.assert_close(kernels.max_logits(q, k, mask, block=block), kernels.max_logits_ref(q, k, mask))
+
+
+@pytest.mark.parametrize("N, chunk", [(50, 16), (7, 100), (48, 48)])
+def test_cross_entropy_in_chunks(N, chunk, float64):
+    h, w, target = torch.randn(N, 8), torch.randn(19, 8), torch.randint(0, 19, (N,))
+    (loss, nll), (want, terms) = kernels.cross_entropy(h, w, target, chunk), kernels.cross_entropy_ref(h, w, target)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(nll, terms)
+    ours = gradients(lambda h, w: 3 * kernels.cross_entropy(h, w, target, chunk)[0], h, w)
+    for a, b in zip(ours, gradients(lambda h, w: 3 * kernels.cross_entropy_ref(h, w, target)[0], h, w)):
+        torch.testing.assert_close(a, b)
+
+
+def test_cross_entropy_never_holds_all_logits():
+    """Motif's vocabulary over 4,096 tokens would be 3.6 GB of logits; the largest tensor made here is a chunk's."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+    h, w = torch.randn(256, 4, requires_grad=True), torch.randn(5000, 4, requires_grad=True)
+    with Watch():
+        kernels.cross_entropy(h, w, torch.randint(0, 5000, (256,)), chunk=32)[0].backward()
+    assert max(sizes) == 32 * 5000
+
+
+# ---- data.py -------------------------------------------------------------------------------------------------------
+
+DOCUMENTED = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module
+MOTIF_MIXTURE = [.68, .07, .01, .06, .05, .10, .02, .01], [.33, 0, .30, .03, .01, .18, .10, .05]    # [Motif Table 2]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The embedded corpus and its tokenizer, built once for all tests."""
+    return data.prepare(data.DataConfig(cache=str(tmp_path_factory.mktemp("cache"))), 4096)
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(domains="prose:0.5:1,code:0.4:0"), "start weights sum to 0.9"),
+    (dict(domains="prose:1.5:1,code:-0.5:0"), "'code:-0.5:0'"),
+    (dict(domains="prose:nan:1"), "'prose:nan:1'"),
+    (dict(domains="prose:one:1"), "'prose:one:1'"),
+    (dict(domains="prose:1"), "'prose:1'"),
+    (dict(domains=""), "sum to 0"),
+    (dict(domains="prose:1:1,prose:0:0"), "'prose' is given twice"),
+    (dict(domains="news:1:1"), "known: prose, code, math"),
+    (dict(domains="shakespeare:1:1"), "--data.files=shakespeare=PATH"),
+    (dict(files="a"), "'a' is not NAME=PATH"),
+    (dict(files="a=x,a=y"), "'a' is given twice"),
+    (dict(files="prose=x,b=y"), "'b' is not in domains"),
+    (dict(files="a=/no/such"), "/no/such"),
+    (dict(files="a=EMPTY"), "empty"),
+    (dict(files="a=LATIN"), "not UTF-8 at byte 3"),
+    (dict(files="a=GOOD", tokenizer="gpt9"), "gpt2"),
+    (dict(files="a=GOOD", tokenizer="bytes"), "261"),
+    (dict(files="a=GOOD"), "at least 261"),
+])
+def test_bad_input_is_one_line(options, says, tmp_path):
+    """What a user can get wrong raises ValueError: one line that names the value."""
+    for name, raw in (("EMPTY", b" \n"), ("LATIN", b"abc\xe9t\xe9"), ("GOOD", b"some text\n" * 9)):
+        (tmp_path / name).write_bytes(raw)
+        options = {k: v.replace(name, str(tmp_path / name)) for k, v in options.items()}
+    with pytest.raises(ValueError) as error:
+        data.prepare(data.DataConfig(cache=str(tmp_path / "cache"), **options), 260)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bpe_says_when_text_is_too_small(tmp_path):
+    """A text with too few pairs for the vocabulary is refused with the number it gives."""
+    with pytest.raises(ValueError, match="only 26[0-9] tokens"):
+        data.train_bpe(["abab"], 1000)
+
+
+def test_docstrings_are_cut_exactly():
+    """Every form of docstring is found under its name and gone from the code; other strings stay."""
+    source = '"""Mod é."""\nX = "é"; Y = """keep"""\n\ndef f(): "one"\n\nclass C:\n    """Two\n    lines."""\n\n' \
+             '    def g(self):\n        "g"\n        return """keep me"""\n    async def h(self): "h"; return 1\n' \
+             'if X:\n    def k():\n        """é k"""  # note\n        return 2\n'
+    docs, code = data.split_docstrings(source, "m")
+    assert docs == [("m", "Mod é."), ("m.f", "one"), ("m.C", "Two\nlines."), ("m.C.g", "g"), ("m.C.h", "h"),
+                    ("m.k", "é k")]
+    assert not any(isinstance(n, DOCUMENTED) and ast.get_docstring(n) for n in ast.walk(ast.parse(code)))
+    assert "keep me" in code and "# note" in code and "def f(): pass" in code and "return 1" in code
+
+
+def test_prose_and_code_share_no_text():
+    """No docstring of a module is left in code, where it was a docstring."""
+    prose, code = data.library()
+    for text in code:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, DOCUMENTED):
+                assert not (ast.get_docstring(node) or "").strip()
+    lines = {line.strip() for text in code for line in text.split("\n")}
+    long = {line.strip() for doc in prose for line in doc.split("\n") if len(line.strip()) > 60}
+    shared = long & lines                                        # help texts and licences, also strings and comments
+    assert len(long) > 10_000 and len(shared) < 0.01 * len(long)
+
+
+def test_code_still_parses_and_compiles_to_the_same_statements():
+    """Cutting docstrings removes nothing else: the syntax tree is the old one without them."""
+    class Strip(ast.NodeTransformer):
+        def generic_visit(self, node):
+            super().generic_visit(node)
+            if isinstance(node, DOCUMENTED):
+                if ast.get_docstring(node) is not None: node.body = node.body[1:]
+                node.body = [n for n in node.body if not isinstance(n, ast.Pass)]
+            return node
+    for module, raw in data.library_sources()[::25]:
+        try: source = raw.decode()
+        except UnicodeDecodeError: continue
+        _, code = data.split_docstrings(source, module)
+        assert ast.dump(Strip().visit(ast.parse(source))) == ast.dump(Strip().visit(ast.parse(code))), module
+
+
+def test_split_is_disjoint_stable_and_without_duplicates():
+    """No document is on both sides; adding documents moves none; one document is cut by position."""
+    docs = [f"text {i}" for i in range(2000)]
+    train, val = data.split_documents(docs + docs)
+    assert sorted(train + val) == sorted(docs) and 60 < len(val) < 140
+    more_train, more_val = data.split_documents(docs + [f"new {i}" for i in range(500)])
+    assert set(train) <= set(more_train) and set(val) <= set(more_val)
+    assert data.split_documents(["0123456789" * 10]) == (["0123456789" * 9], ["0123456789"])
+    assert [len(part) for part in data.split_documents(["a", "b"])] == [1, 1]
+
+
+def number(node):
+    if isinstance(node, ast.Constant): return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp): return -number(node.operand)
+    a, b = number(node.left), number(node.right)
+    apply = {ast.Add: lambda: a + b, ast.Sub: lambda: a - b, ast.Mult: lambda: a * b, ast.Div: lambda: a / b}
+    return apply[type(node.op)]()
+
+
+def value(text, **known):
+    text = re.sub(r"(\d)([xy])", r"\1*\2", text).replace("^2", "**2").replace(")(", ")*(")
+    for name, v in known.items(): text = re.sub(rf"\b{name}\b|(?<=\*){name}", f"({v})", text)
+    text = re.sub(r"\(([^()]*)\)\*\*2", r"(\1)*(\1)", text)
+    return number(ast.parse(text.strip(), mode="eval").body)
+
+
+def test_every_arithmetic_statement_is_true():
+    """All `=` between numbers hold (exact fractions), in 9,000 problems; answers satisfy the question."""
+    statement = re.compile(r"(?<![\w^])[-(\d][-\d+*/() ]*(?:= [-(\d][-\d+*/() ]*)+")
+    checked, kinds = 0, {}
+    problems = data.worked_math()
+    assert len(set(problems)) == len(problems) and sum(map(len, problems)) > 2_000_000
+    for text in problems:
+        first, *lines = text.strip().split("\n")
+        for line in lines:
+            if "x" in line or "y" in line.replace("by", ""): line = re.sub(r"^.*[xy][^=]*= ", "", line)
+            if line.startswith("="): assert value(line[1:]) == value(lines[0])
+            for found in statement.findall(line):
+                sides = found.rstrip(" (-").split("=")
+                assert len({value(s) for s in sides}) == 1, (text, found)
+                checked += 1
+        if m := re.match(r"(?:Solve for x:|Find x:|Solve) ([^,:]*) = ([^,:]*)$", first):
+            x = re.search(r"x = .* = (-?\d+)$", text, re.M).group(1)
+            assert value(m[1], x=x) == value(m[2], x=x), text
+            kinds["linear"] = kinds.get("linear", 0) + 1
+        if m := re.match(r"(?:Solve by factoring:|Find every solution of) (.*) = 0", first):
+            roots = re.findall(r"-?\d+", lines[-1])
+            assert roots and all(value(m[1], x=r) == 0 for r in roots), text
+            assert len(set(roots)) == 2 or "twice" in lines[-1]
+            f = lines[-2].split(" = 0")[0]
+            k = value(m[1], x=100) / value(f, x=100)
+            assert all(value(m[1], x=r) == k * value(f, x=r) for r in range(5))
+            kinds["quadratic"] = kinds.get("quadratic", 0) + 1
+        if m := re.match(r"(?:Solve the system|Find x and y:) (.*) = (.*), (.*) = (.*)", first):
+            y, x = (re.search(rf"^{v} = .* = (-?\d+)$", text, re.M).group(1) for v in "yx")
+            assert value(m[1], x=x, y=y) == int(m[2]) and value(m[3], x=x, y=y) == int(m[4]), text
+            kinds["system"] = kinds.get("system", 0) + 1
+        if m := re.match(r"^ones: ", lines[0]):                  # the digits written are those of the answer
+            sign = "-" if re.match(r".* - .* = ", [l for l in lines if "Check" not in l][-1]) else "+"
+            rows = [l for l in lines if re.match(r"(ones|tens|.*hundreds|.*thousands): ", l)]
+            digits = [re.search(r"write (\d)" if sign == "+" else r"= (\d)$", l)[1] for l in rows]
+            written = int("1" * ("leads" in text) + "".join(reversed(digits)))
+            assert written == int(re.search(rf"^\d+ \{sign} \d+ = (\d+)$", text, re.M)[1]), text
+            kinds["columns"] = kinds.get("columns", 0) + 1
+        if m := re.search(r"divisor of (\d+) and (\d+)", first):
+            assert lines[-2] == f"The last divisor is {np.gcd(int(m[1]), int(m[2]))}."
+            assert lines[-1].endswith(f"= {np.lcm(int(m[1]), int(m[2]))}")
+        if m := re.search(r"(\d+) (?:by|divided by) (\d+)", first) if "ivi" in first else None:
+            q, r = divmod(int(m[1]), int(m[2]))
+            assert f"Quotient {q}, remainder {r}." in lines
+    assert checked > 40_000 and min(kinds.values()) > 300 and len(kinds) == 4, (checked, kinds)
+
+
+def brute_bpe(texts, n):
+    words = [list(w.encode()) for t in texts for w in regex.findall(data.PATTERN, t)]
+    pieces = [bytes([i]) for i in range(256)]
+    while len(pieces) < n:
+        count = {}
+        for w in words:
+            for p in zip(w, w[1:]): count[p] = count.get(p, 0) + 1
+        pair = min(count, key=lambda p: (-count[p], p))
+        words = [data.merge(w, *pair, len(pieces)) for w in words]
+        pieces.append(pieces[pair[0]] + pieces[pair[1]])
+    return pieces
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bpe_equals_brute_force(seed):
+    """The incremental trainer learns the merges of the one that recounts everything."""
+    rng = random.Random(seed)
+    text = "".join(rng.choice("aab ab\n c1é"[:6 + seed]) for _ in range(1500))
+    assert list(data.train_bpe([text], 300)) == brute_bpe([text], 295)
+
+
+def naive_encode(text, ranks):
+    ids = []
+    for piece in regex.findall(data.PATTERN, text):
+        word = [bytes([b]) for b in piece.encode()]
+        while pairs := [ranks[a + b] for a, b in zip(word, word[1:]) if a + b in ranks]:
+            i = next(i for i in range(len(word) - 1) if ranks.get(word[i] + word[i + 1]) == min(pairs))
+            word[i:i + 2] = [word[i] + word[i + 1]]
+        ids += [ranks[w] for w in word]
+    return ids
+
+
+def random_text(rng, n):
+    kinds = (lambda: rng.randrange(32, 127), lambda: rng.randrange(0xD800), lambda: rng.randrange(0xE000, 0x110000),
+             lambda: 32, lambda: 10)
+    return "".join(chr(rng.choice(kinds)()) for _ in range(n))
+
+
+def test_tokenizers_round_trip_and_equal_the_definition(corpus):
+    """decode(encode(text)) = text on random Unicode; tiktoken's ids are those of applying the merges one by one."""
+    rng = random.Random(0)
+    ranks = {p: i for i, p in enumerate(corpus.tokenizer.pieces[:-5])}
+    plain = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    for text in [random_text(rng, rng.randrange(200)) for _ in range(200)] + ["", data.library()[1][3][:3000]]:
+        ids = corpus.tokenizer.encode(text)
+        assert corpus.tokenizer.decode(ids) == text and list(ids) == naive_encode(text, ranks)
+        assert bytes(plain.encode(text).tolist()) == text.encode() and plain.decode(plain.encode(text)) == text
+
+
+def test_specials_are_last_and_never_read_from_text(corpus):
+    """The five specials are the last ids, stand for 0 bytes, and text that spells them is ordinary text."""
+    t = corpus.tokenizer
+    assert list(t.specials.values()) == list(range(4091, 4096)) and t.n_vocab == 4096 and t.eot == 4091
+    text = "".join(data.SPECIALS)
+    assert max(t.encode(text)) < 4091 and t.decode(t.encode(text)) == text
+    assert (t.token_bytes == 0).sum() == 5 and t.token_bytes[t.encode("déjà vu\n")].sum() == len("déjà vu\n".encode())
+    assert t.decode([t.eot, 5000]) == "<|endoftext|>\ufffd"
+
+
+def test_indentation_is_one_token(corpus):
+    """A line end with its indentation is one token, so code is shorter than with gpt2's pattern."""
+    for depth in (4, 8, 12, 16): assert len(corpus.tokenizer.encode("\n" + " " * depth)) == 1
+
+
+def test_shards_hold_the_text(corpus):
+    """Tokens decode to the documents, each followed by eot, and byte counts are those of the text."""
+    train, val = data.split_documents(data.documents("code"))
+    for docs, ids, size in ((train, corpus.domains["code"].train, corpus.domains["code"].train_bytes),
+                            (val, corpus.domains["code"].val, corpus.domains["code"].val_bytes)):
+        assert (ids == corpus.tokenizer.eot).sum() == len(docs)
+        assert corpus.tokenizer.token_bytes[ids].sum() == size
+        assert corpus.tokenizer.decode(ids[:1 + list(ids).index(corpus.tokenizer.eot)]) == docs[0] + data.EOT
+
+
+def own(tmp_path, tokenizer="bytes"):
+    text = "".join(f"line {i * i} of the text\n" for i in range(600))
+    (tmp_path / "a.txt").write_text(text)
+    return data.DataConfig(files=f"a={tmp_path}/a.txt", tokenizer=tokenizer, cache=str(tmp_path / "cache")), text
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_damaged_cache_is_named_and_rebuilt(tmp_path, capsys, tokenizer):
+    """Truncated, altered or missing files are noticed, named and built again, with the same fingerprint."""
+    config, text = own(tmp_path, tokenizer)
+    first = data.prepare(config, 300)
+    files = sorted(p for p in (tmp_path / "cache").iterdir() if p.name != "lock")
+    assert len(files) == 3 + (tokenizer == "bpe")
+    assert first.tokenizer.decode(first.domains["a"].train).startswith("line 0")
+    capsys.readouterr()
+    data.prepare(config, 300)
+    assert capsys.readouterr().out == ""
+    for path in files:
+        raw = path.read_bytes()
+        for damage in (raw[:-2], raw[:-1] + b"\x07", b"", b"{}"):
+            path.write_bytes(damage)
+            again = data.prepare(config, 300)
+            assert again.fingerprint == first.fingerprint and path.read_bytes() == raw
+            out = capsys.readouterr().out
+            assert path.name in out and "building it again" in out, (path, damage)
+        path.unlink()
+        assert data.prepare(config, 300).fingerprint == first.fingerprint and path.read_bytes() == raw
+        capsys.readouterr()
+
+
+def test_changed_text_changes_the_fingerprint(tmp_path):
+    """Another text is another corpus; own text is cut by position, 10% validation."""
+    config, text = own(tmp_path)
+    a = data.prepare(config, 261)
+    assert a.domains["a"].val_bytes == len(text) - len(text) * 9 // 10 and list(a.start) == [1]
+    (tmp_path / "a.txt").write_text(text + "x")
+    assert data.prepare(config, 261).fingerprint != a.fingerprint
+
+
+def prepare_in_child(config, queue):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        queue.put((data.prepare(config, 300).fingerprint, out.getvalue()))
+    queue.close()
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+    """Several processes get the same corpus; one of them builds it."""
+    config, _ = own(tmp_path, "bpe")
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    children = [fork.Process(target=prepare_in_child, args=(config, queue)) for _ in range(3)]
+    for child in children: child.start()
+    found = [queue.get(timeout=60) for _ in children]
+    for child in children: child.join(60)
+    assert len({fingerprint for fingerprint, _ in found}) == 1
+    assert sorted(out == "" for _, out in found) == [False, True, True]
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_mixture_of_motif():
+    """625,000 steps of Motif's 8 domains: counts sum to n, never fall, and stay within 3 of the integral."""
+    mixture = data.Mixture(*MOTIF_MIXTURE, 500_000)
+    worst, last = 0, np.zeros((1, 8), np.int64)
+    for n0 in range(0, 625_001, 125_000):
+        n = np.arange(n0, min(n0 + 125_000, 625_001))
+        c = mixture.counts(n)
+        assert (c.sum(1) == n).all() and (np.diff(np.concatenate([last, c]), axis=0) >= 0).all()
+        worst, last = max(worst, np.abs(c - mixture.integral(n)).max()), c[-1:]
+    assert worst < 3
+
+    mixture, rng = data.Mixture(*MOTIF_MIXTURE, 500_000 * 1024), np.random.default_rng(0)
+    for step in [0, 499_999, 500_000, 624_999, *rng.integers(0, 625_000, 60)]:
+        n = np.arange(step * 1024, step * 1024 + 1025)
+        c = mixture.counts(n)
+        assert (c.sum(1) == n).all() and (np.diff(c, axis=0) >= 0).all() and np.abs(c - mixture.integral(n)).max() < 3
+        assert (mixture.counts(n[[0, -1]]) == c[[0, -1]]).all()
+
+
+def test_counts_equal_taking_windows_in_order_of_due_time():
+    """Brute force: sort all due times, ties by domain; the closed form gives the same order."""
+    for start, end, horizon in ((*MOTIF_MIXTURE, 700), ([.5, .5], [.5, .5], 0), ([1, 0, 0], [0, .5, .5], 300.5),
+                                ([1.], [1.], 0)):
+        mixture, D = data.Mixture(start, end, horizon), len(start)
+        due = mixture.due(np.tile(np.arange(1500)[:, None], (1, D)))
+        order = sorted((due[j, i], i, j) for i in range(D) for j in range(1500))[:1200]
+        domain, j = mixture.window_domains(0, 1200)
+        assert domain.tolist() == [i for _, i, _ in order] and j.tolist() == [j for _, _, j in order]
+
+
+@pytest.mark.parametrize("n0", [0, 1, 499_990, 511_999_500, 639_999_000])
+def test_window_domains_agree_with_counts(n0):
+    """Tallies equal counts(n1) - counts(n0), and indices continue where the earlier windows stopped."""
+    mixture = data.Mixture(*MOTIF_MIXTURE, 500_000 * 1024)
+    domain, j = mixture.window_domains(n0, n0 + 1000)
+    c = mixture.counts([n0, n0 + 1000])
+    assert (np.bincount(domain, minlength=8) == c[1] - c[0]).all()
+    for i in range(8): assert (j[domain == i] == np.arange(c[0, i], c[1, i])).all()
+    one = [mixture.window_domains(n, n + 1) for n in range(n0, n0 + 20)]
+    assert [int(d[0]) for d, _ in one] == domain[:20].tolist() and [int(k[0]) for _, k in one] == j[:20].tolist()
+
+
+def test_moving_weights_need_a_horizon():
+    """Weights that move over no time are refused; weights that stay need none."""
+    with pytest.raises(ValueError, match="horizon 0"): data.Mixture([1, 0], [0, 1], 0)
+    assert data.Mixture([.5, .5], [.5, .5], 0).counts([10]).tolist() == [[5, 5]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
+def test_permutation_visits_all_once(n):
+    """permute is a bijection for every key, and keys differ."""
+    i = np.arange(n)
+    found = [data.permute(i, n, np.uint64(key)) for key in (0, 1, 2 ** 64 - 1)]
+    assert all((np.sort(p) == i).all() for p in found)
+    if n >= 64: assert len({tuple(p) for p in found}) == 3 and (found[0] == i).mean() < 0.2
+
+
+def small(tmp_path, doc_mask=False):
+    for name, n in (("a", 700), ("b", 300)):
+        (tmp_path / name).write_text("".join(f"{name}{i};" for i in range(n)))
+    config = data.DataConfig(domains="a:0.8:0.2,b:0.2:0.8", files=f"a={tmp_path}/a,b={tmp_path}/b", tokenizer="bytes",
+                  horizon=16 * 300, doc_mask=doc_mask, cache=str(tmp_path / "cache"))
+    return data.prepare(config, 261), config
+
+
+def test_batch_is_pure_and_independent_of_world(tmp_path):
+    """Slices of ranks put together are the global batch, for any world; another loader agrees; seeds differ."""
+    corpus, config = small(tmp_path)
+    batches = data.Batches(corpus, config, seed=1, batch=12, context=16)
+    later = batches(7)
+    for world in (1, 2, 3, 12):
+        parts = [data.Batches(corpus, config, 1, 12, 16)(7, rank, world) for rank in range(world)]
+        for name in ("x", "y", "domain"):
+            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(later, name))
+    assert not torch.equal(data.Batches(corpus, config, 2, 12, 16)(7).x, later.x) and later.doc_start is None
+    assert torch.equal(later.x[:, 1:], later.y[:, :-1]) and later.x.dtype == torch.int64
+    with pytest.raises(ValueError, match="12 windows a batch, not divisible by 5"): batches(0, 0, 5)
+
+
+def test_every_window_once_an_epoch(tmp_path):
+    """In each epoch of each domain every window is seen exactly once, and the order differs between epochs."""
+    corpus, config = small(tmp_path)
+    batches = data.Batches(corpus, config, seed=3, batch=10, context=16)
+    seen = {0: [], 1: []}
+    for step in range(400):
+        b = batches(step)
+        for x, y, i in zip(b.x.tolist(), b.y.tolist(), b.domain.tolist()): seen[i].append(tuple(x + y[-1:]))
+    for i, (name, domain) in enumerate(corpus.domains.items()):
+        W = (len(domain.train) - 1) // 16
+        expected = sorted(tuple(domain.train[k * 16:k * 16 + 17].tolist()) for k in range(W))
+        epochs = [seen[i][e:e + W] for e in range(0, len(seen[i]) - W + 1, W)]
+        assert len(epochs) >= 2 and all(sorted(e) == expected for e in epochs) and epochs[0] != epochs[1]
+        assert abs(batches.epochs(400)[name] - len(seen[i]) / W) < 1e-12
+
+
+def test_too_short_a_text_is_refused(tmp_path):
+    """A domain without one window of train or validation tokens: ValueError with domain, tokens, context."""
+    corpus, config = small(tmp_path)
+    with pytest.raises(ValueError, match=r"domain 'b': \d+ validation tokens, .* context 200"):
+        data.Batches(corpus, config, 0, 4, 200)
+
+
+def test_document_starts():
+    """Brute force: the start is one past the last eot strictly before the token."""
+    x = np.random.default_rng(0).integers(0, 4, (20, 33))
+    brute = [[max([k + 1 for k in range(t) if row[k] == 0], default=0) for t in range(33)] for row in x]
+    assert data.document_starts(x, 0).tolist() == brute
+
+
+def test_batches_of_the_embedded_corpus(corpus):
+    """doc_start comes with doc_mask; validation windows are side by side and evenly spaced."""
+    batches = data.Batches(corpus, data.DataConfig(horizon=10 ** 7, doc_mask=True), 0, 16, 128)
+    b = batches(40)
+    assert b.doc_start.shape == b.x.shape == (16, 128) and (b.doc_start <= torch.arange(128)).all()
+    x, y = batches.val("math")
+    ids = corpus.domains["math"].val
+    assert x.flatten().tolist() == ids[:x.numel()].tolist() and y.flatten().tolist() == ids[1:x.numel() + 1].tolist()
+    some, _ = batches.val("math", 7)
+    where = [next(i for i, row in enumerate(x) if torch.equal(row, s)) for s in some]
+    assert len(some) == 7 and max(np.diff(where)) - min(np.diff(where)) <= 1
+
+
+def test_bigram_equals_dense_brute_force():
+    """The sparse Witten-Bell bigram gives the bits of the definition, also for a token never followed."""
+    rng = np.random.default_rng(0)
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    train, val = rng.integers(0, 40, 500).astype(np.uint16), np.append(rng.integers(0, 60, 300), 260).astype(np.uint16)
+    c = np.zeros((261, 261))
+    for a, b in zip(train[:-1], train[1:]): c[a, b] += 1
+    u, bits, size = (np.bincount(train, minlength=261) + 1) / (500 + 261), 0, 0
+    for a, b in zip(val[:-1], val[1:]):
+        T = (c[a] > 0).sum()
+        bits -= np.log2((c[a, b] + T * u[b]) / (c[a].sum() + T) if c[a].sum() else u[b])
+        size += b < 256
+    assert abs(data.bigram_bits(train, val, tokenizer) - bits / size) < 1e-9
+
+
+def test_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
+    """Unknown commands and options end with the known ones listed; stats prints a row a domain."""
+    for argv in ([], ["prepar"], ["stats", "--vcab=3"], ["stats", "--domains=news:1:1"]):
+        with pytest.raises(SystemExit, match="known"): data.main(argv)
+    _, config = small(tmp_path)
+    capsys.readouterr()
+    data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--files={config.files}", f"--cache={tmp_path}/cache"])
+    assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
+
+
+# ---- model.py -------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "motif": TINY, "mha": MHA, "gqa": replace(MHA, n_kv_head=2), "differential gqa": replace(TINY, n_kv_head=2),
+    "learned": replace(MHA, position="learned", norm="layer", act="gelu", gated=False, tie=False),
+    "ungated": replace(TINY, gated=False, act="relu2", tie=False), "swiglu": replace(MHA, act="silu"),
+}
+each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@each_variant
+def test_no_token_sees_the_future(config, float64):
+    network, x = lively(config), tokens(2, 20)
+    other = x.clone()
+    other[:, 11:] = (x[:, 11:] + 1) % 61
+    before, after = network(x), network(other)
+    assert torch.equal(before[:, :11], after[:, :11]) and (before[:, 11:] != after[:, 11:]).any(-1).all()
+
+
+@each_variant
+def test_decoding_with_a_cache_is_decoding_without(config, float64):
+    network, x = lively(config), tokens(2, 20)
+    cache, whole = net.Cache(config.context), network(x)
+    pieces = [network(x[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+    out = net.generate(network, x[:, :4], 12, temperature=0)
+    for i in range(4, 16):
+        assert torch.equal(out[:, i], network(out[:, :i])[:, -1].argmax(-1))
+    assert network.training, "sampling leaves the mode as it found it"
+
+
+def test_sampling_goes_past_the_context_and_repeats_with_its_seed():
+    network, x = lively(TINY), tokens(1, 5)
+    a, b, c = (net.generate(network, x, 60, 1.0, 0.9, seed) for seed in (1, 1, 2))
+    assert a.shape == (1, 65) and torch.equal(a, b) and not torch.equal(a, c)
+    last = a[:, -20 - 4:-1]                                                # it goes on from at least half a context
+    assert torch.isfinite(network(last)).all()
+
+
+def test_top_p_keeps_the_smallest_set_of_that_mass():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    drawn = net.pick(logits, 1.0, 0.7, torch.Generator().manual_seed(0)).flatten()
+    counts = drawn.bincount(minlength=4) / 4000
+    assert counts[2:].sum() == 0 and abs(counts[0] - 0.625) < 0.04          # 5 standard deviations
+    assert (net.pick(logits, 1.0, 1e-9, None) == 0).all() and (net.pick(logits, 0, 1.0, None) == 0).all()
+
+
+@each_variant
+def test_documents_in_one_window_do_not_see_each_other(config, float64):
+    if config.position == "learned":
+        config = replace(config, position="rope")                # a second document starts at another position
+    network, x = lively(config), tokens(1, 20)
+    starts = torch.where(torch.arange(20) < 8, 0, 8)[None]
+    packed = network(x, doc_start=starts)
+    torch.testing.assert_close(packed[:, :8], network(x[:, :8]))
+    torch.testing.assert_close(packed[:, 8:], network(x[:, 8:]), rtol=1e-4, atol=1e-5)    # RoPE's tables are float32
+
+
+@each_variant
+@pytest.mark.parametrize("cuts", [(1,), (1, 2)])
+def test_ranges_of_layers_make_the_whole(config, cuts, float64):
+    bounds = [0, *cuts, config.n_layer]
+    whole = lively(config)
+    parts = [lively(config, layers=range(a, b)) for a, b in zip(bounds, bounds[1:])]
+    fresh = net.Transformer(config, seed=5).state_dict()
+    for part, (a, b) in zip(parts, zip(bounds, bounds[1:])):
+        for name, p in net.Transformer(config, seed=5, layers=range(a, b)).state_dict().items():
+            assert torch.equal(p, fresh[name]), f"{name} is drawn from its own name"
+    x, y = tokens(2, 16), tokens(2, 16)
+    h = x
+    for part in parts[:-1]:
+        h = part(h)
+    torch.testing.assert_close(parts[-1](h), whole(x))
+    torch.testing.assert_close(parts[-1](h, targets=y)[0], whole(x, targets=y)[0])
+
+
+def test_lambda_starts_where_the_paper_says(float64):
+    starts = [a.lam_init for a in net.Transformer(replace(TINY, n_layer=12)).attentions().values()]
+    assert starts[:4] == pytest.approx([0.2, 0.3556, 0.4707, 0.5561], abs=1e-4)
+    assert starts[-1] == pytest.approx(0.8, abs=0.03)
+    network = net.Transformer(net.ModelConfig(d_head=128))
+    for attention in network.attentions().values():
+        assert abs(attention.lam() - attention.lam_init) < 0.8             # exp(λq1·λk1) ± with N(0, 0.1): near 1
+
+
+def test_model_is_handed_its_matmuls():
+    """Every matmul of a layer goes through Ops.linear, with its input made by `pre` once."""
+    seen = []
+
+    def watch(name, weights, pre, *x):
+        seen.append((name, len(weights)))
+        return net.linear(name, weights, pre, *x)
+    net.Transformer(TINY, net.Ops(linear=watch))(tokens(1, 4))
+    assert seen == [("qkv", 3), ("out", 1), ("up", 2), ("down", 1)] * TINY.n_layer
+
+
+def test_presets_are_the_reported_size():
+    assert net.count_parameters(net.PRESETS["motif-2.6b"])["total"] == pytest.approx(2.597e9, abs=5e5)
+
+
+def test_flops_are_what_torch_counts(monkeypatch):
+    """torch counts every matmul of a forward; the definition of attention makes full maps, as our count does."""
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(kernels, "attention", kernels.attention_ref)
+    monkeypatch.setattr(kernels, "diff_attention", kernels.diff_attention_ref)
+    for config in (TINY, replace(MHA, gated=False, tie=False)):
+        network = net.Transformer(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(tokens(1, config.context))
+        ours = net.flops_per_token(config, training=False) * config.context
+        assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
+
+
+def test_tensor_files_are_the_safetensors_format(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "half": torch.randn(2, 2).bfloat16(),
+               "one": torch.tensor(3), "none": torch.empty(0, 4), "view": torch.randn(6, 4).mT,
+               "fp8": torch.randn(5).to(torch.float8_e4m3fn)}
+    net.write_tensors(tmp_path / "t", tensors)
+    back = net.read_tensors(tmp_path / "t")
+    assert back.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert back[name].dtype == t.dtype and torch.equal(back[name].double(), t.double()), name
+
+    raw = (tmp_path / "t").read_bytes()                                    # the format, read by its definition
+    length = int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8:8 + length])["a"]
+    start, stop = entry["data_offsets"]
+    assert entry["dtype"] == "F32" and entry["shape"] == [3, 5] and length % 8 == 0
+    assert np.array_equal(np.frombuffer(raw[8 + length:][start:stop], "<f4").reshape(3, 5), tensors["a"].numpy())
+    back["a"].zero_()
+    assert (tmp_path / "t").read_bytes() == raw, "what is read is a private copy"
+
+
+def test_broken_tensor_files_are_refused(tmp_path):
+    net.write_tensors(tmp_path / "t", {"a": torch.randn(3, 5)})
+    raw = (tmp_path / "t").read_bytes()
+    for bad in (raw[:-4], raw[:5], b"", b"\xff" * 40, raw.replace(b"F32", b"F99"), raw.replace(b"60]", b"99]"),
+                raw.replace(b"[3, 5]", b"[3, 9]")):
+        (tmp_path / "bad").write_bytes(bad)
+        with pytest.raises(ValueError, match="bad"):
+            net.read_tensors(tmp_path / "bad")
+
+
+# ---- muonclip.py ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (160, 48), (3, 40, 24), (1, 30)])
+def test_newton_schulz_flattens_the_singular_values(shape):
+    g = torch.randn(shape)
+    o = muonclip.newton_schulz(g)
+    s = torch.linalg.svdvals(o)
+    relative = torch.linalg.svdvals(g) / g.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
+    assert o.shape == g.shape and s.max() < 1.21 and s.flatten()[relative.flatten() > 0.01].min() > 0.68
+    assert (muonclip.newton_schulz(1000 * g) - o).norm() < 1e-3 * o.norm(), "the gradient's scale does not matter"
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    cosine = (o * (u @ vt)).sum() / o.norm() / (u @ vt).norm()
+    assert cosine > 0.97, "the direction is that of U·Vᵀ"
+
+
+def test_a_zero_gradient_makes_a_zero_update():
+    assert (muonclip.newton_schulz(torch.zeros(4, 6)) == 0).all()
+
+
+def test_optimizer_updates_what_it_says():
+    """The update that was applied to the weights is orthogonal for each hidden matrix: a Muon that silently is none
+    would pass any test of the loss. Everything else moves by AdamW's rule, as torch has it."""
+    network = lively(TINY)
+    config = muonclip.OptimConfig(lr=0.01, weight_decay=0.1)
+    optimizer = muonclip.MuonClip(network, config)
+    grouped = [name for group in optimizer.param_groups for name in group["names"]]
+    assert sorted(grouped) == sorted(name for name, _ in network.named_parameters()), "each parameter once"
+    assert all("layers." in name for g in optimizer.param_groups if g["rule"] == "muon" for name in g["names"])
+
+    twin = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    adamw = torch.optim.AdamW([dict(params=[twin[n] for n in g["names"]], weight_decay=g["weight_decay"])
+                               for g in optimizer.param_groups if g["rule"] == "adamw"], lr=0.01, betas=(0.9, 0.95))
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        network.zero_grad()
+        network(tokens(2, 16), tokens(2, 16))[0].backward()
+        for name, p in network.named_parameters():
+            twin[name].grad = p.grad.clone()
+        count = optimizer.step()
+        adamw.step()
+        hidden = [(name, p) for name, p in network.named_parameters() if name.startswith("layers.") and p.ndim == 2]
+        assert count == len(hidden) == 7 * TINY.n_layer
+        for name, p in hidden:
+            applied = (before[name] * (1 - 0.01 * 0.1) - p) / 0.01 / (0.2 * max(p.shape) ** 0.5)
+            s = torch.linalg.svdvals(applied.detach())
+            large = s[: len(s) // 2]                                   # gradients of a tiny batch are rank-deficient
+            assert 0.6 < large.min() and large.max() < 1.25, name
+    for group in optimizer.param_groups:
+        if group["rule"] == "adamw":
+            for name, p in zip(group["names"], group["params"]):
+                torch.testing.assert_close(p, twin[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [MHA, TINY, VARIANTS["gqa"], VARIANTS["differential gqa"]],
+                         ids=["mha", "differential", "gqa", "differential gqa"])
+def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
+    """Same inputs before and after: a clipped head's largest logit is τ to 1e-5, a calm head's weights are the same
+    bits; heads whose largest logit is negative or zero are calm."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        network, x = lively(config, std=0.5), tokens(4, 24)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    attention, d = list(network.attentions().values())[0], config.d_head
+    if config.n_kv_head == config.n_head:
+        with torch.no_grad():
+            attention.wk[d:2 * d] *= 1e-3                                  # head 1 is calm
+    network(x)
+    before = attention.max_logits.clone()
+    tau = before.sort().values[1:3].mean().item()                          # two heads are above, two below
+    weights = attention.wq.detach().clone(), attention.wk.detach().clone()
+    count = muonclip.qk_clip_([attention], tau)
+    hot = before > tau
+    assert count == hot.sum() == 2
+    attention.max_logits.fill_(-torch.inf)
+    network(x)
+    after = attention.max_logits
+    torch.testing.assert_close(after[hot], torch.full_like(after[hot], tau), rtol=1e-5, atol=0)
+    rows = ~hot.repeat_interleave(d)
+    assert torch.equal(attention.wq[rows], weights[0][rows])
+    assert torch.equal(attention.wk[rows], weights[1][rows]) if config.n_kv_head == config.n_head \
+        else torch.equal(attention.wk, weights[1])
+    assert torch.equal(after[~hot], before[~hot])
+
+    attention.max_logits.copy_(torch.tensor([-5.0, 0.0, -torch.inf, 1.0]))
+    weights = attention.wq.detach().clone(), attention.wk.detach().clone()
+    assert muonclip.qk_clip_([attention], 1.0) == 0
+    assert torch.equal(attention.wq, weights[0]) and torch.equal(attention.wk, weights[1])
+
+
+# ---- parallel.py ----------------------------------------------------------------------------------------------------
+
+def spawn(world, f, *args):
+    """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_enter, (world, port, f, args), nprocs=world)
+
+
+def _enter(rank, world, port, f, args):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    f(rank, *args)
+
+
+def two_ranks(rank, path):
+    """Gradients of half the batch each, averaged, are those of the whole batch on one process."""
+    torch.set_default_dtype(torch.float64)
+    config = tiny_run(path)
+    mesh = parallel.join_mesh(parallel.MeshConfig(timeout=30))
+    corpus = data.prepare(config.data, config.model.vocab_size)
+    batches = data.Batches(corpus, config.data, 0, config.batch, config.model.context)
+    together, alone = lively(config.model), lively(config.model)
+    sums = train.forward_backward(together, batches(3, rank, 2), config, mesh, 1)
+    parallel.average_gradients_(list(together.parameters()), mesh, bucket_bytes=20_000)
+    whole = train.forward_backward(alone, batches(3), config, parallel.Mesh(), 1)
+    for (name, a), b in zip(together.named_parameters(), alone.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+    torch.testing.assert_close(parallel.all_sum(sums, mesh), whole)
+    largest = torch.tensor([1.0 + rank, 5.0 - rank, -3.0])
+    assert parallel.all_max(largest, mesh).tolist() == [2.0, 5.0, -3.0]
+    parallel.leave_mesh(mesh)
+
+
+def test_two_ranks_make_the_gradients_of_one(text):
+    spawn(2, two_ranks, text)
+
+
+# ---- train.py -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A small text file of sentences with something to learn."""
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    nouns, verbs = "river stone lamp garden engine letter winter harbour".split(), "holds finds turns keeps".split()
+    lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n" for _ in range(2000))
+    (folder / "mine.txt").write_text("".join(lines))
+    return folder / "mine.txt"
+
+
+def tiny_run(path, **changes):
+    model = replace(TINY, n_layer=2, vocab_size=261)
+    config = train.Config(model=model, tokens=30 * 8 * 32, batch=8, micro=4, eval_every=10, eval_windows=4,
+                          save_every=4, optim=muonclip.OptimConfig(lr=0.01, tau=3.0),
+                          data=data.DataConfig(domains="mine:1:1", files=f"mine={path}", tokenizer="bytes",
+                                               cache=str(path.parent / "cache")))
+    return replace(config, **changes)
+
+
+def command(path, out, *more):
+    """A worker by itself, with the options of tiny_run."""
+    config = tiny_run(path)
+    options = [f"--{f}={getattr(config, f)}" for f in ("tokens", "batch", "micro", "eval_every", "eval_windows",
+                                                        "save_every")]
+    for part in ("model", "optim", "data"):
+        default, own = getattr(train.RECIPES["laptop"], part), getattr(config, part)
+        options += [f"--{part}.{f.name}={getattr(own, f.name)}" for f in fields(own)
+                    if getattr(own, f.name) != getattr(default, f.name)]
+    return [sys.executable, str(HERE / "train.py"), *options, f"--out={out}", *more]
+
+
+def log_of(out):
+    """log.csv without the columns of time and speed."""
+    with open(out / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "seconds")}
+                for row in csv.DictReader(file)]
+
+
+def weights_of(out):
+    return train.newest_checkpoint(out)[1]
+
+
+def start_and_wait(args, out, step):
+    """Start a worker and return it when its log has reached `step`."""
+    worker = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and worker.poll() is None:
+        if (out / "log.csv").exists() and len(rows := log_of(out)) and int(rows[-1]["step"] or 0) >= step:
+            return worker
+        time.sleep(0.01)
+    worker.kill()
+    raise AssertionError(f"step {step} was not reached: {worker.communicate()[0]}")
+
+
+def test_a_killed_run_ends_as_if_never_interrupted(text, tmp_path):
+    """kill -9 twice, at steps that are no checkpoints; then Ctrl-C, which saves and leaves with 0. The resumed run's
+    weights, optimizer state and log are those of the uninterrupted one, bit for bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(text, whole), check=True, capture_output=True, cwd=tmp_path)
+    for step, flag in ((6, ()), (15, ("--resume",))):
+        worker = start_and_wait(command(text, broken, *flag), broken, step)
+        worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        assert worker.returncode == -signal.SIGKILL
+    worker = start_and_wait(command(text, broken, "--resume"), broken, 18)
+    worker.send_signal(signal.SIGINT)
+    printed = worker.communicate(timeout=30)[0]
+    assert worker.returncode == 0 and ("--resume" in printed or int(log_of(broken)[-1]["step"]) == 30), printed
+    subprocess.run(command(text, broken, "--resume"), check=True, capture_output=True, cwd=tmp_path)
+    assert log_of(broken) == log_of(whole) and len(log_of(whole)) == 31
+    ours, theirs = weights_of(broken), weights_of(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {p.name for p in whole.iterdir()} == {"ckpt", "lock", "log.csv", "loss.png", "tokenizer.json"}
+    assert len(train.checkpoints(whole)) == 2
+
+    sample = [sys.executable, HERE / "model.py", "--sample", whole, "--prompt", "The ", "--tokens", "20"]
+    said = subprocess.run(sample, check=True, capture_output=True, text=True).stdout
+    assert said.startswith("The ") and len(said) > 10
+
+    again = subprocess.run(command(text, whole), capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1 and "--resume" in again.stderr and "Traceback" not in again.stderr
+    assert log_of(whole) == log_of(broken), "a finished run is not overwritten"
+
+
+def test_training_learns_and_counts(text):
+    history, network = train.train(tiny_run(text), quiet=True)
+    assert [row["step"] for row in history] == list(range(31))
+    assert history[-1]["val_mine"] < 0.7 * history[0]["val_mine"]
+    assert history[0]["val_mine"] == pytest.approx(math.log(261), rel=0.02), "an untrained model knows nothing"
+    assert history[-1]["bpb_mine"] == pytest.approx(history[-1]["val_mine"] / math.log(2), rel=1e-6)
+    assert all(row["max_logit"] <= 3.6 for row in history[1:]), "τ = 3 holds, up to what one step adds"
+    assert history[-1]["tokens"] == 30 * 8 * 32 and all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(text, float64):
+    config = tiny_run(text)
+    batch = data.Batches(data.prepare(config.data, 261), config.data, 0, 8, 32)(0)
+    sums, networks = [], []
+    for micro in (8, 3, 1):
+        networks.append(lively(config.model))
+        sums.append(train.forward_backward(networks[-1], batch, replace(config, micro=micro), parallel.Mesh(), 1))
+        for a, b in zip(networks[-1].parameters(), networks[0].parameters()):
+            torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(sums[-1], sums[0])
+    a, b = (list(n.attentions().values())[0].max_logits for n in (networks[0], networks[-1]))
+    torch.testing.assert_close(a, b)                                       # the maximum over micro-batches
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(text, tmp_path):
+    """The learning rate blows the weights up; the step is named, and nothing is updated or saved after it."""
+    config = tiny_run(text, optim=muonclip.OptimConfig(name="adamw", lr=1e30), out=str(tmp_path / "run"), save_every=1)
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*(checkpoint is of step \d+|no checkpoint)"):
+        train.train(config, quiet=True)
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
+    out, said = tmp_path / "run", []
+    train.train(tiny_run(text, out=str(out), steps=8), quiet=True)
+    old, new = train.checkpoints(out)
+    whole = (new / "rank-0.safetensors").read_bytes()
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:100], None):
+        if damage is None:
+            (new / "rank-0.safetensors").unlink()
+        else:
+            (new / "rank-0.safetensors").write_bytes(damage)
+        said.clear()
+        assert train.newest_checkpoint(out, said.append)[0]["step"] == 4
+        assert len(said) == 1 and "step-00000008" in said[0]
+    manifest = json.loads((old / "manifest.json").read_text())
+    for entry in manifest["tensors"].values():
+        entry["file"] = "../../elsewhere"
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert train.newest_checkpoint(out, said.append) is None and "outside" in said[-1]
+
+
+def test_a_run_folder_has_one_writer(text, tmp_path):
+    folder = train.RunFolder(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use by process"):
+        train.RunFolder(tmp_path / "run")
+    folder.close()
+    train.RunFolder(tmp_path / "run").close()
+
+
+def test_resuming_refuses_another_architecture_or_configuration(text, tmp_path):
+    out = tmp_path / "run"
+    config = tiny_run(text, out=str(out), steps=4)
+    train.train(config, quiet=True)
+    with pytest.raises(ValueError, match=r"another architecture: .*\(261, 32\) for \(261, 16\)"):
+        train.train(replace(config, model=replace(config.model, d_model=16)), resume=True, quiet=True)
+    words = ["--resume", f"--out={out}"]
+    assert train.parse(words)[0] == replace(config, steps=0)
+    assert train.parse([*words, "--steps=7", "--mesh.timeout=9"])[0].steps == 7
+    for bad, message in (("--optim.lr=1", "lr=0.01"), ("--batch=4", "begun with batch=8, not 4"), ("gpt2", "laptop")):
+        with pytest.raises(ValueError, match=message):
+            train.parse([*words, bad])
+    text.with_name("other.txt").write_text(text.read_text()[:-50])
+    moved = replace(config, data=replace(config.data, files=f"mine={text.with_name('other.txt')}"))
+    with pytest.raises(ValueError, match="another data"):
+        train.train(moved, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--optim.rate=1"], "no option --optim.rate; have name, lr"), (["motiv"], "no recipe 'motiv'; have laptop, gpt2"),
+    (["--optim.lr=fast"], "--optim.lr=fast: must be a number"),
+    (["--batch=2.5"], "--batch=2.5: must be a whole number"),
+    (["--model.tie=1"], "must be true or false"), (["--model=3"], "name a field"), (["--batch"], "--batch=VALUE"),
+    (["--model.act=tanh"], "have polynorm, silu, gelu, relu2"), (["--tokens=100"], "less than one step"),
+    (["--model.n_head=3"], "not a multiple"), (["--optim.lr=-1"], "must be positive"), (["--seed.x=1"], "no fields"),
+    (["--resume", "--out=/nowhere/at/all"], "there is no run"), (["--mesh.timeout=0"], "positive"),
+])
+def test_bad_options_are_refused_in_one_line(words, message):
+    with pytest.raises(ValueError) as error:
+        train.parse(words)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(text, monkeypatch):
+    with pytest.raises(ValueError, match="8.* 3"):
+        monkeypatch.setattr(parallel, "join_mesh", lambda _: parallel.Mesh(dp=parallel.Axis(0, 3)))
+        monkeypatch.setattr(parallel, "leave_mesh", lambda _: None)
+        train.train(tiny_run(text), quiet=True)
+
+
+def test_learning_rates_of_both_reports():
+    motif = replace(train.Config(), model=net.PRESETS["motif-2.6b"], batch=1024, tokens=2_500_000_000_000,
+                    optim=muonclip.OptimConfig(lr=5e-4, warmup=0.008, decay="rsqrt", decay_start=0.8, floor=0.25))
+    lr = lambda part, config: train.learning_rate(round(part * config.tokens), config)
+    assert [lr(p, motif) for p in (0.008, 0.5, 0.8)] == pytest.approx([5e-4] * 3, rel=1e-3)
+    assert lr(0.004, motif) == pytest.approx(2.5e-4, rel=1e-3)
+    assert lr(1.0, motif) == pytest.approx(1.25e-4) and lr(0.9, motif) == pytest.approx(5e-4 * 0.343, rel=1e-3)
+    k2 = replace(motif, optim=muonclip.OptimConfig(lr=2e-4, decay="cosine", decay_start=10 / 15.5, floor=0.1))
+    assert lr(10 / 15.5, k2) == pytest.approx(2e-4) and lr(1.0, k2) == pytest.approx(2e-5)
+    assert lr(12.75 / 15.5, k2) == pytest.approx(1.1e-4)
+    line = replace(k2, optim=muonclip.OptimConfig(lr=1.0, floor=0.0, decay_start=0.5))
+    assert [lr(p, line) for p in (0.25, 0.75, 1.0)] == pytest.approx([1, 0.5, 0])

@@ -1,0 +1,655 @@
+"""Train a recipe:  torchrun train.py [RECIPE] [--option=value ...]
+
+  laptop        the default: Motif's block with MuonClip, on the text that every Python installation carries
+  gpt2          the control on the same text: GPT-2's block with AdamW
+  shakespeare   Motif's block on bytes of the one file named by --data.files=shakespeare=PATH
+
+  --out=FOLDER  where the run is kept (out/RECIPE)        --steps=N   stop early; the schedules do not move
+  --resume      go on from the folder's last checkpoint   --seed=N    --tokens=N  --batch=N   and all fields of Config
+  --dry-run     say what would run                        --model.* --optim.* --data.* --mesh.*   fields of those
+
+A run folder holds log.csv and loss.png (written while it runs), the tokenizer, and ckpt/. Ctrl-C and SIGTERM save, then
+leave. Time is tokens: learning rate and mixture are pure functions of the tokens seen, batches of (seed, step); so a
+run resumed from any checkpoint ends with the numbers of one that was never stopped.
+"""
+import csv
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+
+import parallel
+from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
+from model import (PRESETS, ModelConfig, Transformer, count_parameters, flops_per_token, generate, read_tensors,
+                   write_tensors)
+from muonclip import MuonClip, OptimConfig, qk_clip_
+from parallel import MeshConfig
+
+
+# ---- configuration ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "laptop"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tokens: int = 2_000_000      # the run's budget: where its schedules end
+    batch: int = 16              # windows of one step, over all ranks
+    micro: int = 16              # windows at once on a rank (at most); gradients accumulate over the rest
+    eval_every: int = 100        # steps
+    eval_windows: int = 64       # of each domain, spread evenly over its validation text; 0 = all of it
+    save_every: int = 100        # steps between checkpoints
+    keep: int = 2                # checkpoints kept
+    log_every: int = 1           # steps between rows of the log
+    seed: int = 0
+    steps: int = 0               # stop after so many steps; 0 = when the tokens are spent
+    compile: bool = False        # torch.compile the network
+    out: str = ""                # run folder; "" = keep nothing (notes and tests)
+
+    def __post_init__(self):
+        for name in ("tokens", "batch", "micro", "eval_every", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("eval_windows", "steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.tokens < self.step_tokens:
+            raise ValueError(f"tokens={self.tokens} is less than one step: {self.batch} windows of "
+                             f"{self.model.context} = {self.step_tokens} tokens")
+
+    @property
+    def step_tokens(self):
+        return self.batch * self.model.context
+
+    @property
+    def total_steps(self):
+        return self.tokens // self.step_tokens
+
+
+LAPTOP = Config(model=PRESETS["laptop"], tokens=1_100_000, batch=8, micro=8,
+                optim=OptimConfig(lr=6e-3, decay_start=0.3, floor=0.0))
+RECIPES = {
+    "laptop": LAPTOP,
+    "gpt2": replace(LAPTOP, recipe="gpt2", model=PRESETS["gpt2"],
+                    optim=OptimConfig(name="adamw", lr=3e-3, warmup=0.05, decay="cosine", floor=0.1)),
+    "shakespeare": Config(recipe="shakespeare", model=PRESETS["shakespeare"], batch=16, tokens=400 * 16 * 64,
+                          optim=OptimConfig(lr=6e-3, floor=0.0), eval_windows=0,
+                          data=DataConfig(domains="shakespeare:1:1", tokenizer="bytes")),
+}
+
+
+def parse_like(old, text, key):
+    """The text of an option as a value of the type that `old` has."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(old, int):
+            if float(text) != int(float(text)):
+                raise ValueError
+            return int(float(text)) if "e" in text.lower() else int(text)
+        return type(old)(text)
+    except (ValueError, KeyError, OverflowError):
+        kind = dict(bool="true or false", int="a whole number", float="a number")[type(old).__name__]
+        raise ValueError(f"--{key}={text}: must be {kind} (now {old})") from None
+
+
+def override(config, options):
+    """{"optim.lr": "3e-4"} → a new config; nested dataclasses by dotted names."""
+    for key, text in options.items():
+        config = set_field(config, key.split("."), text, key)
+    return config
+
+
+def set_field(node, path, text, key):
+    names = [f.name for f in fields(node) if f.name != "recipe"]
+    if path[0] not in names:
+        raise ValueError(f"no option --{key}; have {', '.join(names)}")
+    old = getattr(node, path[0])
+    if is_dataclass(old) != (len(path) > 1):
+        raise ValueError(f"--{key}={text}: " + (f"name a field: {', '.join(f.name for f in fields(old))}"
+                                                if is_dataclass(old) else f"{path[0]} has no fields"))
+    new = set_field(old, path[1:], text, key) if len(path) > 1 else parse_like(old, text, key)
+    return replace(node, **{path[0]: new})
+
+
+def from_dict(kind, values):
+    """The inverse of dataclasses.asdict. Fields that the dataclass does not have are refused."""
+    known = {f.name: f for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"this run was made with an option that is no more: {name}={values[name]!r}")
+    nested = dict(model=ModelConfig, optim=OptimConfig, data=DataConfig, mesh=MeshConfig)
+    return kind(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
+
+
+# ---- schedules ----------------------------------------------------------------------------------------------------
+
+def learning_rate(tokens, config):
+    """Warm-up, plateau, decay (WSD) after `tokens` tokens; the last step uses the rate just before the end.
+
+    u runs from 0 to 1 over the decay, from 1 to `floor` of the peak:
+        cosine  f + (1 − f)(1 + cos πu)/2                  [Kimi K2 §2.5]
+        rsqrt   1/√(1 + (f⁻² − 1)u)      [Motif §3.2.2 says "inverse square root" and 25%; this form is a guess]
+        linear  1 − (1 − f)u"""
+    c, done = config.optim, tokens / config.tokens
+    if done < c.warmup:
+        return c.lr * (tokens + config.step_tokens) / (c.warmup * config.tokens + config.step_tokens)
+    u = 0.0 if done <= c.decay_start else min(1.0, (done - c.decay_start) / (1 - c.decay_start))
+    shape = dict(cosine=lambda: c.floor + (1 - c.floor) * (1 + math.cos(math.pi * u)) / 2,
+                 rsqrt=lambda: 1 / math.sqrt(1 + (max(c.floor, 1e-3) ** -2 - 1) * u),
+                 linear=lambda: 1 - (1 - c.floor) * u)
+    return c.lr * shape[c.decay]()
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+def checksum(t):
+    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def sync_folder(path):
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(run, step, tensors, facts, keep):
+    """run/ckpt/step-N: one tensor file a rank and, last, the manifest. Written beside, forced to disk, then renamed: a
+    folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
+    ckpt = run / "ckpt"
+    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    write_tensors(beside / "rank-0.safetensors", tensors)
+    entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
+               for name, t in tensors.items()}
+    with open(beside / "manifest.json", "w") as file:
+        json.dump(dict(facts, step=step, tensors=entries), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    sync_folder(ckpt)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(run):
+    """Folders of finished checkpoints, oldest first."""
+    return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
+
+
+def read_checkpoint(folder):
+    """→ (manifest, {name: tensor}) with every tensor's shape, type and checksum verified. Raises ValueError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entries = manifest["tensors"]
+        names = {entry["file"] for entry in entries.values()}
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder}: its manifest names files outside the folder")
+        files = {name: read_tensors(folder / name) for name in names}
+        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    for name, t in tensors.items():
+        if str(t.dtype) != entries[name]["dtype"] or list(t.shape) != entries[name]["shape"] \
+                or checksum(t) != entries[name]["sha256"]:
+            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
+    return manifest, tensors
+
+
+def newest_checkpoint(run, say=print):
+    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over."""
+    for folder in reversed(checkpoints(run)):
+        try:
+            return read_checkpoint(folder)
+        except ValueError as error:
+            say(f"{error}; trying the one before")
+    return None
+
+
+def restore(model, optimizer, tensors):
+    """Copy a checkpoint's tensors into model and optimizer; other names or shapes are refused, all listed at once."""
+    own = dict(model.named_parameters())
+    kept = {name: t for name, t in tensors.items() if ":" not in name}
+    wrong = [f"{name} {tuple(kept[name].shape) if name in kept else 'missing'} for {tuple(own[name].shape)}"
+             for name in own if name not in kept or kept[name].shape != own[name].shape]
+    wrong += [f"{name} unknown" for name in kept if name not in own]
+    if wrong:
+        raise ValueError(f"the checkpoint is of another architecture: {'; '.join(wrong[:8])}"
+                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(kept[name])
+    if optimizer is not None:
+        optimizer.load(tensors)
+
+
+def load_run(folder):
+    """(model, tokenizer) of a run's newest intact checkpoint, for sampling."""
+    run = Path(folder)
+    found = newest_checkpoint(run)
+    if found is None:
+        raise SystemExit(f"{folder}: no checkpoint here; train one first (torchrun train.py --out={folder})")
+    manifest, tensors = found
+    config = from_dict(Config, manifest["config"])
+    model = Transformer(config.model)
+    restore(model, None, tensors)
+    return model, load_tokenizer(run / "tokenizer.json")
+
+
+# ---- the run folder -----------------------------------------------------------------------------------------------
+
+class RunFolder:
+    """log.csv, loss.png, tokenizer.json, ckpt/: written by one process, which holds the folder's lock."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise ValueError(f"--out={path}: in use by process {self.lock.read().strip() or '?'}") from None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+        self.log = None
+
+    def open_log(self, columns, step):
+        """Open log.csv for appending, its rows past `step` cut. → the rows that stay."""
+        path, rows = self.path / "log.csv", []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+        beside = path.with_suffix(".part")
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(path)
+        self.log = open(path, "a", newline="")
+        self.writer = csv.DictWriter(self.log, columns)
+        return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
+
+    def write_row(self, row):
+        self.writer.writerow(row)
+        self.log.flush()
+
+    def sync_log(self):
+        os.fsync(self.log.fileno())
+
+    def close(self):
+        """Give up the lock."""
+        if self.log:
+            self.log.close()
+        self.lock.close()
+
+
+def draw(history, domains, path):
+    """loss.png: loss by domain, learning rate, mixture, largest logit, all over tokens."""
+    import matplotlib
+    import numpy as np
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    steps = [row for row in history if "loss" in row]
+    million = [row["tokens"] / 1e6 for row in steps]
+    (loss, rate), (mixture, logit) = axes
+    loss.plot(million, [row["loss"] for row in steps], color="0.8", label="training")
+    for i, name in enumerate(domains):
+        points = [(row["tokens"] / 1e6, row[f"val_{name}"]) for row in history if f"val_{name}" in row]
+        loss.plot(*zip(*points), marker="o", ms=3, color=f"C{i}", label=f"{name}, validation")
+    rate.plot(million, [row["lr"] for row in steps], color="C0")
+    width = 1 + len(steps) // 40                                   # a step holds few windows: average neighbours
+    shares = np.array([[row[f"share_{name}"] for row in steps] for name in domains])
+    shares = np.pad(shares, ((0, 0), (width // 2, width - 1 - width // 2)), "edge")
+    shares = [np.convolve(share, np.full(width, 1 / width), "valid") for share in shares]
+    mixture.stackplot(million, shares, labels=domains, alpha=0.8)
+    logit.plot(million, [row["max_logit"] for row in steps], color="C0")
+    for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"), (mixture, "mixture (share of windows)"),
+                        (logit, "largest logit q·k/√d")):
+        axis.set(title=title, xlabel="million tokens")
+    loss.legend(fontsize=8)
+    mixture.legend(fontsize=8, loc="lower left")
+    beside = path.with_suffix(".part.png")
+    figure.savefig(beside, dpi=110)
+    plt.close(figure)
+    beside.replace(path)
+
+
+# ---- evaluation, speed, signals -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, batches, config, mesh, dtype=None):
+    """{domain: (nats/token, bits/byte)} over side-by-side validation windows, shared out among the ranks."""
+    model.eval()
+    results, token_bytes = {}, torch.as_tensor(batches.corpus.tokenizer.token_bytes)
+    for name in batches.corpus.domains:
+        x, y = batches.val(name, config.eval_windows)
+        sums = torch.zeros(3, dtype=torch.float64)                                   # nats, tokens, bytes
+        for at in range(mesh.dp.rank * config.micro, len(x), mesh.dp.size * config.micro):
+            xs, ys = (torch.as_tensor(t[at:at + config.micro]).to(mesh.device) for t in (x, y))
+            _, nll = model(xs, ys, dtype=dtype)
+            sums += torch.tensor([nll.double().sum().item(), ys.numel(), token_bytes[ys.cpu()].sum().item()])
+        nats, tokens, size = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
+        results[name] = nats / tokens, nats / math.log(2) / size
+    model.train()
+    return results
+
+
+def matmul_speed(device, dtype, seconds=0.2):
+    """FLOP/s of a large square matmul here and now: what MFU is measured against."""
+    n = 4096 if device.type == "cuda" else 1024
+    a, wait = torch.randn(n, n, device=device, dtype=dtype), getattr(torch, device.type).synchronize
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds or best == math.inf:
+        wait()
+        begin = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n ** 3 / best
+
+
+class Stop:
+    """Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, lambda *_: setattr(self, "asked", True))
+        except ValueError:                                         # not the main thread: the caller handles signals
+            pass
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+class Status:
+    """One live line: rewritten in place on a terminal, printed every few seconds elsewhere."""
+
+    def __init__(self, quiet):
+        self.quiet, self.live, self.last = quiet, sys.stdout.isatty(), 0.0
+
+    def __call__(self, row, config, left, end=False):
+        if self.quiet or not end and time.monotonic() - self.last < (0.2 if self.live else 10):
+            return
+        self.last = time.monotonic()
+        text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  loss {row['loss']:.3f}  "
+                f"lr {row['lr']:.1e}  {row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  "
+                f"max logit {row['max_logit']:.1f}  {clock(left)} left")
+        print(f"\r{text}\033[K" if self.live else text, end="" if self.live and not end else "\n", flush=True)
+
+    def say(self, text):
+        if not self.quiet:
+            print(f"\r\033[K{text}" if self.live else text, flush=True)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+def forward_backward(model, batch, config, mesh, domains, dtype=None):
+    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches into p.grad.
+
+    → (domains, 2) float64 on the CPU: summed loss in nats/token, and number, of each domain's windows."""
+    sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
+    for at in range(0, share, config.micro):
+        part = slice(at, at + config.micro)
+        x, y = batch.x[part].to(mesh.device), batch.y[part].to(mesh.device)
+        doc_start = None if batch.doc_start is None else batch.doc_start[part].to(mesh.device)
+        loss, nll = model(x, y, doc_start, dtype=dtype)
+        (loss * (len(x) / share)).backward()
+        of_window = nll.double().view(len(x), -1).mean(1).cpu()
+        sums.index_add_(0, batch.domain[part], torch.stack([of_window, torch.ones_like(of_window)], 1))
+    return sums
+
+
+def train(config, resume=False, quiet=False):
+    """Run a recipe → (history, model). history: a dict a step, with the columns of log.csv; row 0 is before training.
+
+    With config.out everything is kept in that folder, and `resume` goes on from its newest intact checkpoint; without,
+    nothing is written. Raises ValueError on bad input, before any work is lost."""
+    run = None
+    if parallel.this_rank() == 0 and config.out:
+        if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
+            raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
+        run = RunFolder(config.out)
+    corpus = prepare(config.data, config.model.vocab_size)     # before anyone waits for anyone: this may take a while
+    horizon = config.data.horizon or config.tokens
+    batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch, config.model.context)
+    mesh = parallel.join_mesh(config.mesh)
+    if config.batch % mesh.dp.size:
+        raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {mesh.dp.size} ranks")
+    try:
+        with Stop() as stop:
+            return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop)
+    finally:
+        parallel.leave_mesh(mesh)
+        if run:
+            run.close()
+
+
+def loop(config, resume, status, run, corpus, batches, mesh, stop):
+    model = Transformer(config.model, seed=config.seed).to(mesh.device)
+    optimizer = MuonClip(model, config.optim)
+    attentions, parameters = list(model.attentions().values()), list(model.parameters())
+    forward = torch.compile(model) if config.compile else model
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
+    names = list(corpus.domains)
+    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
+
+    step, found = 0, newest_checkpoint(Path(config.out), status.say) if resume else None
+    if found:
+        manifest, tensors = found
+        for what in ("tokenizer", "data"):
+            if manifest[what] != facts[what]:
+                raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
+                                 f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
+        restore(model, optimizer, tensors)
+        step = manifest["step"]
+    if resume:
+        status.say(f"resuming {config.out} at step {step}")
+    status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
+               f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
+    for line in optimizer.describe():
+        status.say(f"  {line}")
+
+    columns = ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped"]
+    columns += [f"{what}_{name}" for what in ("loss", "share", "epochs", "val", "bpb") for name in names]
+    columns += ["tokens_per_s", "mfu", "seconds"]
+    history = []
+    if run:
+        history = run.open_log(columns, step if found else -1)
+        corpus.tokenizer.save(run.path / "tokenizer.json")
+    peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
+    last = min(config.total_steps, config.steps or config.total_steps)
+
+    def record(row):
+        if row["step"] % config.eval_every == 0 or row["step"] == last:
+            for name, (nats, bits) in evaluate(model, batches, config, mesh, dtype).items():
+                row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
+        elif row["step"] % config.log_every:
+            return
+        history.append(row)
+        if run:
+            run.write_row(row)
+            if f"val_{names[0]}" in row and row["step"]:
+                draw(history, names, run.path / "loss.png")
+
+    def save():
+        if run:
+            run.sync_log()
+            save_checkpoint(run.path, step, model_tensors(model) | optimizer.tensors(), facts, config.keep)
+        parallel.barrier(mesh)
+
+    if not found:
+        record(dict(step=0, tokens=0, seconds=0.0))
+    saved, spent = step, history[-1]["seconds"] if history else 0.0
+    while step < last:
+        begin, tokens = time.perf_counter(), step * config.step_tokens
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(tokens, config)
+        for attention in attentions:
+            attention.max_logits.fill_(-torch.inf)
+        model.zero_grad()
+        batch = batches(step, mesh.dp.rank, mesh.dp.size)
+        sums = forward_backward(forward, batch, config, mesh, len(names), dtype)
+
+        sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
+        parallel.average_gradients_(parameters, mesh)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
+        loss = (sums[:, 0].sum() / config.batch).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):     # sums of all ranks: the same decision everywhere
+            where = f"the last good checkpoint is of step {saved}" if saved and config.out else "no checkpoint yet"
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not updated; {where}")
+        asked = torch.tensor([float(stop.asked)], device=mesh.device)
+        peaks = torch.cat([asked, *(a.max_logits for a in attentions)])
+        leave, *_ = parallel.all_max(peaks, mesh)                  # one collective: the largest logits of all ranks
+        for attention, largest in zip(attentions, peaks[1:].split(config.model.n_head)):
+            attention.max_logits.copy_(largest)
+
+        optimizer.step()
+        clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau else 0
+        step += 1
+
+        took = time.perf_counter() - begin
+        spent += took
+        epochs = batches.epochs(step)
+        speed = config.step_tokens / took
+        row = dict(step=step, tokens=step * config.step_tokens, lr=optimizer.param_groups[0]["lr"], loss=loss,
+                   grad_norm=norm, max_logit=peaks[1:].max().item(), clipped=clipped,
+                   tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
+        for name, (total, windows) in zip(names, sums.tolist()):
+            row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
+            row |= {f"loss_{name}": total / windows} if windows else {}
+        record(row)
+        status(row, config, (last - step) * spent / step, end=step == last)
+        if step % config.save_every == 0 or step == last or leave:
+            save()
+            saved = step
+        if leave and step < last:
+            status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
+            break
+    return history, model
+
+
+def model_tensors(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+def report(config, history, model, corpus):
+    """What was learned: a table by domain beside a bigram model, and a sample of each."""
+    first, last = history[0], history[-1]
+    print(f"\n{'domain':<12}{'windows seen':>14}{'epochs':>9}{'bits/byte':>11}{'':>4}{'after':<9}{'bigram':<9}"
+          f"{'nats/token':>10}")
+    for name, domain in corpus.domains.items():
+        bigram = bigram_bits(domain.train, domain.val, corpus.tokenizer)
+        windows = last[f"epochs_{name}"] * ((len(domain.train) - 1) // config.model.context)
+        print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{first[f'bpb_{name}']:>11.3f}{'→':^4}"
+              f"{last[f'bpb_{name}']:<9.3f}{bigram:<9.3f}{last[f'val_{name}']:>10.3f}")
+    for name, domain in corpus.domains.items():
+        prompt = torch.as_tensor(domain.val[:32].astype("int64"))[None].to(model.embed.device)
+        text = corpus.tokenizer.decode(generate(model, prompt, 96, 0.7, 0.95)[0, 32:].tolist())
+        print(f"\n--- {name}: {corpus.tokenizer.decode(prompt[0].tolist())!r} goes on:\n{text}")
+    print(f"\nsample more: python model.py --sample {config.out} --prompt \"...\"     curves: {config.out}/loss.png")
+
+
+def dry_run(config):
+    counts, step_tokens = count_parameters(config.model), config.step_tokens
+    print(f"{config.recipe}: {counts['total']:,} parameters ({counts['embedding']:,} embedding), "
+          f"{flops_per_token(config.model):.3e} training FLOPs/token")
+    print(f"{config.tokens:,} tokens = {config.total_steps:,} steps of {config.batch} × {config.model.context}; "
+          f"{flops_per_token(config.model) * config.tokens:.3e} FLOPs in all")
+    c = config.optim
+    for what, part in (("start", 0), ("warm-up ends", c.warmup), ("decay begins", c.decay_start),
+                       ("half of the decay", (1 + c.decay_start) / 2), ("end", 1)):
+        at = min(round(part * config.total_steps), config.total_steps - 1) * step_tokens
+        print(f"  {what:<18} step {at // step_tokens:>10,}  {at:>20,} tokens  lr {learning_rate(at, config):.3e}")
+
+
+def parse(argv):
+    """Command line → (config, resume, dry_run). Raises ValueError: what is wrong, and what would be right."""
+    words = [a for a in argv if not a.startswith("--")]
+    flags, options = set(), {}
+    for arg in argv:
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if arg in ("--resume", "--dry-run", "--compile", "--help"):
+            flags.add(key)
+        elif arg.startswith("--"):
+            if not equals:
+                raise ValueError(f"{arg}: write {arg}=VALUE")
+            options[key] = text
+    if len(words) > 1 or words and words[0] not in RECIPES:
+        raise ValueError(f"no recipe {' '.join(words)!r}; have {', '.join(RECIPES)}")
+    if "compile" in flags:
+        options["compile"] = "true"
+    if "help" in flags:
+        raise SystemExit(__doc__)
+    resume = "resume" in flags or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    config = override(RECIPES[words[0] if words else "laptop"], options)
+    config = config if config.out else replace(config, out=f"out/{config.recipe}")
+    if resume:
+        config = resumed(config, options, words, "resume" in flags)
+    return config, resume, "dry-run" in flags
+
+
+def resumed(config, options, words, asked):
+    """The configuration of the run in config.out: it wins; only --mesh, --steps and --out may differ from it."""
+    run = Path(config.out)
+    if asked and not run.exists():
+        raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
+    for folder in reversed(checkpoints(run)):
+        try:
+            kept = from_dict(Config, json.loads((folder / "manifest.json").read_text())["config"])
+        except (OSError, KeyError, json.JSONDecodeError):
+            continue
+        if words and words[0] != kept.recipe:
+            raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
+        kept = replace(kept, out=config.out, steps=0)
+        wanted = override(kept, options)
+        for f in fields(Config):
+            old, new = getattr(kept, f.name), getattr(wanted, f.name)
+            if f.name not in ("mesh", "steps") and old != new:
+                raise ValueError(f"{run} was begun with {f.name}={old}, not {new}: only --mesh and --steps may change")
+        return wanted
+    return config
+
+
+def main(argv):
+    try:
+        config, resume, dry = parse(argv)
+        if dry:
+            return dry_run(config)
+        history, model = train(config, resume)
+        if parallel.this_rank() == 0 and history[-1]["step"] == config.total_steps:
+            report(config, history, model, prepare(config.data, config.model.vocab_size))
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
