@@ -711,8 +711,10 @@ class Batches:
         k = permute(j % W, W, key)
         train = [d.train for d in self.corpus.domains.values()]
         x, y = cut([train[i] for i in domain], k * T, T)
-        starts = document_starts(x.numpy(), self.corpus.tokenizer.eot) if self.config.doc_mask else None
-        return Batch(x, y, starts if starts is None else torch.from_numpy(starts), torch.from_numpy(domain))
+        return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
+
+    def doc_start(self, x):
+        if self.config.doc_mask: return torch.from_numpy(document_starts(x.numpy(), self.corpus.tokenizer.eot))
 
     def epochs(self, step):
         """{name: epochs of the domain seen after `step` steps}"""
@@ -720,11 +722,12 @@ class Batches:
         return dict(zip(self.corpus.domains, epochs.tolist()))
 
     def val(self, name, limit=0):
-        """(x, y), each (n, T) int64: `limit` validation windows at even distances; 0: all"""
+        """(x, y, doc_start or None), each (n, T) int64: `limit` validation windows at even distances; 0: all"""
         ids, T = self.corpus.domains[name].val, self.context
         total = (len(ids) - 1) // T
         n = min(limit, total) or total
-        return cut([ids] * n, np.arange(n) * total // n * T, T)
+        x, y = cut([ids] * n, np.arange(n) * total // n * T, T)
+        return x, y, self.doc_start(x)
 
 
 # ---- What counting alone can do: the bar a model has to pass -----------------------------------------------
@@ -732,9 +735,9 @@ class Batches:
 def bigram_bits(train, val, tokenizer):
     """bits/byte of val[1:] under a Witten-Bell bigram of the same tokens, T(a) = distinct followers of a:
          p(b|a) = (c(ab) + T(a) u(b)) / (c(a) + T(a)),   u(b) = (c(b) + 1) / (N + V)
-    An eot costs bits and stands for 0 bytes."""
+    An eot costs bits and stands for 0 bytes. Of a long text, the first 20M tokens are counted."""
     V = tokenizer.n_vocab
-    train, val = train.astype(np.int64), val.astype(np.int64)
+    train, val = train[:20_000_000].astype(np.int64), val[:20_000_000].astype(np.int64)
     unigram = (np.bincount(train, minlength=V) + 1) / (len(train) + V)                   # (V,)
     pairs, n = np.unique(train[:-1] * V + train[1:], return_counts=True)                # the pairs that occur
     seen, followers = (np.bincount(a, minlength=V) for a in (train[:-1], pairs // V))    # c(a), T(a)

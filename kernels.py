@@ -1,5 +1,6 @@
 """Operations that have a fast path: the definition first, then the closed form or kernel that is tested against it.
 
+  rms_norm              x / √(mean x²), with gains
   poly_norm             Motif's activation: a cubic of its input, each power normalised       [Motif §2.1, PolyCom]
   attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential form      [2410.05258 eq. 1-3]
   max_logits            largest q·k·scale of every head, without a T×T matrix                 [Kimi K2 §2.1]
@@ -8,6 +9,10 @@
 Shapes:  B batch  T time  S keys  H heads  d head width  D features  N tokens  V vocabulary
 `*_ref` is the definition: short, slow, the oracle of test_all.py.
 """
+import functools
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +20,39 @@ import torch.nn.functional as F
 def wide(dtype):
     """The dtype sums are kept in: float32 for bfloat16 and float16; float32 and float64 stay what they are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# ---- RMSNorm ------------------------------------------------------------------------------------------------------
+
+def rms_norm_ref(x, w, eps):
+    """w·x / √(mean x² + eps) over the last dimension.  x (..., D), w (D,)"""
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+class RMSNorm(torch.autograd.Function):
+    """The closed form, with n = r·x and r = (mean x² + eps)^-½:   ∂L/∂x = r·(gw − n·mean(gw·n)),   ∂L/∂w = Σ g·n"""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = torch.rsqrt(torch.linalg.vecdot(x, x) / x.shape[-1] + eps).unsqueeze(-1)
+        n = x * r
+        ctx.save_for_backward(n, w, r)
+        return n * w
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        n, w, r = ctx.saved_tensors
+        gw = g * w
+        c = (torch.linalg.vecdot(gw, n) / n.shape[-1]).unsqueeze(-1)
+        return gw.addcmul_(n, c, value=-1).mul_(r), (g * n).flatten(0, -2).sum(0), None
+
+
+def rms_norm(x, w, eps):
+    """rms_norm_ref: torch's fused kernel on a GPU; on a CPU, where torch has none, the closed form (2 to 3× faster)."""
+    if x.is_cuda or x.dtype != w.dtype:
+        return F.rms_norm(x, x.shape[-1:], w.to(x.dtype), eps)
+    return RMSNorm.apply(x, w, eps)
 
 
 # ---- PolyNorm -----------------------------------------------------------------------------------------------------
@@ -38,38 +76,48 @@ class PolyNorm(torch.autograd.Function):
     @staticmethod
     def scales(x, eps):
         """x (..., D) → x² and [r_1, r_2, r_3], each (..., 1)."""
-        x2 = x * x
-        x4 = x2 * x2
-        means = x2.mean(-1, keepdim=True), x4.mean(-1, keepdim=True), (x4 * x2).mean(-1, keepdim=True)
-        return x2, [torch.rsqrt(m + eps) for m in means]
+        x2, dot = x * x, torch.linalg.vecdot
+        sums = x2.sum(-1), dot(x2, x2), dot(x2 * x, x2 * x)
+        return x2, [torch.rsqrt(s / x.shape[-1] + eps).unsqueeze(-1) for s in sums]
 
     @staticmethod
     def forward(ctx, x, w, b, eps):
         ctx.save_for_backward(x, w)
         ctx.eps, ctx.dtype, x = eps, x.dtype, x.to(wide(x.dtype))
         _, (r1, r2, r3) = PolyNorm.scales(x, eps)
-        y = (((w[0] * r3) * x + w[1] * r2) * x + w[2] * r1) * x + b
+        y = (x * (w[0] * r3)).add_(w[1] * r2).mul_(x).add_(w[2] * r1).mul_(x).add_(b)
         return y.to(ctx.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        x, g = x.to(wide(x.dtype)), g.to(wide(g.dtype))
+        x, g, dot = x.to(wide(x.dtype)), g.to(wide(g.dtype)), torch.linalg.vecdot
         x2, (r1, r2, r3) = PolyNorm.scales(x, ctx.eps)
-        D = x.shape[-1]
-        gx = g * x
-        s1, s2, s3 = (r * z.sum(-1, keepdim=True) for r, z in ((r1, gx), (r2, gx * x), (r3, gx * x2)))    # D·c_p
+        gx, D = g * x, x.shape[-1]
+        s1, s2, s3 = r1 * gx.sum(-1, True), r2 * dot(gx, x).unsqueeze(-1), r3 * dot(gx, x2).unsqueeze(-1)      # D·c_p
         a1, a2, a3 = w[2] * r1, w[1] * r2, w[0] * r3
-        # Σ_p a_p·p·x^(p-1)·g  −  Σ_p a_p·p·r_p·c_p·x^(2p-1), both by Horner's rule
-        dx = ((3 * a3 * x + 2 * a2) * x + a1) * g
-        dx -= ((3 * a3 * r3 * s3 / D * x2 + 2 * a2 * r2 * s2 / D) * x2 + a1 * r1 * s1 / D) * x
-        return dx.to(ctx.dtype), torch.stack([s3.sum(), s2.sum(), s1.sum()]).to(w.dtype), g.sum().view(1), None
+        # Σ_p a_p·p·x^(p-1)·g  −  x·Σ_p a_p·p·r_p·c_p·x^(2p-2), both by Horner's rule
+        dx = (x * (3 * a3)).add_(2 * a2).mul_(x).add_(a1).mul_(g)
+        c = (x2 * (3 / D * a3 * r3 * s3)).add_(2 / D * a2 * r2 * s2).mul_(x2).add_(a1 * r1 * s1 / D)
+        dw = torch.stack([s3.sum(), s2.sum(), s1.sum()])
+        return dx.addcmul_(c, x, value=-1).to(ctx.dtype), dw.to(w.dtype), g.sum().view(1).to(w.dtype), None
 
 
-def poly_norm(x, w, b, eps=1e-6):
-    """poly_norm_ref by the closed form. Statistics are computed in float32 or wider: x⁶ overflows float16."""
-    return PolyNorm.apply(x, w, b, eps)
+@functools.cache
+def compiled_poly_norm():
+    """The definition through torch.compile: one pass forward, one backward. None where there is no C++ compiler."""
+    if any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))):
+        return torch.compile(poly_norm_ref)
+    print("poly_norm: no C++ compiler found; going on with the closed form, which is slower", flush=True)
+
+
+def poly_norm(x, w, b, eps=1e-6, compiled=False):
+    """poly_norm_ref by the closed form, with statistics in float32 or wider (x⁶ overflows float16).
+
+    compiled: let torch.compile fuse the definition instead. It starts up for half a minute, then is some 3× faster."""
+    fused = compiled_poly_norm() if compiled else None
+    return PolyNorm.apply(x, w, b, eps) if fused is None else fused(x.to(wide(x.dtype)), w, b, eps).to(x.dtype)
 
 
 # ---- attention ----------------------------------------------------------------------------------------------------
@@ -83,14 +131,21 @@ def causal_mask(T, S, doc_start=None, device=None):
     return mask if doc_start is None else mask & (key >= doc_start[:, None, -T:, None])
 
 
+def spread(k, H, pairs=1):
+    """Key or value heads repeated for H query heads: head h meets h // (H/Hk). (B, Hk, S, d) → (B, H, S, d).
+
+    pairs=2: sub-heads stay in pairs, first with first and second with second, as differential attention needs."""
+    return k if k.shape[1] == H else k.unflatten(1, (-1, pairs)).repeat_interleave(H // k.shape[1], 1).flatten(1, 2)
+
+
 def attention_ref(q, k, v, mask=None):
     """softmax(q·kᵀ/√d) v.  q (B, H, T, d), k (B, Hk, S, d), v (B, Hk, S, dv).
 
     mask: True where a query may look, as from causal_mask; None is causal."""
-    groups = q.shape[1] // k.shape[1]
+    H = q.shape[1]
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
-    scores = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5                          # (B, H, T, S)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)     # (B, H, T, dv)
+    scores = q @ spread(k, H).mT * q.shape[-1] ** -0.5                                            # (B, H, T, S)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ spread(v, H)                       # (B, H, T, dv)
 
 
 def attention(q, k, v, mask=None):
@@ -108,34 +163,93 @@ def diff_attention_ref(q, k, v, lam, mask=None):
     return first - lam * second                       # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
 
 
-def diff_attention(q, k, v, lam, mask=None):
-    """diff_attention_ref by two calls of the fused kernel."""
-    first, second = (attention(q[:, i::2], k[:, i::2], v, mask) for i in (0, 1))
-    return first - lam * second
+def diff_attention(q, k, v, lam, mask=None, block=128):
+    """diff_attention_ref. On a CPU: explicit maps for a block of queries at a time, against the keys they can see; on a
+    GPU: two calls of torch's fused kernel, whose maps are never written.
+
+    Blocks of 128 beat every other form at 64, 256 and 1,024 tokens (two fused calls, values halved or padded to the
+    width that torch's CPU kernel wants, whole maps): 1.1 to 1.5 times plain attention with as many maps."""
+    if q.device.type != "cpu":
+        first, second = (attention(q[:, i::2], k[:, i::2], v, mask) for i in (0, 1))
+        return first - lam * second
+    (B, H2, T, d), S = q.shape, k.shape[2]
+    H = H2 // 2
+    q, k, v = q.flatten(0, 1), spread(k, H2, 2).flatten(0, 1), spread(v, H)                       # (B·2H, T, d)
+    out = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        seen = S - T + stop                                        # keys that the block's last query sees
+        bias = mask_bias(q, stop - start, seen, None if mask is None else mask[..., start:stop, :seen])
+        if bias.ndim == 4:
+            bias = bias.expand(B, H2, -1, -1).flatten(0, 1)
+        maps = torch.baddbmm(bias, q[:, start:stop], k[:, :seen].mT, alpha=d ** -0.5).softmax(-1)
+        first, second = maps.view(B, H, 2, stop - start, seen).unbind(2)
+        out.append((first - lam * second) @ v[:, :, :seen])        # (B, H, block, dv)
+    return torch.cat(out, 2)
 
 
 # ---- largest logits -----------------------------------------------------------------------------------------------
 
+def mask_bias(like, T, S, mask=None):
+    """0 where a query may look, −∞ elsewhere: causal (T, S), or as `mask` says."""
+    if mask is None:
+        return like.new_full((T, S), -torch.inf).triu_(S - T + 1)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -torch.inf)
+
+
 def max_logits_ref(q, k, mask=None):
-    """S^h = max over batch, queries i and keys j that i may see of q_i·k_j/√d → (H,).   [Kimi K2 §2.1, signed]"""
+    """S^h = max over batch, queries i and keys j that i may see of q_i·k_j/√d → (H,).   [Kimi K2 §2.1, signed]
+
+    q (B, H, T, d), k (B, H, S, d): see `spread`."""
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5        # (B, H, T, S)
+    scores = q @ k.mT * q.shape[-1] ** -0.5                                                       # (B, H, T, S)
     return scores.masked_fill(~mask, -torch.inf).amax((0, 2, 3))
 
 
-@torch.no_grad()
-def max_logits(q, k, mask=None, block=128):
+def exact_max_logits(q, k, mask=None, block=128):
     """max_logits_ref in blocks of queries, each against the keys up to its own end: no T×T matrix."""
     (B, H, T, d), S = q.shape, k.shape[2]
-    k = k.repeat_interleave(H // k.shape[1], 1) if H != k.shape[1] else k
     largest = q.new_full((H,), -torch.inf)
     for start in range(0, T, block):
         stop = min(start + block, T)
-        seen = S - T + stop                                                # keys that the block's last query sees
-        sight = (causal_mask(stop - start, seen, device=q.device) if mask is None else mask[..., start:stop, :seen])
-        scores = q[:, :, start:stop] @ k[:, :, :seen].mT                   # (B, H, block, seen)
-        largest = torch.maximum(largest, scores.masked_fill_(~sight, -torch.inf).amax((0, 2, 3)))
+        seen = S - T + stop
+        bias = mask_bias(q, stop - start, seen, None if mask is None else mask[..., start:stop, :seen])
+        scores = q[:, :, start:stop] @ k[:, :, :seen].mT           # (B, H, block, seen)
+        largest = torch.maximum(largest, scores.add_(bias).amax((0, 2, 3)))
     return largest * d ** -0.5
+
+
+def bound_max_logits(q, k, block=16):
+    """Upper bounds (norms, centres) on max_logits_ref, both (H,): q·k ≤ ‖q‖·‖k‖, and tighter, with c the centre of a
+    block of keys, q·k = q·c + q·(k − c) ≤ q·c + ‖q‖·max‖k − c‖. The second costs 1/block of the exact pass; it is
+    what holds a head whose queries and keys grow along one direction with opposite signs. Masks are ignored."""
+    scale, norm = q.shape[-1] ** -0.5, q.norm(dim=-1)                                             # (B, H, T)
+    yield (norm.amax(2) * k.norm(dim=-1).amax(2)).amax(0) * scale
+    S = k.shape[2] // block * block
+    blocks = k[:, :, :S].unflatten(2, (-1, block))                                       # (B, H, S/block, block, d)
+    centre = torch.cat((blocks.mean(3), k[:, :, S:]), 2)                 # what is left over: each its own centre
+    radius = (blocks - centre[:, :, :S // block, None]).norm(dim=-1).amax(3)
+    radius = F.pad(radius, (0, k.shape[2] - S))
+    yield torch.baddbmm((norm[..., None] * radius[:, :, None]).flatten(0, 1), q.flatten(0, 1),
+                        centre.flatten(0, 1).mT).unflatten(0, q.shape[:2]).amax((0, 2, 3)) * scale
+
+
+@torch.no_grad()
+def max_logits(q, k, mask=None, tau=None):
+    """(largest (H,), exact): max_logits_ref, or for heads that a bound keeps from passing `tau`, that bound.
+
+    Bounds are tried on a CPU alone: on a GPU the branch would wait for the device. exact is False if any was used."""
+    H = q.shape[1]
+    if tau is None or q.device.type != "cpu":
+        return exact_max_logits(q, k, mask), True
+    largest, left = q.new_empty(H), torch.arange(H)                # heads that no bound has settled
+    for bound in bound_max_logits(q, k):
+        largest[left] = bound[left]
+        left = left[bound[left] > tau]
+        if not len(left):
+            return largest, False
+    largest[left] = exact_max_logits(q[:, left], k[:, left], mask)
+    return largest, len(left) == H
 
 
 # ---- cross-entropy ------------------------------------------------------------------------------------------------
@@ -157,11 +271,13 @@ class CrossEntropy(torch.autograd.Function):
         N, wide_t = len(h), wide(h.dtype)
         weight = w.to(h.dtype)
         nll = h.new_empty(N, dtype=wide_t)
+        buffer = h.new_empty(min(chunk, N), len(w))                # one for all chunks: fresh pages cost page faults
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(w, dtype=wide_t) if ctx.needs_input_grad[1] else None
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            logits, target = (h[part] @ weight.mT).to(wide_t), targets[part, None]                # (chunk, V)
+            target = targets[part, None]
+            logits = torch.mm(h[part], weight.mT, out=buffer[:len(target)]).to(wide_t)            # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
             nll[part] = (lse - logits.gather(1, target)).squeeze(1)
             if dh is None and dw is None:
@@ -181,10 +297,12 @@ class CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
         dh, dw = ctx.saved_tensors
-        dh = None if dh is None else dh * g.to(dh.dtype)
+        dh = None if dh is None else (dh * g).to(dh.dtype)
         return dh, None if dw is None else (dw * g).to(ctx.w_dtype), None, None
 
 
 def cross_entropy(h, w, targets, chunk=1024):
     """cross_entropy_ref with at most chunk × V logits alive: (mean, (N,) terms). The terms carry no gradient."""
+    if not torch.is_grad_enabled():
+        h, w = h.detach(), w.detach()                              # or the forward would make gradients nobody wants
     return CrossEntropy.apply(h, w, targets, chunk)

@@ -41,6 +41,7 @@ class ModelConfig:
     context: int = 256           # tokens
     differential: bool = True
     act: str = "polynorm"        # polynorm | silu | gelu | relu2
+    compile_act: bool = False    # PolyNorm through torch.compile: half a minute to start, then faster
     gated: bool = True           # down(act(gate) · up); with silu this is SwiGLU
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-6       # [Motif config]
@@ -58,6 +59,8 @@ class ModelConfig:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"model.{name}={value}: must be at least 1")
+            if type(value) is float and not 0 < value < math.inf:
+                raise ValueError(f"model.{name}={value}: must be positive")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"model.n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.differential and (self.n_head % 2 or self.n_kv_head % 2):
@@ -107,7 +110,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -120,26 +123,27 @@ def make_norm(config):
 
 
 class PolyNorm(nn.Module):
-    def __init__(self):
+    def __init__(self, compiled=False):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.full((3,), 1 / 3)), nn.Parameter(torch.zeros(1))
+        self.compiled = compiled
 
     def forward(self, x):
-        return kernels.poly_norm(x, self.weight, self.bias)
+        return kernels.poly_norm(x, self.weight, self.bias, compiled=self.compiled and self.training)
 
 
-def rope_table(config, start, stop, device):
-    """cos and sin of position · theta^(-2i/d), both (T, d/2). In float64 first: angles grow to the context's length."""
+def rope_table(config, start, stop, device, dtype):
+    """cos(position · theta^(-2i/d)) for both halves, and ∓sin, both (T, d). In float64 first: angles grow large."""
     position = torch.arange(start, stop, device=device, dtype=torch.float64)
     pair = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float64)                 # 2i
     angle = position[:, None] * config.rope_theta ** -(pair / config.d_head)
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (i, i + d/2) of x (B, H, T, d) by their position's angle."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    """(a, b) → (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_i+d/2) of x (B, H, T, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def matrix(rows, columns):
@@ -159,8 +163,14 @@ class Attention(nn.Module):
             self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * layer)     # layer from 0 here, l = layer + 1 in the paper
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
             self.head_norm = RMSNorm(2 * d, eps=1e-5)              # one vector for all heads    [Motif config]
-        # (H,) largest q·k·scale since last cleared, and whether every entry is the maximum itself
-        self.register_buffer("max_logits", torch.full((H,), -torch.inf), persistent=False)
+        # Recorded in training forwards, over micro-batches, until `clear_logits`. With a threshold `tau`, a head that
+        # provably stays below it may record an upper bound (≤ tau) in place of its largest logit: then not exact.
+        self.register_buffer("max_logits", torch.full((H,), -torch.inf), persistent=False)                        # (H,)
+        self.max_logits_exact, self.tau = True, None
+
+    def clear_logits(self, tau=None):
+        self.max_logits.fill_(-torch.inf)
+        self.max_logits_exact, self.tau = True, tau
 
     def lam(self):
         """λ = exp(λq1·λk1) − exp(λq2·λk2) + λ_init, one number a layer, shared by its heads.   [2410.05258 eq. 2]"""
@@ -191,7 +201,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.put(self.layer, k, v)
         if self.training:
-            self.max_logits.copy_(torch.maximum(self.max_logits, kernels.max_logits(q.detach(), k.detach(), mask)))
+            keys = kernels.spread(k.detach(), self.config.n_head, 2 if self.config.differential else 1)
+            largest, exact = kernels.max_logits(q.detach(), keys, mask, self.tau)
+            self.max_logits.copy_(torch.maximum(self.max_logits, largest))
+            self.max_logits_exact &= exact
         if self.config.differential:
             y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask)
         else:
@@ -206,7 +219,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ops, self.gated = ops, config.gated
         self.norm = make_norm(config)
-        self.act = PolyNorm() if config.act == "polynorm" else ACTIVATIONS[config.act]
+        self.act = PolyNorm(config.compile_act) if config.act == "polynorm" else ACTIVATIONS[config.act]
         if config.gated:
             self.gate = matrix(config.d_ff, config.d_model)
         self.up, self.down = matrix(config.d_ff, config.d_model), matrix(config.d_model, config.d_ff)
@@ -300,7 +313,9 @@ class Transformer(nn.Module):
             x = F.embedding(x, self.embed)
             x = x + self.position[past:past + T] if self.config.position == "learned" else x
             x = x if dtype is None else x.to(dtype)
-        rope = rope_table(self.config, past, past + T, x.device) if self.config.position == "rope" else None
+        rope = None
+        if self.config.position == "rope":
+            rope = rope_table(self.config, past, past + T, x.device, kernels.wide(x.dtype))
         mask = kernels.causal_mask(T, past + T, doc_start, x.device) if past or doc_start is not None else None
         for layer in self.layers.values():
             x = layer(x, rope, mask, cache)
@@ -405,7 +420,9 @@ def pick(logits, temperature, top_p, random):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0                       # the first token always stays
+    dropped = probs.cumsum(-1) - probs >= top_p
+    dropped[..., 0] = False                                            # the first token always stays
+    probs[dropped] = 0
     return order.gather(-1, torch.multinomial(probs, 1, generator=random))
 
 
@@ -418,7 +435,7 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
     cache, new = Cache(context), tokens[:, -context:]
     for _ in range(n):
         if cache.length + new.shape[1] > context:
-            cache, new = Cache(context), tokens[:, -(context + 1) // 2:]
+            cache, new = Cache(context), tokens[:, -max(1, context // 2):]
         new = pick(model(new, cache=cache)[:, -1], temperature, top_p, random)
         tokens = torch.cat((tokens, new), 1)
     model.train(was_training)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class MeshConfig:
-    timeout: float = 60.0        # seconds after which a collective that waits for a lost rank fails
+    timeout: float = 600.0       # seconds after which a collective that waits for a lost rank fails; saving takes less
 
     def __post_init__(self):
         if not self.timeout > 0:
@@ -40,14 +40,22 @@ def this_rank():
     return int(os.environ.get("RANK", 0))
 
 
+def world_size():
+    """How many ranks there are, as torchrun set it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_mesh(config):
     """The mesh of this process, from the variables that torchrun sets; a plain `python train.py` stands alone.
 
     NCCL on GPUs, gloo on CPUs. Call it when data is ready: from here on, who waits longer than the timeout fails."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node: local rank {local}, but there are {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world == 1:
         return Mesh(device=device)

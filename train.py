@@ -104,23 +104,34 @@ def parse_like(old, text, key):
         raise ValueError(f"--{key}={text}: must be {kind} (now {old})") from None
 
 
-def override(config, options):
-    """{"optim.lr": "3e-4"} → a new config; nested dataclasses by dotted names."""
+def override(node, options, prefix=""):
+    """{"optim.lr": "3e-4"} → a new config: nested dataclasses by dotted names, checked once all options are in."""
+    names, new, inner = [f.name for f in fields(node) if f.name != "recipe"], {}, {}
     for key, text in options.items():
-        config = set_field(config, key.split("."), text, key)
-    return config
+        head, dot, rest = key.partition(".")
+        if head not in names:
+            raise ValueError(f"no option --{prefix}{key}; have {', '.join(names)}")
+        old = getattr(node, head)
+        if is_dataclass(old) and not dot:
+            raise ValueError(f"--{prefix}{key}={text}: name a field: {', '.join(f.name for f in fields(old))}")
+        if dot and not is_dataclass(old):
+            raise ValueError(f"--{prefix}{key}={text}: {head} has no fields")
+        if dot:
+            inner.setdefault(head, {})[rest] = text
+        else:
+            new[head] = parse_like(old, text, prefix + key)
+    new |= {head: override(getattr(node, head), some, f"{prefix}{head}.") for head, some in inner.items()}
+    return replace(node, **new)
 
 
-def set_field(node, path, text, key):
-    names = [f.name for f in fields(node) if f.name != "recipe"]
-    if path[0] not in names:
-        raise ValueError(f"no option --{key}; have {', '.join(names)}")
-    old = getattr(node, path[0])
-    if is_dataclass(old) != (len(path) > 1):
-        raise ValueError(f"--{key}={text}: " + (f"name a field: {', '.join(f.name for f in fields(old))}"
-                                                if is_dataclass(old) else f"{path[0]} has no fields"))
-    new = set_field(old, path[1:], text, key) if len(path) > 1 else parse_like(old, text, key)
-    return replace(node, **{path[0]: new})
+def changes(old, new, prefix=""):
+    """The fields in which two configurations differ: (dotted name, old, new)."""
+    for f in fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if is_dataclass(a):
+            yield from changes(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            yield prefix + f.name, a, b
 
 
 def from_dict(kind, values):
@@ -143,9 +154,10 @@ def learning_rate(tokens, config):
         rsqrt   1/√(1 + (f⁻² − 1)u)      [Motif §3.2.2 says "inverse square root" and 25%; this form is a guess]
         linear  1 − (1 − f)u"""
     c, done = config.optim, tokens / config.tokens
+    start = max(c.warmup, c.decay_start)
     if done < c.warmup:
         return c.lr * (tokens + config.step_tokens) / (c.warmup * config.tokens + config.step_tokens)
-    u = 0.0 if done <= c.decay_start else min(1.0, (done - c.decay_start) / (1 - c.decay_start))
+    u = 0.0 if done <= start else min(1.0, (done - start) / (1 - start))
     shape = dict(cosine=lambda: c.floor + (1 - c.floor) * (1 + math.cos(math.pi * u)) / 2,
                  rsqrt=lambda: 1 / math.sqrt(1 + (max(c.floor, 1e-3) ** -2 - 1) * u),
                  linear=lambda: 1 - (1 - c.floor) * u)
@@ -170,7 +182,8 @@ def save_checkpoint(run, step, tensors, facts, keep):
     folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
     ckpt = run / "ckpt"
     final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
-    shutil.rmtree(beside, ignore_errors=True)
+    for unfinished in ckpt.glob(".saving-*"):
+        shutil.rmtree(unfinished)
     beside.mkdir(parents=True)
     write_tensors(beside / "rank-0.safetensors", tensors)
     entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
@@ -183,7 +196,9 @@ def save_checkpoint(run, step, tensors, facts, keep):
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     sync_folder(ckpt)
-    for old in checkpoints(run)[:-keep]:
+    kept = checkpoints(run)
+    here = kept.index(final) + 1
+    for old in kept[here:] + kept[:here][:-keep]:                  # later ones are damaged, or this run began before them
         shutil.rmtree(old)
 
 
@@ -275,12 +290,15 @@ class RunFolder:
         path, rows = self.path / "log.csv", []
         if path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+                rows = [row for row in csv.DictReader(file)         # the last may be torn
+                        if row["step"].isdigit() and row["seconds"] and int(row["step"]) <= step]
         beside = path.with_suffix(".part")
         with open(beside, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
         self.log = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.log, columns)
@@ -320,7 +338,7 @@ def draw(history, domains, path):
     shares = np.pad(shares, ((0, 0), (width // 2, width - 1 - width // 2)), "edge")
     shares = [np.convolve(share, np.full(width, 1 / width), "valid") for share in shares]
     mixture.stackplot(million, shares, labels=domains, alpha=0.8)
-    logit.plot(million, [row["max_logit"] for row in steps], color="C0")
+    logit.plot(*zip(*((row["tokens"] / 1e6, row["max_logit"]) for row in steps if "max_logit" in row)), color="C0")
     for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"), (mixture, "mixture (share of windows)"),
                         (logit, "largest logit q·k/√d")):
         axis.set(title=title, xlabel="million tokens")
@@ -340,11 +358,12 @@ def evaluate(model, batches, config, mesh, dtype=None):
     model.eval()
     results, token_bytes = {}, torch.as_tensor(batches.corpus.tokenizer.token_bytes)
     for name in batches.corpus.domains:
-        x, y = batches.val(name, config.eval_windows)
+        x, y, doc_start = batches.val(name, config.eval_windows)
         sums = torch.zeros(3, dtype=torch.float64)                                   # nats, tokens, bytes
         for at in range(mesh.dp.rank * config.micro, len(x), mesh.dp.size * config.micro):
-            xs, ys = (torch.as_tensor(t[at:at + config.micro]).to(mesh.device) for t in (x, y))
-            _, nll = model(xs, ys, dtype=dtype)
+            part = slice(at, at + config.micro)
+            xs, ys, starts = (None if t is None else t[part].to(mesh.device) for t in (x, y, doc_start))
+            _, nll = model(xs, ys, starts, dtype=dtype)
             sums += torch.tensor([nll.double().sum().item(), ys.numel(), token_bytes[ys.cpu()].sum().item()])
         nats, tokens, size = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
         results[name] = nats / tokens, nats / math.log(2) / size
@@ -392,15 +411,16 @@ class Status:
     """One live line: rewritten in place on a terminal, printed every few seconds elsewhere."""
 
     def __init__(self, quiet):
-        self.quiet, self.live, self.last = quiet, sys.stdout.isatty(), 0.0
+        self.quiet, self.live, self.last, self.logit = quiet, sys.stdout.isatty(), 0.0, math.nan
 
     def __call__(self, row, config, left, end=False):
+        self.logit = row.get("max_logit", self.logit)              # exact in some steps only
         if self.quiet or not end and time.monotonic() - self.last < (0.2 if self.live else 10):
             return
         self.last = time.monotonic()
         text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  loss {row['loss']:.3f}  "
                 f"lr {row['lr']:.1e}  {row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  "
-                f"max logit {row['max_logit']:.1f}  {clock(left)} left")
+                f"max logit {self.logit:.1f}  {clock(left)} left")
         print(f"\r{text}\033[K" if self.live else text, end="" if self.live and not end else "\n", flush=True)
 
     def say(self, text):
@@ -417,8 +437,7 @@ def forward_backward(model, batch, config, mesh, domains, dtype=None):
     sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
     for at in range(0, share, config.micro):
         part = slice(at, at + config.micro)
-        x, y = batch.x[part].to(mesh.device), batch.y[part].to(mesh.device)
-        doc_start = None if batch.doc_start is None else batch.doc_start[part].to(mesh.device)
+        x, y, doc_start = (None if t is None else t[part].to(mesh.device) for t in (batch.x, batch.y, batch.doc_start))
         loss, nll = model(x, y, doc_start, dtype=dtype)
         (loss * (len(x) / share)).backward()
         of_window = nll.double().view(len(x), -1).mean(1).cpu()
@@ -431,7 +450,9 @@ def train(config, resume=False, quiet=False):
 
     With config.out everything is kept in that folder, and `resume` goes on from its newest intact checkpoint; without,
     nothing is written. Raises ValueError on bad input, before any work is lost."""
-    run = None
+    run, world = None, parallel.world_size()
+    if config.batch % world:
+        raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
     if parallel.this_rank() == 0 and config.out:
         if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
             raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
@@ -440,8 +461,6 @@ def train(config, resume=False, quiet=False):
     horizon = config.data.horizon or config.tokens
     batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch, config.model.context)
     mesh = parallel.join_mesh(config.mesh)
-    if config.batch % mesh.dp.size:
-        raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {mesh.dp.size} ranks")
     try:
         with Stop() as stop:
             return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop)
@@ -469,6 +488,12 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
                                  f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
         restore(model, optimizer, tensors)
         step = manifest["step"]
+    elif resume and checkpoints(Path(config.out)):
+        raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
+    ends = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
+    if ends[0] != -ends[1]:
+        raise ValueError(f"ranks found checkpoints of steps {-ends[1]:.0f} to {ends[0]:.0f}: --out={config.out} must be "
+                         "one folder that all of them see")
     if resume:
         status.say(f"resuming {config.out} at step {step}")
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
@@ -499,20 +524,28 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
                 draw(history, names, run.path / "loss.png")
 
     def save():
+        if not all(p.isfinite().all() for p in parameters):
+            raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
         if run:
             run.sync_log()
             save_checkpoint(run.path, step, model_tensors(model) | optimizer.tensors(), facts, config.keep)
         parallel.barrier(mesh)
 
+    def last_good():
+        kept = checkpoints(Path(config.out)) if config.out else []
+        return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
+
     if not found:
         record(dict(step=0, tokens=0, seconds=0.0))
-    saved, spent = step, history[-1]["seconds"] if history else 0.0
+        save()                                                     # from here on the run can be resumed as it was begun
+    spent = history[-1]["seconds"] if history else 0.0
     while step < last:
         begin, tokens = time.perf_counter(), step * config.step_tokens
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens, config)
+        exact = config.optim.exact_logits or not config.optim.tau or step % 50 == 0 or step == last - 1
         for attention in attentions:
-            attention.max_logits.fill_(-torch.inf)
+            attention.clear_logits(None if exact else config.optim.tau)
         model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
         sums = forward_backward(forward, batch, config, mesh, len(names), dtype)
@@ -522,11 +555,10 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
         loss = (sums[:, 0].sum() / config.batch).item()
         if not math.isfinite(loss) or not math.isfinite(norm):     # sums of all ranks: the same decision everywhere
-            where = f"the last good checkpoint is of step {saved}" if saved and config.out else "no checkpoint yet"
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not updated; {where}")
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not updated; {last_good()}")
         asked = torch.tensor([float(stop.asked)], device=mesh.device)
         peaks = torch.cat([asked, *(a.max_logits for a in attentions)])
-        leave, *_ = parallel.all_max(peaks, mesh)                  # one collective: the largest logits of all ranks
+        leave = bool(parallel.all_max(peaks, mesh)[0])             # one collective: the largest logits of all ranks
         for attention, largest in zip(attentions, peaks[1:].split(config.model.n_head)):
             attention.max_logits.copy_(largest)
 
@@ -539,8 +571,10 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         epochs = batches.epochs(step)
         speed = config.step_tokens / took
         row = dict(step=step, tokens=step * config.step_tokens, lr=optimizer.param_groups[0]["lr"], loss=loss,
-                   grad_norm=norm, max_logit=peaks[1:].max().item(), clipped=clipped,
+                   grad_norm=norm, clipped=clipped,
                    tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
+        if exact:
+            row["max_logit"] = peaks[1:].max().item()
         for name, (total, windows) in zip(names, sums.tolist()):
             row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
             row |= {f"loss_{name}": total / windows} if windows else {}
@@ -548,7 +582,6 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         status(row, config, (last - step) * spent / step, end=step == last)
         if step % config.save_every == 0 or step == last or leave:
             save()
-            saved = step
         if leave and step < last:
             status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
             break
@@ -624,17 +657,17 @@ def resumed(config, options, words, asked):
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
     for folder in reversed(checkpoints(run)):
         try:
-            kept = from_dict(Config, json.loads((folder / "manifest.json").read_text())["config"])
-        except (OSError, KeyError, json.JSONDecodeError):
-            continue
+            kept = json.loads((folder / "manifest.json").read_text())["config"]
+        except (OSError, KeyError, ValueError):
+            continue                                               # damaged: named when it is read in earnest
+        kept = replace(from_dict(Config, kept), out=config.out, steps=0)
         if words and words[0] != kept.recipe:
             raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
-        kept = replace(kept, out=config.out, steps=0)
         wanted = override(kept, options)
-        for f in fields(Config):
-            old, new = getattr(kept, f.name), getattr(wanted, f.name)
-            if f.name not in ("mesh", "steps") and old != new:
-                raise ValueError(f"{run} was begun with {f.name}={old}, not {new}: only --mesh and --steps may change")
+        for name, old, new in changes(kept, wanted):
+            if name not in ("steps", "data.files", "data.cache") and not name.startswith("mesh."):
+                raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the "
+                                 "data lies may change")
         return wanted
     return config
 
@@ -645,9 +678,9 @@ def main(argv):
         if dry:
             return dry_run(config)
         history, model = train(config, resume)
-        if parallel.this_rank() == 0 and history[-1]["step"] == config.total_steps:
+        if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
             report(config, history, model, prepare(config.data, config.model.vocab_size))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
 
 
