@@ -221,8 +221,8 @@ def exact_max_logits(q, k, mask=None, block=128):
 
 def bound_max_logits(q, k, block=16):
     """Upper bounds (norms, centres) on max_logits_ref, both (H,): q·k ≤ ‖q‖·‖k‖, and tighter, with c the centre of a
-    block of keys, q·k = q·c + q·(k − c) ≤ q·c + ‖q‖·max‖k − c‖. The second costs 1/block of the exact pass; it is
-    what holds a head whose queries and keys grow along one direction with opposite signs. Masks are ignored."""
+    block of keys, q·k = q·c + q·(k − c) ≤ q·c + ‖q‖·max‖k − c‖. The second costs 1/block of the exact pass; it
+    holds a head whose queries and keys grow along one direction with opposite signs. Masks are ignored."""
     scale, norm = q.shape[-1] ** -0.5, q.norm(dim=-1)                                             # (B, H, T)
     yield (norm.amax(2) * k.norm(dim=-1).amax(2)).amax(0) * scale
     S = k.shape[2] // block * block

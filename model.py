@@ -73,10 +73,10 @@ class ModelConfig:
 ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.relu(x).square())
 
 PRESETS = {
-    "laptop": ModelConfig(),                                                     # Motif's block, small    [ours]
+    "laptop": ModelConfig(init_std=0.1),                                         # Motif's block, small    [ours]
     "gpt2": ModelConfig(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5, position="learned",
                         d_ff=512, zero_out=False),                        # the control   [GPT-2, without biases]
-    "shakespeare": ModelConfig(d_ff=256, context=64, vocab_size=261),     # bytes and five special tokens   [ours]
+    "shakespeare": ModelConfig(d_ff=256, context=64, vocab_size=261, init_std=0.1),   # bytes, five specials  [ours]
     "motif-2.6b": ModelConfig(n_layer=32, n_head=16, n_kv_head=16, d_model=2048, d_head=128, d_ff=8192,
                               vocab_size=219_520, context=4096),                 # [Motif Table 1; theta by §3.2.2]
 }

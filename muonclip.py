@@ -81,7 +81,8 @@ def symmetric(x, y, out, parts):
 def newton_schulz(g, steps=5, coefficients=QUINTIC, restart=3):
     """newton_schulz_ref of g (m, n) or a stack (B, m, n), with fewer operations.
 
-    Symmetric products are computed once. Wide matrices iterate on the small Gram matrix. X_k = Q_k·X₀ with Q_k a polynomial of A₀ = X₀X₀ᵀ, so that
+    Symmetric products are computed once. Wide matrices iterate on the small Gram matrix: X_k = Q_k·X₀ with Q_k a
+    polynomial of A₀ = X₀X₀ᵀ, so that
         P_k = aI + bA_k + cA_k²,   Q_k+1 = P_k·Q_k,   A_k+1 = P_k·A_k·P_k        (all symmetric, m×m)
     and X is touched at the ends only. Rounding errors in A grow with every step in the directions where g is small
     (2e-2 for a matrix of rank 1, after five steps in float32): after `restart` steps X and A are computed anew, which

@@ -54,7 +54,7 @@ def join_mesh(config):
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node: local rank {local}, but there are {torch.cuda.device_count()} GPUs here")
+            raise ValueError(f"--nproc-per-node: local rank {local}, but only {torch.cuda.device_count()} GPUs here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world == 1:

@@ -78,13 +78,14 @@ class Config:
 
 
 LAPTOP = Config(model=PRESETS["laptop"], tokens=1_100_000, batch=8, micro=8,
-                optim=OptimConfig(lr=6e-3, decay_start=0.3, floor=0.0))
+                optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.9))    # a short run: a short memory
 RECIPES = {
     "laptop": LAPTOP,
     "gpt2": replace(LAPTOP, recipe="gpt2", model=PRESETS["gpt2"],
                     optim=OptimConfig(name="adamw", lr=3e-3, warmup=0.05, decay="cosine", floor=0.1)),
-    "shakespeare": Config(recipe="shakespeare", model=PRESETS["shakespeare"], batch=16, tokens=400 * 16 * 64,
-                          optim=OptimConfig(lr=6e-3, floor=0.0), eval_windows=0,
+    "shakespeare": Config(recipe="shakespeare", model=PRESETS["shakespeare"], batch=12, micro=12, tokens=240 * 12 * 64,
+                          optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.8, weight_decay=0.3),
+                          eval_windows=0,
                           data=DataConfig(domains="shakespeare:1:1", tokenizer="bytes")),
 }
 
@@ -198,7 +199,7 @@ def save_checkpoint(run, step, tensors, facts, keep):
     sync_folder(ckpt)
     kept = checkpoints(run)
     here = kept.index(final) + 1
-    for old in kept[here:] + kept[:here][:-keep]:                  # later ones are damaged, or this run began before them
+    for old in kept[here:] + kept[:here][:-keep]:              # later ones are damaged, or this run began before them
         shutil.rmtree(old)
 
 
@@ -492,8 +493,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
     ends = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
     if ends[0] != -ends[1]:
-        raise ValueError(f"ranks found checkpoints of steps {-ends[1]:.0f} to {ends[0]:.0f}: --out={config.out} must be "
-                         "one folder that all of them see")
+        raise ValueError(f"ranks found checkpoints of steps {-ends[1]:.0f} to {ends[0]:.0f}: --out={config.out} must "
+                         "be one folder that all of them see")
     if resume:
         status.say(f"resuming {config.out} at step {step}")
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "

@@ -1,0 +1,326 @@
+"""What each fast path costs beside its baseline, on this machine, in one run.
+
+  python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
+  python -m notes.speed --whole=FILE    # also `shakespeare` and its control, in turn, on that text: 10 minutes
+  python -m notes.speed --plot          # table and figure from speed.csv alone
+
+Every figure is a ratio of two medians, their calls taken in turn: machines differ, and their load changes by the
+minute. Run it with nothing beside it."""
+import argparse
+import csv
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+import muonclip
+import train
+from model import PRESETS, Attention, ModelConfig, Ops, Transformer
+
+CSV = Path(__file__).with_suffix(".csv")
+COLUMNS = ["run", "what", "case", "baseline", "ms", "baseline_ms", "ratio", "target"]
+
+
+def in_turn(*fs, rounds=15):
+    """Median milliseconds of each function, their calls interleaved."""
+    times = [[] for _ in fs]
+    for i in range(rounds + 3):
+        for f, ts in zip(fs, times):
+            begin = time.perf_counter()
+            f()
+            ts.append((time.perf_counter() - begin) * 1e3)
+    return [statistics.median(ts[3:]) for ts in times]
+
+
+def there_and_back(f, *inputs):
+    """Forward and backward of f, as one call."""
+    weight = torch.randn_like(f(*inputs).detach())
+    return lambda: torch.autograd.backward(f(*inputs), weight)
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+def poly_norm():
+    for shape in ((768, 512), (2048, 2048)):
+        x, w = torch.randn(shape, requires_grad=True), torch.full((3,), 1 / 3, requires_grad=True)
+        b = torch.zeros(1, requires_grad=True)
+        forms = {"compiled": lambda x, w, b: kernels.poly_norm(x, w, b, compiled=True),
+                 "closed form": kernels.poly_norm, "definition": kernels.poly_norm_ref}
+        gelu, *times = in_turn(there_and_back(F.gelu, x), *(there_and_back(f, x, w, b) for f in forms.values()))
+        for name, t in zip(forms, times):
+            yield "PolyNorm, forward + backward", f"{name}, {shape[0]}×{shape[1]}", "GELU", t, gelu, \
+                "≤ 2" if name == "compiled" else ""
+
+
+def attention():
+    config = ModelConfig(n_head=8, n_kv_head=8, d_model=256, d_head=32, context=1024)
+    for B, T, target in ((16, 64, "≤ 1.5"), (8, 256, "≤ 2"), (2, 1024, "≤ 2")):
+        calls = []
+        for differential in (True, False):
+            module = Attention(replace(config, differential=differential), 0, Ops()).eval()
+            for p in module.parameters():
+                nn.init.normal_(p, 0, 0.05)
+            calls.append(there_and_back(module, torch.randn(B, T, 256, requires_grad=True)))
+        ours, mha = in_turn(*calls)
+        yield "attention module, forward + backward", f"differential, {B}×{T}", "MHA, as many maps", ours, mha, target
+
+
+# ---- the optimizer --------------------------------------------------------------------------------------------------
+
+class Matrices(nn.Module):
+    """The hidden matrices of 6 layers of width 512: 25.2M parameters."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = dict(wq=(512, 512), wk=(512, 512), wv=(512, 512), wo=(512, 512), gate=(2048, 512), up=(2048, 512),
+                      down=(512, 2048))
+        self.layers = nn.ParameterDict({f"{i}-{name}": nn.Parameter(0.02 * torch.randn(shape))
+                                        for i in range(6) for name, shape in shapes.items()})
+        for p in self.parameters():
+            p.grad = torch.randn_like(p)
+
+
+@torch.no_grad()
+def plain_muon(parameters, momenta):
+    for p, m in zip(parameters, momenta):
+        m.mul_(0.95).add_(p.grad)
+        g = p.grad + 0.95 * m
+        o = muonclip.newton_schulz_ref(g.mT).mT if g.shape[0] > g.shape[1] else muonclip.newton_schulz_ref(g)
+        p.mul_(1 - 1e-4).sub_(o, alpha=1e-3 * 0.2 * max(p.shape) ** 0.5)
+
+
+def optimizer():
+    model = Matrices()
+    parameters = list(model.parameters())
+    momenta = [torch.zeros_like(p) for p in parameters]
+    theirs = torch.optim.Muon(parameters, lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    ours, torchs, plain = in_turn(muonclip.MuonClip(model, muonclip.OptimConfig()).step, theirs.step,
+                                  lambda: plain_muon(parameters, momenta), rounds=7)
+    yield "Muon step, 25.2M parameters", "ours (float32)", "torch.optim.Muon (bfloat16)", ours, torchs, "≤ 0.4"
+    yield "Muon step, 25.2M parameters", "ours (float32)", "plain float32 loop", ours, plain, "≤ 0.7"
+
+
+# ---- a training step ------------------------------------------------------------------------------------------------
+
+def step_of(preset, batch, **changes):
+    """A model and one training step of it, as a list of functions: forward, backward, optimizer, clip."""
+    config = replace(PRESETS[preset], **changes)
+    model, state = Transformer(config), {}
+    optim = muonclip.MuonClip(model, muonclip.OptimConfig(name="adamw" if preset == "gpt2" else "muonclip", lr=1e-3))
+    x = torch.randint(0, config.vocab_size, (batch, config.context))
+    attentions = list(model.attentions().values())
+
+    def forward():
+        model.zero_grad()
+        state["loss"] = model(x, x)[0]
+    return model, [forward, lambda: state["loss"].backward(), optim.step, lambda: muonclip.qk_clip_(attentions, 100.0)]
+
+
+def logits():
+    """What watching the largest logit adds to a training step: the same step with and without it."""
+    model, parts = step_of("laptop", 8)
+    attentions, step = list(model.attentions().values()), lambda: [part() for part in parts]
+    wq = [a.wq.detach().clone() for a in attentions]
+
+    def with_(tau, shift=0.0):
+        """A step that watches with this τ. shift pushes queries along one direction and keys against it."""
+        def run():
+            for a, w in zip(attentions, wq):
+                a.clear_logits(tau)
+            step()
+        return run
+
+    def off():
+        for a in attentions:
+            a.eval()                                   # nothing is recorded
+        step()
+        for a in attentions:
+            a.train()
+    for case, run, target in (("every logit below τ/3: bounds", with_(100.0), "≤ 1.03"),
+                              ("above that: exact, every head", with_(None), ""),
+                              ("exact, every head clipped", with_(None), "")):
+        if "clipped" in case:
+            parts[3] = lambda: muonclip.qk_clip_(attentions, 1e-3)
+        ours, none = in_turn(run, off, rounds=15)
+        yield "training step (laptop) with largest logits", case, "without", ours, none, target
+
+
+def bounds():
+    """How tight the bounds are: heads of random queries and keys, and heads that explode along one direction."""
+    B, H, T, d = 8, 4, 256, 32
+    for case, push in (("random heads", 0.0), ("along one direction", 30.0), ("one direction, opposite signs", -30.0)):
+        q, k = torch.randn(B, H, T, d), torch.randn(B, H, T, d)
+        q[..., 0] += abs(push)
+        k[..., 0] += push
+        exact = kernels.max_logits_ref(q, k)
+        for name, bound in zip(("norms", "centres of 16 keys"), kernels.bound_max_logits(q, k)):
+            yield "bound on the largest logit (in units of logit)", f"{name}, {case}", "the maximum", \
+                bound.max().item(), exact.max().item(), ""
+
+
+def split():
+    for preset, batch in (("laptop", 8), ("gpt2", 8), ("shakespeare", 16)):
+        _, parts = step_of(preset, batch)
+        times = in_turn(*parts, rounds=15)
+        for name, t in zip(("forward", "backward", "optimizer", "clip"), times):
+            yield f"step of {preset}, batch {batch}", name, "whole step", t, sum(times), ""
+
+
+# ---- the whole: a loss, and the time to it --------------------------------------------------------------------------
+
+def control(path):
+    """A widely used CPU recipe: GPT-2 style, 4 layers of 128, context 64, AdamW 1e-3, 2,000 steps of 12×64 tokens."""
+    gpt2, ours = train.RECIPES["gpt2"], shakespeare(path)
+    return replace(gpt2, model=replace(gpt2.model, context=64, vocab_size=261), data=ours.data, batch=12, micro=12,
+                   tokens=2000 * 12 * 64, eval_every=10 ** 9, eval_windows=0, save_every=10 ** 9,
+                   optim=replace(gpt2.optim, lr=1e-3, warmup=0.05, beta2=0.99, floor=0.1))
+
+
+def shakespeare(path):
+    recipe = train.RECIPES["shakespeare"]
+    return replace(recipe, eval_every=10 ** 9, save_every=10 ** 9,
+                   data=replace(recipe.data, files=f"shakespeare={path}"))
+
+
+class PlainGPT(nn.Module):
+    """The control's network as one would write it in an afternoon."""
+
+    def __init__(self, V=261, T=64, C=128, L=4):
+        super().__init__()
+        self.tokens, self.positions, self.norm = nn.Embedding(V, C), nn.Embedding(T, C), nn.LayerNorm(C, bias=False)
+        self.layers = nn.ModuleList(nn.ModuleDict(dict(
+            n1=nn.LayerNorm(C, bias=False), qkv=nn.Linear(C, 3 * C, bias=False), o=nn.Linear(C, C, bias=False),
+            n2=nn.LayerNorm(C, bias=False), up=nn.Linear(C, 4 * C, bias=False),
+            down=nn.Linear(4 * C, C, bias=False))) for _ in range(L))
+
+    def forward(self, x, y):
+        h = self.tokens(x) + self.positions.weight
+        for a in self.layers:
+            q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in a.qkv(a.n1(h)).chunk(3, -1))
+            h = h + a.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            h = h + a.down(F.gelu(a.up(a.n2(h))))
+        return F.cross_entropy((self.norm(h) @ self.tokens.weight.T).flatten(0, 1), y.flatten())
+
+
+def against_plain(path, steps=200):
+    """The control's loop, logs and all, against a plain loop over the same network, same batches; taken in turn."""
+    config = replace(control(path), steps=steps, eval_windows=4)
+    corpus = train.prepare(config.data, 261)
+
+    def plain():
+        model = PlainGPT()
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ids = torch.from_numpy(corpus.domains["shakespeare"].train.astype("int64"))
+        begin = time.perf_counter()
+        for _ in range(steps):
+            at = torch.randint(len(ids) - 65, (12,)).tolist()
+            x, y = (torch.stack([ids[i + s:i + s + 64] for i in at]) for s in (0, 1))
+            optim.zero_grad(set_to_none=True)
+            loss = model(x, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optim.step()
+            loss.item()
+        return (time.perf_counter() - begin) * 1e3 / steps
+    pairs = [(train.train(config, quiet=True)[0][-1]["seconds"] * 1e3 / steps, plain()) for _ in range(3)]
+    ours, theirs = (statistics.median(t) for t in zip(*pairs))
+    yield "control, one step", "our loop", "a plain loop, same network", ours, theirs, "≤ 1.1"
+
+
+def whole(path):
+    """`shakespeare` and its control in turn, three times each: seconds of training, and the loss they end at."""
+    runs = {"shakespeare": shakespeare(path), "control": control(path)}
+    ends = {name: [] for name in runs}
+    for seed in range(3):
+        for name, config in runs.items():
+            begin = time.perf_counter()
+            history, _ = train.train(replace(config, seed=seed), quiet=True)
+            ends[name].append((history[-1]["seconds"] * 1e3, history[-1]["val_shakespeare"]))
+            print(f"{name}, seed {seed}: {history[-1]['seconds']:.1f} s of training ({time.perf_counter() - begin:.1f} "
+                  f"s with both evaluations), {ends[name][-1][1]:.4f} nats/byte", flush=True)
+    (ours, loss), (theirs, their_loss) = (map(statistics.median, zip(*ends[name])) for name in runs)
+    yield "Tiny Shakespeare, time of training", f"shakespeare, to {loss:.3f}", f"control, to {their_loss:.3f}", ours, \
+        theirs, "≤ 0.25"
+
+
+# ---- table and figure -----------------------------------------------------------------------------------------------
+
+def measured(args):
+    for part in (poly_norm, attention, optimizer, bounds, logits, split):
+        yield from part()
+    if args.whole:
+        yield from against_plain(args.whole)
+        yield from whole(args.whole)
+
+
+def show():
+    """The table between the markers of speed.md, and speed.png, from speed.csv."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(CSV, newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = sorted({row["run"] for row in rows})
+    table = {}
+    for row in rows:
+        name, beside = (row[key].split(", to ")[0] for key in ("case", "baseline"))
+        table.setdefault((row["what"], name, beside), {})[row["run"]] = row
+    lines = [f"| what | case | beside | {' | '.join(f'ratio, run {run}' for run in runs)} | wanted |",
+             "|---|---|---|" + "---|" * (len(runs) + 1)]
+    for (what, case, baseline), by_run in table.items():
+        cells = [f"{float(by_run[r]['ratio']):.2f}" if r in by_run else "" for r in runs]
+        target = next(iter(by_run.values()))["target"]
+        lines.append(f"| {what} | {case} | {baseline} | {' | '.join(cells)} | {target} |")
+    page = CSV.with_suffix(".md")
+    before, _, rest = page.read_text("utf-8").partition("<!-- table -->")
+    after = rest.partition("<!-- end of table -->")[2]
+    page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- end of table -->" + after, "utf-8")
+
+    bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(r["ratio"]) for r in by_run.values()],
+             float(target[2:])) for (what, case, baseline), by_run in table.items()
+            if (target := next(iter(by_run.values()))["target"])]
+    figure, axis = plt.subplots(figsize=(8, 0.55 * len(bars) + 1), layout="constrained")
+    for i, (label, ratios, target) in enumerate(reversed(bars)):
+        axis.barh(i, sum(ratios) / len(ratios), color="#0072B2" if max(ratios) <= target else "#E69F00", height=0.6)
+        axis.plot(ratios, [i] * len(ratios), "k.", ms=4)
+        axis.plot([target, target], [i - 0.4, i + 0.4], color="k", lw=2)
+    axis.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in reversed(bars)], xscale="log",
+             xlabel="time / time of the baseline (black bar: wanted at most; dots: runs; orange: missed)")
+    axis.tick_params(axis="y", labelsize=8)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="both", labelsize=8)
+    figure.savefig(CSV.with_suffix(".png"), dpi=110)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", metavar="FILE", help="Tiny Shakespeare, as a text file")
+    parser.add_argument("--plot", action="store_true")
+    args = parser.parse_args(argv)
+    if args.plot:
+        return show()
+    fresh = not CSV.exists()
+    with open(CSV, "a+", newline="") as file:
+        file.seek(0)
+        run = 1 + max((int(row["run"]) for row in csv.DictReader(file)), default=0)
+        writer = csv.DictWriter(file, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        for what, case, baseline, ms, baseline_ms, target in measured(args):
+            ratio = ms / baseline_ms
+            writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
+                                               f"{ratio:.3f}", target))))
+            file.flush()
+            print(f"{what:<46} {case:<36} {ms:>9.2f} / {baseline_ms:>9.2f} = {ratio:5.2f} {target:<7} {baseline}")
+    show()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
