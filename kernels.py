@@ -10,6 +10,7 @@ Shapes:  B batch  T time  S keys  H heads  d head width  D features  N tokens  V
 `*_ref` is the definition: short, slow, the oracle of test_all.py.
 """
 import functools
+import math
 import os
 import shutil
 
@@ -238,8 +239,11 @@ def bound_max_logits(q, k, block=16):
 def max_logits(q, k, mask=None, tau=None):
     """(largest (H,), exact): max_logits_ref, or for heads that a bound keeps from passing `tau`, that bound.
 
-    Bounds are tried on a CPU alone: on a GPU the branch would wait for the device. exact is False if any was used."""
+    Bounds are tried on a CPU alone: on a GPU the branch would wait for the device. exact is False if any was used.
+    Nothing is computed for τ = ∞."""
     H = q.shape[1]
+    if tau == math.inf:
+        return q.new_full((H,), math.inf), False
     if tau is None or q.device.type != "cpu":
         return exact_max_logits(q, k, mask), True
     largest, left = q.new_empty(H), torch.arange(H)                # heads that no bound has settled

@@ -130,11 +130,19 @@ def muon_update(gs, ms, momentum=0.95, nesterov=True, steps=5, rms=0.2):
     return [(x.mT if t else x).view(g.shape) if g.ndim == 2 else (x.mT if t else x) for x, t, g in zip(parts, tall, gs)]
 
 
-def adamw_update(g, m, v, step, beta1=0.9, beta2=0.95, eps=1e-8):
-    """The direction of AdamW at its step-th update (from 1); m and v are updated in place. Any shape."""
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g * g, 1 - beta2)
-    return (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt_().add_(eps))
+def adamw_update(gs, ms, vs, step, beta1=0.9, beta2=0.95, eps=1e-8):
+    """The directions of AdamW's step-th update (from 1): m̂/(√v̂ + eps), with m̂ = m/(1 − β1ᵗ) and v̂ = v/(1 − β2ᵗ).
+
+    gs, ms, vs: lists of tensors of any shapes; ms and vs are updated in place."""
+    torch._foreach_lerp_(ms, gs, 1 - beta1)                                      # m ← β1·m + (1 − β1)·g
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)                               # v ← β2·v + (1 − β2)·g²
+    roots = torch._foreach_sqrt(vs)
+    torch._foreach_div_(roots, (1 - beta2 ** step) ** 0.5)
+    torch._foreach_add_(roots, eps)
+    updates = torch._foreach_div(ms, roots)
+    torch._foreach_div_(updates, 1 - beta1 ** step)
+    return updates
 
 
 @torch.no_grad()
@@ -213,24 +221,29 @@ class MuonClip(torch.optim.Optimizer):
     def step(self):
         c, orthogonalised = self.config, 0
         for group in self.param_groups:
-            lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
             if group["rule"] == "muon":
                 for some in same_shapes(group["params"]):
-                    ms = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in some]
+                    for p in some:
+                        if not self.state[p]:
+                            self.state[p]["momentum"] = torch.zeros_like(p)
+                    ms = [self.state[p]["momentum"] for p in some]
                     updates = muon_update([p.grad for p in some], ms, c.momentum, c.nesterov, c.ns_steps, c.rms)
                     orthogonalised += sum(p.shape[:-2].numel() for p in some)
-                    for p, update in zip(some, updates):
-                        p.mul_(decay).sub_(update, alpha=lr)
+                    self.apply(some, updates, group)
                 continue
-            for p in group["params"]:
-                state = self.state[p]
+            states = [self.state[p] for p in group["params"]]
+            for state, p in zip(states, group["params"]):
                 if not state:
-                    state |= dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                    state["step"] = torch.zeros((), dtype=torch.int64)
+                    state |= dict(m=torch.zeros_like(p), v=torch.zeros_like(p), step=torch.zeros((), dtype=torch.int64))
                 state["step"] += 1
-                update = adamw_update(p.grad, state["m"], state["v"], int(state["step"]), c.beta1, c.beta2, c.eps)
-                p.mul_(decay).sub_(update, alpha=lr)
+            gs, ms, vs = [p.grad for p in group["params"]], [s["m"] for s in states], [s["v"] for s in states]
+            updates = adamw_update(gs, ms, vs, int(states[0]["step"]), c.beta1, c.beta2, c.eps)
+            self.apply(group["params"], updates, group)
         return orthogonalised
+
+    def apply(self, parameters, updates, group):
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
     def tensors(self):
         """{"NAME:KEY": state tensor}: what a checkpoint keeps of the optimizer."""

@@ -6,6 +6,7 @@ on a CPU: several ranks are processes that talk over gloo. A tolerance stands be
 import ast
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +115,27 @@ def test_poly_norm_in_bfloat16_is_as_near_as_its_rounding():
     assert (ours.double() - exact).norm() / exact.norm() < 2 ** -8
 
 
+def test_poly_norm_compiled_is_its_definition():
+    """The only test that compiles. Inside a model, training uses the compiled form, evaluation the closed one."""
+    network, x = lively(replace(TINY, compile_act=True, n_layer=1)), tokens(2, 16)
+    twin = lively(replace(TINY, n_layer=1))
+    for n in (network, twin):
+        n(x, x)[0].backward()
+    for (name, a), b in zip(network.named_parameters(), twin.named_parameters()):
+        torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert kernels.compiled_poly_norm() is not None or not shutil.which("g++")
+
+
+def test_poly_norm_goes_on_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    kernels.compiled_poly_norm.cache_clear()
+    x, w, b = torch.randn(4, 9), torch.randn(3), torch.randn(1)
+    for _ in range(2):
+        assert torch.equal(kernels.poly_norm(x, w, b, compiled=True), kernels.poly_norm(x, w, b))
+    assert capsys.readouterr().out.count("no C++ compiler") == 1
+    kernels.compiled_poly_norm.cache_clear()
+
+
 def test_poly_norm_ignores_the_scale_of_its_input(float64):
     """y is invariant to x → s·x, so Σ x·∂L/∂x = 0 (up to eps)."""
     x, w, b = torch.randn(4, 50), torch.randn(3), torch.randn(1)
@@ -143,7 +166,7 @@ def test_differential_attention_is_two_explicit_maps(T, kv, documents, float64):
     exact, given = explicit_maps(q, k, v, lam, mask), mask if documents else None
     weight = torch.randn_like(exact)
     want = gradients(lambda *a: (explicit_maps(*a, mask) * weight).sum(), q, k, v, lam)
-    for f in (kernels.diff_attention_ref, kernels.diff_attention):
+    for f in (kernels.diff_attention_ref, kernels.diff_attention, functools.partial(kernels.diff_attention, block=4)):
         torch.testing.assert_close(f(q, k, v, lam, given), exact)
         for ours, theirs in zip(gradients(lambda *a: (f(*a, given) * weight).sum(), q, k, v, lam), want):
             torch.testing.assert_close(ours, theirs)

@@ -82,7 +82,7 @@ LAPTOP = Config(model=PRESETS["laptop"], tokens=1_100_000, batch=8, micro=8,
 RECIPES = {
     "laptop": LAPTOP,
     "gpt2": replace(LAPTOP, recipe="gpt2", model=PRESETS["gpt2"],
-                    optim=OptimConfig(name="adamw", lr=3e-3, warmup=0.05, decay="cosine", floor=0.1)),
+                    optim=OptimConfig(name="adamw", lr=3e-3, warmup=0.05, decay="cosine", floor=0.1, tau=0)),
     "shakespeare": Config(recipe="shakespeare", model=PRESETS["shakespeare"], batch=12, micro=12, tokens=240 * 12 * 64,
                           optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.8, weight_decay=0.3),
                           eval_windows=0,
@@ -471,16 +471,9 @@ def train(config, resume=False, quiet=False):
             run.close()
 
 
-def loop(config, resume, status, run, corpus, batches, mesh, stop):
-    model = Transformer(config.model, seed=config.seed).to(mesh.device)
-    optimizer = MuonClip(model, config.optim)
-    attentions, parameters = list(model.attentions().values()), list(model.parameters())
-    forward = torch.compile(model) if config.compile else model
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    names = list(corpus.domains)
-    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-
-    step, found = 0, newest_checkpoint(Path(config.out), status.say) if resume else None
+def take_up(config, resume, model, optimizer, facts, mesh, say):
+    """Load the newest intact checkpoint of the run, if it is to be resumed. → the step to go on from, or None."""
+    found = newest_checkpoint(Path(config.out), say) if resume else None
     if found:
         manifest, tensors = found
         for what in ("tokenizer", "data"):
@@ -488,29 +481,45 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
                 raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
                                  f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
         restore(model, optimizer, tensors)
-        step = manifest["step"]
     elif resume and checkpoints(Path(config.out)):
         raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
-    ends = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
-    if ends[0] != -ends[1]:
-        raise ValueError(f"ranks found checkpoints of steps {-ends[1]:.0f} to {ends[0]:.0f}: --out={config.out} must "
-                         "be one folder that all of them see")
+    step = manifest["step"] if found else -1
+    high, low = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
+    if high != -low:
+        raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: --out={config.out} must be one "
+                         "folder that all of them see")
     if resume:
-        status.say(f"resuming {config.out} at step {step}")
+        say(f"resuming {config.out} at step {max(step, 0)}")
+    return step if found else None
+
+
+def log_columns(names):
+    """The columns of log.csv. loss_NAME is of training (blank in a step without windows of that domain), share_NAME of
+    the step's windows; val_NAME and bpb_NAME are nats/token and bits/byte on validation text, in some rows; max_logit
+    is there where it is exact."""
+    by_domain = [f"{what}_{name}" for what in ("loss", "share", "epochs", "val", "bpb") for name in names]
+    return ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", *by_domain, "tokens_per_s", "mfu",
+            "seconds"]
+
+
+def loop(config, resume, status, run, corpus, batches, mesh, stop):
+    model = Transformer(config.model, seed=config.seed).to(mesh.device)
+    optimizer = MuonClip(model, config.optim)
+    attentions, parameters = list(model.attentions().values()), list(model.parameters())
+    forward = torch.compile(model) if config.compile else model
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
+    names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
+    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
+    found = take_up(config, resume, model, optimizer, facts, mesh, status.say)
+    step, history = found or 0, []
+    if run:
+        history = run.open_log(log_columns(names), -1 if found is None else found)
+        corpus.tokenizer.save(run.path / "tokenizer.json")
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
                f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
     for line in optimizer.describe():
         status.say(f"  {line}")
-
-    columns = ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped"]
-    columns += [f"{what}_{name}" for what in ("loss", "share", "epochs", "val", "bpb") for name in names]
-    columns += ["tokens_per_s", "mfu", "seconds"]
-    history = []
-    if run:
-        history = run.open_log(columns, step if found else -1)
-        corpus.tokenizer.save(run.path / "tokenizer.json")
     peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
-    last = min(config.total_steps, config.steps or config.total_steps)
 
     def record(row):
         if row["step"] % config.eval_every == 0 or row["step"] == last:
@@ -536,7 +545,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         kept = checkpoints(Path(config.out)) if config.out else []
         return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
-    if not found:
+    if found is None:
         record(dict(step=0, tokens=0, seconds=0.0))
         save()                                                     # from here on the run can be resumed as it was begun
     spent = history[-1]["seconds"] if history else 0.0
@@ -544,9 +553,9 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         begin, tokens = time.perf_counter(), step * config.step_tokens
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens, config)
-        exact = config.optim.exact_logits or not config.optim.tau or step % 50 == 0 or step == last - 1
+        exact = config.optim.exact_logits or step % 50 == 0        # else bounds will do; without a clip, nothing
         for attention in attentions:
-            attention.clear_logits(None if exact else config.optim.tau)
+            attention.clear_logits(None if exact else config.optim.tau or math.inf)
         model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
         sums = forward_backward(forward, batch, config, mesh, len(names), dtype)
