@@ -87,10 +87,10 @@ def newton_schulz(g, steps=5, coefficients=QUINTIC, restart=3):
     and X is touched at the ends only. Rounding errors in A grow with every step in the directions where g is small
     (2e-2 for a matrix of rank 1, after five steps in float32): after `restart` steps X and A are computed anew, which
     holds the error below 1e-3 of the float64 iteration. In bfloat16 they grow too fast: X itself is iterated there."""
-    if g.ndim == 2 or g.shape[-2] > g.shape[-1]:
-        turned = g.shape[-2] > g.shape[-1]
-        o = newton_schulz((g.mT if turned else g).reshape(-1, *sorted(g.shape[-2:])), steps, coefficients, restart)
-        return (o.mT if turned else o).view(g.shape) if g.ndim == 2 else o.mT
+    if g.ndim == 2:
+        return newton_schulz(g[None], steps, coefficients, restart)[0]
+    if g.shape[-2] > g.shape[-1]:
+        return newton_schulz(g.mT, steps, coefficients, restart).mT
     a, b, c = coefficients
     (m, n), parts = g.shape[-2:], 1 if g.is_cuda else min(4, max(1, g.shape[-2] // 128))
     x = g / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
@@ -127,7 +127,7 @@ def muon_update(gs, ms, momentum=0.95, nesterov=True, steps=5, rms=0.2):
     o = newton_schulz(stack.bfloat16() if stack.is_cuda else stack, steps).to(stack.dtype)        # (2)
     o *= rms * max(stack.shape[-2:]) ** 0.5                                      # (3)
     parts = o.split([g.shape[:-2].numel() for g in gs])
-    return [(x.mT if t else x).view(g.shape) if g.ndim == 2 else (x.mT if t else x) for x, t, g in zip(parts, tall, gs)]
+    return [(x.mT if t else x).reshape(g.shape) for x, t, g in zip(parts, tall, gs)]
 
 
 def adamw_update(gs, ms, vs, step, beta1=0.9, beta2=0.95, eps=1e-8):

@@ -957,15 +957,16 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
 
 def spawn(world, f, *args):
     """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (world, port, f, args), nprocs=world)
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (one, two)]
+    torch.multiprocessing.spawn(_enter, (world, ports, f, args), nprocs=world)
 
 
-def _enter(rank, world, port, f, args):
+def _enter(rank, world, ports, f, args):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
+                       MASTER_PORT=str(ports[0]), SECOND_PORT=str(ports[1]))
     torch.set_num_threads(1)
     f(rank, *args)
 
@@ -975,6 +976,7 @@ def two_ranks(rank, path, out):
     config = tiny_run(path, out=out, steps=6, mesh=parallel.MeshConfig(timeout=30))
     train.train(config, quiet=True)
     torch.set_default_dtype(torch.float64)
+    os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]      # at the first, a rank may still meet the group that left
     mesh = parallel.join_mesh(config.mesh)
     corpus = data.prepare(config.data, config.model.vocab_size)
     batches = data.Batches(corpus, config.data, 0, config.batch, config.model.context)
@@ -1239,3 +1241,16 @@ def test_learning_rates_of_both_reports():
     assert lr(12.75 / 15.5, k2) == pytest.approx(1.1e-4)
     line = replace(k2, optim=muonclip.OptimConfig(lr=1.0, floor=0.0, decay_start=0.5))
     assert [lr(p, line) for p in (0.25, 0.75, 1.0)] == pytest.approx([1, 0.5, 0])
+
+
+# ---- notes/ ---------------------------------------------------------------------------------------------------------
+
+def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
+    from notes import speed
+    for name in ("speed.csv", "speed.md"):
+        shutil.copy(HERE / "notes" / name, tmp_path)
+    page = (tmp_path / "speed.md").read_text("utf-8")
+    (tmp_path / "speed.md").write_text(page.replace("| ", "| stale "), "utf-8")
+    monkeypatch.setattr(speed, "CSV", tmp_path / "speed.csv")
+    speed.main(["--plot"])
+    assert (tmp_path / "speed.md").read_text("utf-8") == page and (tmp_path / "speed.png").stat().st_size > 10_000

@@ -1,13 +1,14 @@
 """What each fast path costs beside its baseline, on this machine, in one run.
 
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
-  python -m notes.speed --whole=FILE    # also `shakespeare` and its control, in turn, on that text: 10 minutes
+  python -m notes.speed --whole=FILE    # `shakespeare` and its control, in turn, on that text: 10 minutes
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
 Every figure is a ratio of two medians, their calls taken in turn: machines differ, and their load changes by the
 minute. Run it with nothing beside it."""
 import argparse
 import csv
+import math
 import statistics
 import sys
 import time
@@ -128,32 +129,33 @@ def step_of(recipe, batch):
 
 
 def logits():
-    """What watching the largest logit adds to a training step: the same step with and without it."""
-    model, parts = step_of("laptop", 8)
-    attentions, step = list(model.attentions().values()), lambda: [part() for part in parts]
-    wq = [a.wq.detach().clone() for a in attentions]
+    """What watching the largest logit adds to a training step: the pass over every layer's queries and keys, timed by
+    itself, in turn with the step without it (a whole step varies by more than the pass takes)."""
+    model, parts = step_of("laptop", train.RECIPES["laptop"].batch)
+    config, attentions = model.config, list(model.attentions().values())
+    q, k = torch.randn(2, train.RECIPES["laptop"].batch, config.n_head, config.context, config.d_head)
 
-    def with_(tau, shift=0.0):
-        """A step that watches with this τ. shift pushes queries along one direction and keys against it."""
+    def step():
+        for a in attentions:
+            a.clear_logits(math.inf)                   # nothing is watched
+        for part in parts[:-1]:
+            part()
+
+    def watch(tau, clip=False):
         def run():
-            for a, w in zip(attentions, wq):
-                a.clear_logits(tau)
-            step()
+            for a in attentions:
+                a.max_logits.copy_(kernels.max_logits(q, k, None, tau)[0])
+            if clip:
+                muonclip.qk_clip_(attentions, 1e-3)
         return run
-
-    def off():
-        for a in attentions:
-            a.eval()                                   # nothing is recorded
-        step()
-        for a in attentions:
-            a.train()
-    for case, run, target in (("every logit below τ/3: bounds", with_(100.0), "≤ 1.03"),
-                              ("above that: exact, every head", with_(None), ""),
-                              ("exact, every head clipped", with_(None), "")):
-        if "clipped" in case:
-            parts[-1] = lambda: muonclip.qk_clip_(attentions, 1e-3)
-        ours, none = in_turn(run, off, rounds=15)
-        yield "training step (laptop) with largest logits", case, "without", ours, none, target
+    top = kernels.max_logits_ref(q, k).max().item()
+    norms = next(kernels.bound_max_logits(q, k)).min().item()
+    for case, run, target in (("random heads, every logit just below τ/3", watch(3 * top), "≤ 1.03"),
+                              ("both bounds tried in vain", watch(0.5 * norms), ""),
+                              ("above: exact for every head", watch(None), ""),
+                              ("exact, and every head clipped", watch(None, True), "")):
+        extra, none = in_turn(run, step)
+        yield "laptop step, watching the largest logit", case, "not watching", none + extra, none, target
 
 
 def bounds():
@@ -250,18 +252,16 @@ def whole(path):
             print(f"{name}, seed {seed}: {history[-1]['seconds']:.1f} s of training ({time.perf_counter() - begin:.1f} "
                   f"s with both evaluations), {ends[name][-1][1]:.4f} nats/byte", flush=True)
     (ours, loss), (theirs, their_loss) = (map(statistics.median, zip(*ends[name])) for name in runs)
-    yield "Tiny Shakespeare, time of training", f"shakespeare, to {loss:.3f}", f"control, to {their_loss:.3f}", ours, \
-        theirs, "≤ 0.25"
+    yield "Tiny Shakespeare, time of training", f"shakespeare, to {loss:.3f}", f"the control, to {their_loss:.3f}", \
+        ours, theirs, "≤ 0.25"
 
 
 # ---- table and figure -----------------------------------------------------------------------------------------------
 
-def measured(args):
-    for part in (poly_norm, attention, optimizer, bounds, logits, split):
-        yield from part()
-    if args.whole:
-        yield from against_plain(args.whole)
-        yield from whole(args.whole)
+def measured(path):
+    """Rows of the whole on the text at `path`, or of the parts where there is none."""
+    for part in (poly_norm, attention, optimizer, bounds, logits, split) if not path else (against_plain, whole):
+        yield from part(path) if path else part()
 
 
 def show():
@@ -271,32 +271,29 @@ def show():
     import matplotlib.pyplot as plt
     with open(CSV, newline="") as file:
         rows = list(csv.DictReader(file))
-    runs = sorted({row["run"] for row in rows})
     table = {}
     for row in rows:
         name, beside = (row[key].split(", to ")[0] for key in ("case", "baseline"))
-        table.setdefault((row["what"], name, beside), {})[row["run"]] = row
-    lines = [f"| what | case | beside | {' | '.join(f'ratio, run {run}' for run in runs)} | wanted |",
-             "|---|---|---|" + "---|" * (len(runs) + 1)]
-    for (what, case, baseline), by_run in table.items():
-        cells = [f"{float(by_run[r]['ratio']):.2f}" if r in by_run else "" for r in runs]
-        target = next(iter(by_run.values()))["target"]
-        lines.append(f"| {what} | {case} | {baseline} | {' | '.join(cells)} | {target} |")
+        table.setdefault((row["what"], name, beside), []).append(row)
+    lines = ["| what | case | beside | ratios, one a run | wanted |", "|---|---|---|---|---|"]
+    for (what, *_), found in table.items():
+        ratios = ", ".join(f"{float(row['ratio']):.2f}" for row in found)
+        last = found[-1]
+        lines.append(f"| {what} | {last['case']} | {last['baseline']} | {ratios} | {last['target']} |")
     page = CSV.with_suffix(".md")
     before, _, rest = page.read_text("utf-8").partition("<!-- table -->")
     after = rest.partition("<!-- end of table -->")[2]
     page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- end of table -->" + after, "utf-8")
 
-    bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(r["ratio"]) for r in by_run.values()],
-             float(target[2:])) for (what, case, baseline), by_run in table.items()
-            if (target := next(iter(by_run.values()))["target"])]
+    bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(row["ratio"]) for row in found],
+             float(found[0]["target"][2:])) for (what, case, baseline), found in table.items() if found[0]["target"]]
     figure, axis = plt.subplots(figsize=(8, 0.55 * len(bars) + 1), layout="constrained")
     for i, (label, ratios, target) in enumerate(reversed(bars)):
         axis.barh(i, sum(ratios) / len(ratios), color="#0072B2" if max(ratios) <= target else "#E69F00", height=0.6)
         axis.plot(ratios, [i] * len(ratios), "k.", ms=4)
         axis.plot([target, target], [i - 0.4, i + 0.4], color="k", lw=2)
     axis.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in reversed(bars)], xscale="log",
-             xlabel="time / time of the baseline (black bar: wanted at most; dots: runs; orange: missed)")
+             xlabel="time / baseline (black: wanted at most; dots: runs; orange: missed)")
     axis.tick_params(axis="y", labelsize=8)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
@@ -318,7 +315,7 @@ def main(argv):
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for what, case, baseline, ms, baseline_ms, target in measured(args):
+        for what, case, baseline, ms, baseline_ms, target in measured(args.whole):
             ratio = ms / baseline_ms
             writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
                                                f"{ratio:.3f}", target))))
