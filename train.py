@@ -77,7 +77,7 @@ class Config:
         return self.tokens // self.step_tokens
 
 
-LAPTOP = Config(model=PRESETS["laptop"], tokens=1_100_000, batch=8, micro=8,
+LAPTOP = Config(model=PRESETS["laptop"], tokens=950_000, batch=8, micro=8,
                 optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.9))    # a short run: a short memory
 RECIPES = {
     "laptop": LAPTOP,
