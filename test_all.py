@@ -115,15 +115,20 @@ def test_poly_norm_in_bfloat16_is_as_near_as_its_rounding():
     assert (ours.double() - exact).norm() / exact.norm() < 2 ** -8
 
 
-def test_poly_norm_compiled_is_its_definition():
-    """The only test that compiles. Inside a model, training uses the compiled form, evaluation the closed one."""
+def test_compiled_poly_norm_and_compiled_layers_change_no_number():
+    """The only test that compiles. Inside a model, training uses the compiled norm, evaluation the closed form."""
     network, x = lively(replace(TINY, compile_act=True, n_layer=1)), tokens(2, 16)
-    twin = lively(replace(TINY, n_layer=1))
-    for n in (network, twin):
+    twin, compiled = lively(replace(TINY, n_layer=1)), lively(replace(TINY, n_layer=1))
+    if kernels.compiled_poly_norm() is not None:
+        compiled.layers["0"].forward = torch.compile(compiled.layers["0"].forward)               # as --compile does
+    else:
+        assert not shutil.which("g++")
+    for n in (network, twin, compiled):
         n(x, x)[0].backward()
-    for (name, a), b in zip(network.named_parameters(), twin.named_parameters()):
-        torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
-    assert kernels.compiled_poly_norm() is not None or not shutil.which("g++")
+    for n in (network, compiled):
+        for (name, a), b in zip(n.named_parameters(), twin.named_parameters()):
+            torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(n.layers["0"].attention.max_logits, twin.layers["0"].attention.max_logits)
 
 
 def test_poly_norm_goes_on_without_a_compiler(monkeypatch, capsys):

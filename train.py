@@ -54,7 +54,7 @@ class Config:
     log_every: int = 1           # steps between rows of the log
     seed: int = 0
     steps: int = 0               # stop after so many steps; 0 = when the tokens are spent
-    compile: bool = False        # torch.compile the network
+    compile: bool = False        # torch.compile the layers: 10–20% faster on a CPU, after half a minute
     out: str = ""                # run folder; "" = keep nothing (notes and tests)
 
     def __post_init__(self):
@@ -506,7 +506,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
     model = Transformer(config.model, seed=config.seed).to(mesh.device)
     optimizer = MuonClip(model, config.optim)
     attentions, parameters = list(model.attentions().values()), list(model.parameters())
-    forward = torch.compile(model) if config.compile else model
+    for layer in model.layers.values() if config.compile else ():
+        layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
     names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
@@ -553,12 +554,12 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         begin, tokens = time.perf_counter(), step * config.step_tokens
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(tokens, config)
-        exact = config.optim.exact_logits or step % 50 == 0        # else bounds will do; without a clip, nothing
+        exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
         for attention in attentions:
             attention.clear_logits(None if exact else config.optim.tau or math.inf)
         model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
-        sums = forward_backward(forward, batch, config, mesh, len(names), dtype)
+        sums = forward_backward(model, batch, config, mesh, len(names), dtype)
 
         sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
         parallel.average_gradients_(parameters, mesh)
@@ -595,6 +596,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         if leave and step < last:
             status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
             break
+    for layer in model.layers.values() if config.compile else ():
+        del layer.forward                                          # sampling meets a new length with every token
     return history, model
 
 

@@ -171,6 +171,26 @@ def bounds():
                 bound.max().item(), exact.max().item(), ""
 
 
+def compiled():
+    """`--compile`: every layer through torch.compile, from a cold start; it measures every largest logit."""
+    from torch._inductor.utils import fresh_inductor_cache
+    parts = []
+    for on in (False, True):
+        model, calls = step_of("laptop", train.RECIPES["laptop"].batch)
+        for layer in model.layers.values() if on else ():
+            layer.forward = torch.compile(layer.forward)
+        for a in model.attentions().values():
+            a.clear_logits(None if on else 100.0)
+        parts.append(lambda calls=calls: [call() for call in calls])
+    with fresh_inductor_cache():
+        begin = time.perf_counter()
+        parts[1]()
+        first = (time.perf_counter() - begin) * 1e3
+        plain, ours = in_turn(*parts)
+    yield "laptop step, --compile", "after the first step", "without", ours, plain, ""
+    yield "laptop step, --compile", "the first step, nothing cached (in steps)", "without", first, plain, ""
+
+
 def split():
     for recipe in ("laptop", "gpt2", "shakespeare"):
         batch = train.RECIPES[recipe].batch
@@ -260,7 +280,8 @@ def whole(path):
 
 def measured(path):
     """Rows of the whole on the text at `path`, or of the parts where there is none."""
-    for part in (poly_norm, attention, optimizer, bounds, logits, split) if not path else (against_plain, whole):
+    parts = (against_plain, whole) if path else (poly_norm, attention, optimizer, bounds, logits, split, compiled)
+    for part in parts:
         yield from part(path) if path else part()
 
 
