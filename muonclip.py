@@ -6,8 +6,11 @@
   qk_clip_        after the step: shrink the query and key weights of heads that exploded   [Kimi K2 Algorithm 1]
 
 Pure functions first; `MuonClip` is the thin torch.optim.Optimizer that holds their state.
+
+  python muonclip.py      Appendix E: does Muon make logits grow, and why? Trains both, draws notes/appendix_e.png
 """
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +30,16 @@ class OptimConfig:
     eps: float = 1e-8
     momentum: float = 0.95       # Muon's μ   [Moonlight; K2 is silent]
     nesterov: bool = True        # orthogonalise G + μM rather than M   [Moonlight; K2 is silent]
-    ns_steps: int = 5            # Newton–Schulz iterations   [Moonlight; K2 is silent]
+    ns: str = "jordan"           # Newton–Schulz coefficients, by name   [Moonlight's; K2 is silent]
+    ns_steps: int = 5            # and iterations                        [Moonlight; K2 is silent]
     rms: float = 0.2             # RMS of Muon's update, that of AdamW's   [Kimi K2 Algorithm 1]
     tau: float = 100.0           # largest logit that QK-Clip allows; 0 = no clip                    [Kimi K2 §2.5]
     exact_logits: bool = False   # measure every head's largest logit in every step, not only where τ is in reach
     clip_norm: float = 1.0       # of the whole gradient                                             [guess]
 
     def __post_init__(self):
-        for name, choices in dict(name=("muonclip", "adamw"), decay=("linear", "cosine", "rsqrt")).items():
+        for name, choices in dict(name=("muonclip", "adamw"), decay=("linear", "cosine", "rsqrt"),
+                                  ns=COEFFICIENTS).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"optim.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
         for name in ("lr", "clip_norm", "eps", "rms", "ns_steps"):
@@ -53,16 +58,59 @@ class OptimConfig:
 
 # ---- pure functions -----------------------------------------------------------------------------------------------
 
-QUINTIC = (3.4445, -4.7750, 2.0315)      # the result's singular values lie in [0.68, 1.13], not at 1   [Moonlight §2.1]
+# Published coefficients (a, b, c) of the iteration, a triple for each step, the last one repeated. Five steps take
+# singular values that start in [low, 1]·‖g‖_F to these bands (`band`):
+#                low = 0.001     low = 0.01
+#   classical    0.03 – 1.00     0.31 – 1.00    Taylor's series: slow where s is small, exact in the end
+#   jordan       0.47 – 1.20     0.68 – 1.13    steep at zero, and never converges          [Moonlight §2.1]
+#   you          0.47 – 1.15     0.98 – 1.03    tuned step by step            [You Jiacheng, modded-nanoGPT]
+#   polar        0.85 – 1.12     0.87 – 1.12    minimax from 0.001 on, with a safety of 1.01    [2505.16932]
+COEFFICIENTS = {
+    "classical": ((2.0, -1.5, 0.5),),
+    "jordan": ((3.4445, -4.7750, 2.0315),),
+    "you": ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)),
+    "polar": (*((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248))), (1.875, -1.25, 0.375)),
+}
 
 
-def newton_schulz_ref(g, steps=5, coefficients=QUINTIC):
+def coefficients(name="jordan", steps=5):
+    """[(a, b, c)] of each step."""
+    return [COEFFICIENTS[name][min(i, len(COEFFICIENTS[name]) - 1)] for i in range(steps)]
+
+
+JORDAN = coefficients()
+
+
+def band(triples, low=0.01, high=1.0):
+    """Least and largest singular value after the iteration, of those that start in [low, high]: each goes its own way,
+    s ← as + bs³ + cs⁵."""
+    s = torch.logspace(math.log10(low), math.log10(high), 100_001, dtype=torch.float64)
+    for a, b, c in triples:
+        s = a * s + b * s ** 3 + c * s ** 5
+    return s.min().item(), s.max().item()
+
+
+def msign(g):
+    """U·Vᵀ of the singular value decomposition g = U·S·Vᵀ (..., m, n), in float64: what the iteration is after.
+    Directions in which g is zero up to rounding stay zero."""
+    u, s, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    return (u * (s > s[..., :1] * max(g.shape[-2:]) * torch.finfo(g.dtype).eps)[..., None, :]) @ vt
+
+
+def newton_schulz_ref(g, triples=JORDAN):
     """Push every singular value of g (..., m, n) towards 1:  X ← aX + b(XXᵀ)X + c(XXᵀ)²X,  X₀ = g/‖g‖_F.
 
     The scale puts the start inside the iteration's basin. Zero stays zero."""
-    a, b, c = coefficients
     x = g / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)          # below, squares underflow: no direction left
-    for _ in range(steps):
+    for a, b, c in triples:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
@@ -78,7 +126,7 @@ def symmetric(x, y, out, parts):
     return out
 
 
-def newton_schulz(g, steps=5, coefficients=QUINTIC, restart=3):
+def newton_schulz(g, triples=JORDAN, restart=3):
     """newton_schulz_ref of g (m, n) or a stack (B, m, n), with fewer operations.
 
     Symmetric products are computed once. Wide matrices iterate on the small Gram matrix: X_k = Q_k·X₀ with Q_k a
@@ -88,16 +136,15 @@ def newton_schulz(g, steps=5, coefficients=QUINTIC, restart=3):
     (2e-2 for a matrix of rank 1, after five steps in float32): after `restart` steps X and A are computed anew, which
     holds the error below 1e-3 of the float64 iteration. In bfloat16 they grow too fast: X itself is iterated there."""
     if g.ndim == 2:
-        return newton_schulz(g[None], steps, coefficients, restart)[0]
+        return newton_schulz(g[None], triples, restart)[0]
     if g.shape[-2] > g.shape[-1]:
-        return newton_schulz(g.mT, steps, coefficients, restart).mT
-    a, b, c = coefficients
+        return newton_schulz(g.mT, triples, restart).mT
     (m, n), parts = g.shape[-2:], 1 if g.is_cuda else min(4, max(1, g.shape[-2] // 128))
     x = g / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-20)
     gram = symmetric(x, x.mT, x.new_empty(len(x), m, m), parts)
     p, q, spare = torch.empty_like(gram), None, torch.empty_like(gram)
     wide = n >= 1.25 * m and g.dtype in (torch.float32, torch.float64)
-    for k in range(steps):
+    for k, (a, b, c) in enumerate(triples):
         if k and (not wide or k % restart == 0):
             x, q = x if q is None else q @ x, None
             symmetric(x, x.mT, gram, parts)
@@ -107,12 +154,12 @@ def newton_schulz(g, steps=5, coefficients=QUINTIC, restart=3):
             continue
         p.diagonal(dim1=-2, dim2=-1).add_(a)
         q = p.clone() if q is None else symmetric(p, q, torch.empty_like(q), parts)
-        if k + 1 < steps and (k + 1) % restart:
+        if k + 1 < len(triples) and (k + 1) % restart:
             symmetric(symmetric(p, gram, spare, parts), p, gram, parts)
     return x if q is None else q @ x
 
 
-def muon_update(gs, ms, momentum=0.95, nesterov=True, steps=5, rms=0.2):
+def muon_update(gs, ms, momentum=0.95, nesterov=True, triples=JORDAN, rms=0.2):
     """The directions ΔW of one Muon step. gs, ms: lists of matrices (n, k), or stacks (E, n, k) of them, all of one
     shape up to a turn; ms are updated in place. They go through Newton–Schulz together.   [Kimi K2 Algorithm 1]
 
@@ -124,7 +171,7 @@ def muon_update(gs, ms, momentum=0.95, nesterov=True, steps=5, rms=0.2):
     inputs = torch._foreach_add(gs, ms, alpha=momentum) if nesterov else ms
     tall = [x.shape[-2] > x.shape[-1] for x in inputs]
     stack = torch.cat([(x.mT if t else x).reshape(-1, *sorted(x.shape[-2:])) for x, t in zip(inputs, tall)])
-    o = newton_schulz(stack.bfloat16() if stack.is_cuda else stack, steps).to(stack.dtype)        # (2)
+    o = newton_schulz(stack.bfloat16() if stack.is_cuda else stack, triples).to(stack.dtype)        # (2)
     o *= rms * max(stack.shape[-2:]) ** 0.5                                      # (3)
     parts = o.split([g.shape[:-2].numel() for g in gs])
     return [(x.mT if t else x).reshape(g.shape) for x, t, g in zip(parts, tall, gs)]
@@ -220,6 +267,7 @@ class MuonClip(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         c, orthogonalised = self.config, 0
+        triples = coefficients(c.ns, c.ns_steps)
         for group in self.param_groups:
             if group["rule"] == "muon":
                 for some in same_shapes(group["params"]):
@@ -227,7 +275,7 @@ class MuonClip(torch.optim.Optimizer):
                         if not self.state[p]:
                             self.state[p]["momentum"] = torch.zeros_like(p)
                     ms = [self.state[p]["momentum"] for p in some]
-                    updates = muon_update([p.grad for p in some], ms, c.momentum, c.nesterov, c.ns_steps, c.rms)
+                    updates = muon_update([p.grad for p in some], ms, c.momentum, c.nesterov, triples, c.rms)
                     orthogonalised += sum(p.shape[:-2].numel() for p in some)
                     self.apply(some, updates, group)
                 continue
@@ -251,10 +299,28 @@ class MuonClip(torch.optim.Optimizer):
                 for key, t in self.state[p].items()}
 
     def load(self, tensors):
-        """The inverse of `tensors`: copies of what they hold."""
+        """The inverse of `tensors`: copies of what they hold, each in its own dtype. Other shapes are refused, by name;
+        a parameter of which nothing was saved (before the first step) starts with none."""
+        state, wrong, left = {}, [], {name for name in tensors if ":" in name}
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"]):
-                keys = ("momentum",) if group["rule"] == "muon" else ("m", "v", "step")
-                if f"{name}:{keys[0]}" in tensors:                     # else: it was saved before the first step
-                    self.state[p] = {key: tensors[f"{name}:{key}"].clone().to("cpu" if key == "step" else p.device)
-                                     for key in keys}
+                shapes = dict(momentum=p.shape) if group["rule"] == "muon" else dict(m=p.shape, v=p.shape, step=())
+                found = {key: tensors[f"{name}:{key}"] for key in shapes if f"{name}:{key}" in left}
+                left -= {f"{name}:{key}" for key in found}
+                wrong += [f"{name}:{key} {tuple(found[key].shape) if key in found else 'missing'} for {tuple(shape)}"
+                          for key, shape in shapes.items() if found and (key not in found or found[key].shape != shape)]
+                state[p] = {key: t.clone().to("cpu" if key == "step" else p.device) for key, t in found.items()}
+        wrong += [f"{name} unknown" for name in sorted(left)]
+        if wrong:
+            raise ValueError(f"the optimizer state is of another model or optimizer: {'; '.join(wrong[:8])}"
+                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        self.state.update(state)
+
+
+def main(argv):
+    from notes import appendix_e                       # the long way: a grid of runs, a figure, a page
+    appendix_e.main(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -822,18 +822,63 @@ def test_broken_tensor_files_are_refused(tmp_path):
 
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (160, 48), (3, 40, 24), (1, 30)])
-def test_newton_schulz_flattens_the_singular_values(shape):
+BANDS = dict(classical=(0.31, 1.01), jordan=(0.68, 1.14), you=(0.97, 1.04), polar=(0.86, 1.13))   # from 0.01 on
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_coefficients_reach_their_band(name):
+    """The band of the scalar iteration is that of the matrix one; the file's table says these numbers."""
+    triples = muonclip.coefficients(name, 5)
+    low, high = muonclip.band(triples)
+    assert BANDS[name][0] <= low < high <= BANDS[name][1]
+    from_far = muonclip.band(triples, 0.001)
+    line = next(row for row in Path(muonclip.__file__).read_text("utf-8").splitlines() if f"#   {name} " in row)
+    said = [float(number) for number in re.findall(r"\d\.\d\d", line)[:4]]
+    assert all(abs(a - b) <= 0.0051 for a, b in zip(said, (*from_far, low, high)))
+    u, _, vt = torch.linalg.svd(torch.randn(50, 80, dtype=torch.float64), full_matrices=False)
+    s = torch.logspace(-2, 0, 50, dtype=torch.float64)
+    g = (u * s) @ vt
+    low, high = muonclip.band(triples, (0.01 / s.norm()).item(), (1 / s.norm()).item())
+    found = torch.linalg.svdvals(muonclip.newton_schulz(g, triples))
+    assert low - 1e-6 < found.min() and found.max() < high + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (160, 48), (3, 40, 24), (1, 30), (30, 1)])
+def test_newton_schulz_turns_with_its_input_and_ignores_its_scale(shape):
     g = torch.randn(shape)
     o = muonclip.newton_schulz(g)
     s = torch.linalg.svdvals(o)
     relative = torch.linalg.svdvals(g) / g.norm(dim=(-2, -1), keepdim=True).squeeze(-1)
     assert o.shape == g.shape and s.max() < 1.21 and s.flatten()[relative.flatten() > 0.01].min() > 0.68
     for scale in (1e-18, 1000):
-        assert (muonclip.newton_schulz(scale * g) - o).norm() < 1e-3 * o.norm(), "the gradient's scale does not matter"
-    u, _, vt = torch.linalg.svd(g, full_matrices=False)
-    cosine = (o * (u @ vt)).sum() / o.norm() / (u @ vt).norm()
-    assert cosine > 0.97, "the direction is that of U·Vᵀ"
+        assert (muonclip.newton_schulz(scale * g) - o).norm() < 1e-3 * o.norm()
+    left, right = (torch.linalg.qr(torch.randn(n, n)).Q for n in shape[-2:])
+    assert (muonclip.newton_schulz(left @ g @ right) - left @ o @ right).norm() < 1e-3 * o.norm()
+    exact = muonclip.msign(g)
+    assert (o.double() * exact).sum() / o.norm() / exact.norm() > 0.97, "the direction is that of U·Vᵀ"
+    nearer = muonclip.newton_schulz(g.double(), muonclip.coefficients("classical", 25))
+    torch.testing.assert_close(nearer, exact, rtol=0, atol=1e-6)
+
+
+def test_msign_keeps_what_is_zero_at_zero():
+    g = torch.randn(20, 3) @ torch.randn(3, 30)
+    s = torch.linalg.svdvals(muonclip.msign(g))
+    torch.testing.assert_close(s, torch.tensor([1.0] * 3 + [0.0] * 17, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 256), (256, 64)])
+def test_muon_goes_where_torch_goes(shape):
+    """torch.optim.Muon iterates in bfloat16: the directions agree to a cosine of 0.99, the length to 3%."""
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    other = torch.optim.Muon([theirs], lr=0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    momentum = [torch.zeros(shape)]
+    for _ in range(3):
+        theirs.grad = torch.randn(shape)
+        other.step()
+        with torch.no_grad():
+            ours -= 0.1 * muonclip.muon_update([theirs.grad], momentum)[0]
+    a, b = ours.detach(), theirs.detach()
+    assert (a * b).sum() / a.norm() / b.norm() > 0.99 and a.norm() / b.norm() == pytest.approx(1, rel=0.03)
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (260, 260), (96, 400), (400, 96), (3, 48, 160), (2, 130, 300)])
@@ -904,6 +949,68 @@ def test_optimizer_updates_what_it_says():
         if group["rule"] == "adamw":
             for name, p in zip(group["names"], group["params"]):
                 torch.testing.assert_close(p, twin[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_that_of_torch():
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in (torch.ones(7, 5), torch.ones(9))] for _ in range(2))
+    other = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    ms, vs = ([torch.zeros_like(p) for p in ours] for _ in range(2))
+    for step in range(1, 6):
+        for p in theirs:
+            p.grad = torch.randn_like(p) * 10.0 ** -step
+        updates = muonclip.adamw_update([p.grad for p in theirs], ms, vs, step)
+        with torch.no_grad():
+            torch._foreach_sub_(ours, updates, alpha=0.01)
+        other.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class Odd(torch.nn.Module):
+    """Shapes that a hidden matrix can have: a stack of experts, a single row, a single column."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.row, self.column, self.gain = (torch.nn.Parameter(torch.randn(shape)) for shape in (
+            (3, 16, 24), (1, 24), (24, 1), (24,)))
+
+
+def test_stacked_experts_and_single_rows_are_matrices_each():
+    network, config = Odd(), muonclip.OptimConfig(lr=0.1, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer = muonclip.MuonClip(network, config)
+    assert optimizer.step() == 3 + 1 + 1
+    applied = {name: (before[name] - p.detach()) / 0.1 for name, p in network.named_parameters()}
+    for i in range(3):
+        s = torch.linalg.svdvals(applied["experts"][i]) / (0.2 * 24 ** 0.5)
+        assert 0.6 < s.min() and s.max() < 1.21, "each expert is orthogonalised by itself"
+    for name in ("row", "column"):
+        assert applied[name].square().mean().sqrt() == pytest.approx(0.2 * 0.88, rel=0.35), "a row's RMS is any other's"
+
+
+def test_optimizer_state_is_kept_by_name_in_its_own_dtype():
+    network, config = Odd(), muonclip.OptimConfig()
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer = muonclip.MuonClip(network, config)
+    optimizer.step()
+    kept = {name: t.double() if t.is_floating_point() else t for name, t in optimizer.tensors().items()}
+    assert sorted(kept) == ["column:momentum", "experts:momentum", "gain:m", "gain:step", "gain:v", "row:momentum"]
+    half = Odd().bfloat16()
+    other = muonclip.MuonClip(half, config)
+    other.load(kept)
+    for name, t in other.tensors().items():
+        assert t.dtype == kept[name].dtype and torch.equal(t, kept[name]), "not rounded to the weights' dtype"
+        assert t.data_ptr() != kept[name].data_ptr()
+    for change, says in ((dict(row_momentum=torch.zeros(24, 1)), r"row:momentum \(24, 1\) for \(1, 24\)"),
+                         (dict(gain_v=None), r"gain:v missing for \(24,\)"),
+                         (dict(other_m=torch.zeros(2)), "other:m unknown")):
+        (key, t), = change.items()
+        wrong = {k: v for k, v in (kept | {key.replace("_", ":"): t}).items() if v is not None}
+        with pytest.raises(ValueError, match=says):
+            other.load(wrong)
 
 
 def explicit_logits(attention, network, x):

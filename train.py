@@ -14,6 +14,7 @@ run resumed from any checkpoint ends with the numbers of one that was never stop
 """
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -372,6 +373,7 @@ def evaluate(model, batches, config, mesh, dtype=None):
     return results
 
 
+@functools.cache
 def matmul_speed(device, dtype, seconds=0.2):
     """FLOP/s of a large square matmul here and now: what MFU is measured against."""
     n = 4096 if device.type == "cuda" else 1024
@@ -446,8 +448,9 @@ def forward_backward(model, batch, config, mesh, domains, dtype=None):
     return sums
 
 
-def train(config, resume=False, quiet=False):
+def train(config, resume=False, quiet=False, watch=None):
     """Run a recipe → (history, model). history: a dict a step, with the columns of log.csv; row 0 is before training.
+    watch(step, model) is called after every step.
 
     With config.out everything is kept in that folder, and `resume` goes on from its newest intact checkpoint; without,
     nothing is written. Raises ValueError on bad input, before any work is lost."""
@@ -464,7 +467,7 @@ def train(config, resume=False, quiet=False):
     mesh = parallel.join_mesh(config.mesh)
     try:
         with Stop() as stop:
-            return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop)
+            return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop, watch)
     finally:
         parallel.leave_mesh(mesh)
         if run:
@@ -502,7 +505,7 @@ def log_columns(names):
             "seconds"]
 
 
-def loop(config, resume, status, run, corpus, batches, mesh, stop):
+def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     model = Transformer(config.model, seed=config.seed).to(mesh.device)
     optimizer = MuonClip(model, config.optim)
     attentions, parameters = list(model.attentions().values()), list(model.parameters())
@@ -576,6 +579,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop):
         optimizer.step()
         clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau else 0
         step += 1
+        if watch:
+            watch(step, model)
 
         took = time.perf_counter() - begin
         spent += took

@@ -1,0 +1,186 @@
+"""What the notes share: a grid of runs kept in a CSV, one style of figure, the table in a page.
+
+  python -m notes.NAME            # what is missing in NAME.csv, then the figure and the table
+  python -m notes.NAME --plot     # figure and table from NAME.csv alone
+  python -m notes.NAME --quick    # the same code on a toy, in seconds, into out/quick/: does it run?
+
+A note is a list of cells (arm, seed, setting), `run(arm, seed, setting)` → rows of raw numbers, and `show(rows)` →
+(figure, lines of the table). A finished cell is in the CSV for good: kill a grid and start it again.
+"""
+import argparse
+import csv
+import hashlib
+import os
+import platform
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import train
+
+HERE = Path(__file__).parent
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"    # Okabe–Ito: safe for all eyes
+
+
+# ---- the grid -------------------------------------------------------------------------------------------------------
+
+def machine():
+    """Hardware and versions, in a line."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{cpu}, {torch.get_num_threads()} threads{gpu}, {versions}"
+
+
+def read(path):
+    """Rows of a CSV: numbers as floats, empty fields left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: v if k in ("arm", "setting", "machine") else float(v) for k, v in row.items() if v != ""}
+                for row in csv.DictReader(file)]
+
+
+def write(path, rows):
+    """All rows, or none: beside, then renamed."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    beside = path.with_suffix(".part")
+    with open(beside, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def grid(path, cells, run):
+    """Run the cells (arm, seed, setting) that are not in the CSV; each is added to it when it is finished.
+
+    Every row says its arm, seed and the hash of its setting: cells run with other settings are dropped, by name. The
+    first row of a cell says how many minutes it took, and on what machine."""
+    want = {(arm, seed): (setting, hashlib.sha256(repr(setting).encode()).hexdigest()[:8])
+            for arm, seed, setting in cells}
+    kept = [row for row in read(path) if want.get((row["arm"], row["seed"]), ("", ""))[1] == row["setting"]]
+    dropped = {(row["arm"], int(row["seed"])) for row in read(path)} - {(row["arm"], int(row["seed"])) for row in kept}
+    if dropped:
+        print(f"{path.name}: run with other settings, dropped: {', '.join(f'{a} {s}' for a, s in sorted(dropped))}")
+    done = {(row["arm"], row["seed"]) for row in kept}
+    for (arm, seed), (setting, key) in [(cell, some) for cell, some in want.items() if cell not in done]:
+        begin = time.perf_counter()
+        rows = [dict(arm=arm, seed=seed, setting=key, **row) for row in run(arm, seed, setting)]
+        rows[0] |= dict(minutes=(time.perf_counter() - begin) / 60, machine=machine())
+        kept += rows
+        write(path, kept)
+        print(f"{path.stem}: {arm}, seed {seed}: {rows[0]['minutes']:.2f} minutes", flush=True)
+    return kept
+
+
+def history(arm, seed, config):
+    """A `run` that trains: a row for each evaluation. bpb: bits/byte, the mean over domains; the last has `seconds` of
+    training, evaluation not counted."""
+    rows, _ = train.train(replace(config, seed=seed), quiet=True)
+    for row in rows:
+        bits = [v for k, v in row.items() if k.startswith("bpb_")]
+        if bits:
+            yield dict(tokens=row["tokens"], seconds=row["seconds"], bpb=statistics.mean(bits),
+                       **{k: v for k, v in row.items() if k.startswith("bpb_") and len(bits) > 1})
+
+
+def toy(config):
+    """A configuration that trains in a second, on this repository's own text."""
+    names = [item.split(":")[0] for item in config.data.domains.split(",")]
+    files = ",".join(f"{name}={HERE.parent / file}" for name, file in zip(names, ("README.md", "train.py", "model.py")))
+    small = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_head=16, d_ff=32, vocab_size=261, context=32)
+    return replace(config, model=replace(config.model, **small), batch=4, micro=4, tokens=12 * 4 * 32, eval_every=4,
+                   eval_windows=2, steps=0,
+                   data=replace(config.data, tokenizer="bytes", files=files, cache="out/quick/cache"))
+
+
+def main(name, cells, run, show, argv=None):
+    """The command of a note. cells(quick) → [(arm, seed, setting)]; show(rows) → (figure, table lines)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a toy of the same code, into out/quick/")
+    parser.add_argument("--plot", action="store_true", help="figure and table from the CSV alone")
+    args = parser.parse_args(argv)
+    folder = Path("out/quick") if args.quick else HERE
+    path = folder / f"{name}.csv"
+    if args.quick:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        shutil.copy(HERE / f"{name}.md", folder)
+    rows = read(path) if args.plot else grid(path, cells(args.quick), run)
+    if not rows:
+        raise SystemExit(f"{path}: nothing to plot; run python -m notes.{name} first")
+    figure, lines = show([row | dict(seed=int(row["seed"])) for row in rows])
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    first = [row for row in rows if "minutes" in row]
+    machines = "; ".join(dict.fromkeys(row["machine"] for row in first))
+    spent = sum(row["minutes"] for row in first)
+    write_table(path.with_suffix(".md"), [*lines, "", f"*{spent:.0f} minutes on {machines}; [raw numbers]({path.name}).*"])
+    print(f"{path.with_suffix('.md')}, .png: written")
+
+
+# ---- page and figure ------------------------------------------------------------------------------------------------
+
+def write_table(page, lines):
+    """Put the lines between a page's markers."""
+    before, _, rest = page.read_text("utf-8").partition("<!-- table -->")
+    after = rest.partition("<!-- end of table -->")[2]
+    page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- end of table -->" + after, "utf-8")
+
+
+def table(*rows):
+    """Lines of a table: the first row is its head."""
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def spread(values, digits=3):
+    """'median (least–largest)'."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
+
+
+def panels(rows, columns, width=9.0, height=3.2):
+    """A figure and its axes, in the one style of all notes: readable at half its width."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcdefaults()
+    plt.rcParams.update({"font.size": 11, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False,
+                         "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92", "lines.linewidth": 1.8,
+                         "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 11})
+    return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
+
+
+def of_arm(rows, arm):
+    """{seed: its rows} of an arm."""
+    seeds = {}
+    for row in rows:
+        if row["arm"] == arm:
+            seeds.setdefault(row["seed"], []).append(row)
+    return seeds
+
+
+def band(axis, rows, arm, x, y, **style):
+    """An arm's column y over x: the median of its seeds as a line, all of them as a band."""
+    points = {}
+    for row in rows:
+        if row["arm"] == arm and x in row and y in row:
+            points.setdefault(row[x], []).append(row[y])
+    xs = sorted(points)
+    line, = axis.plot(xs, [statistics.median(points[at]) for at in xs], **({"label": arm} | style))
+    axis.fill_between(xs, [min(points[at]) for at in xs], [max(points[at]) for at in xs], color=line.get_color(),
+                      alpha=0.2, lw=0)
+    return line
+
+
+def reported(axis, y, label):
+    """A number of the report, drawn in."""
+    axis.axhline(y, color="0.4", ls=":", lw=1.5, label=label)
