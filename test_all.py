@@ -7,6 +7,7 @@ import ast
 import contextlib
 import csv
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ import model as net
 import muonclip
 import parallel
 import train
+from notes import _note
 
 HERE = Path(__file__).parent
 TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61, context=32)
@@ -1366,3 +1368,62 @@ def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "CSV", tmp_path / "speed.csv")
     speed.main(["--plot"])
     assert (tmp_path / "speed.md").read_text("utf-8") == page and (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.py") if path.stem != "speed")
+
+
+def quiet_main(name, *args):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        note = importlib.import_module(f"notes.{name}")
+        _note.main(name, note.cells, getattr(note, "run", _note.history), note.show, args)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet_main(name, "--quick")
+    page = (tmp_path / f"out/quick/{name}.md").read_text("utf-8")
+    rows = _note.read(tmp_path / f"out/quick/{name}.csv")
+    cells = importlib.import_module(f"notes.{name}").cells(True)
+    assert {(row["arm"], row["seed"]) for row in rows} == {cell[:2] for cell in cells}
+    assert "minutes on" in page and (tmp_path / f"out/quick/{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
+    """Figure and table come from the CSV alone; the page has a verdict, and the index has its row."""
+    for kind in ("csv", "md"):
+        shutil.copy(HERE / f"notes/{name}.{kind}", tmp_path)
+    page = (tmp_path / f"{name}.md").read_text("utf-8")
+    (tmp_path / f"{name}.md").write_text(re.sub(r"(?m)^\| .*$", "| stale |", page), "utf-8")
+    monkeypatch.setattr(_note, "HERE", tmp_path)
+    quiet_main(name, "--plot")
+    assert (tmp_path / f"{name}.md").read_text("utf-8") == page and (tmp_path / f"{name}.png").exists()
+    parts = [page.index(f"**{part}.**") for part in ("Claim", "Set-up", "Result", "Verdict")]
+    assert parts == sorted(parts)
+    verdict = page[parts[-1]:]
+    assert any(word in verdict for word in ("reproduced", "refuted", "not distinguishable here", "not run"))
+    assert f"({name}.md)" in (HERE / "notes/README.md").read_text("utf-8")
+
+
+def test_a_grid_goes_on_where_it_was_killed(tmp_path, capsys):
+    path, calls = tmp_path / "x.csv", []
+
+    def run(arm, seed, setting):
+        calls.append((arm, seed))
+        yield dict(step=1, value=0.1 * seed)
+        if calls == [("a", 0), ("b", 0)]:
+            raise KeyboardInterrupt
+        yield dict(step=2, value=setting)
+    cells = [(arm, seed, 7) for seed in range(2) for arm in "ab"]
+    with pytest.raises(KeyboardInterrupt):
+        _note.grid(path, cells, run)
+    assert {(row["arm"], row["seed"]) for row in _note.read(path)} == {("a", 0)}, "no half of a cell"
+    rows = _note.grid(path, cells, run)
+    assert calls == [("a", 0), ("b", 0), ("b", 0), ("a", 1), ("b", 1)] and len(rows) == 8
+    assert [row["value"] for row in _note.read(path)] == pytest.approx([row["value"] for row in rows], rel=1e-5)
+    changed = [(arm, seed, 8 if arm == "b" else setting) for arm, seed, setting in cells]
+    assert len(_note.grid(path, changed, run)) == 8 and calls[5:] == [("b", 0), ("b", 1)], "other settings: run again"
+    assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import platform
 import shutil
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,21 +59,27 @@ def write(path, rows):
     beside.replace(path)
 
 
+def key(setting):
+    """A short name of what a dataclass says beyond its defaults: a field that is added later changes no key."""
+    said = list(train.changes(type(setting)(), setting)) if is_dataclass(setting) else setting
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:8]
+
+
 def grid(path, cells, run):
     """Run the cells (arm, seed, setting) that are not in the CSV; each is added to it when it is finished.
 
-    Every row says its arm, seed and the hash of its setting: cells run with other settings are dropped, by name. The
+    Every row says its arm, seed and the key of its setting: cells run with other settings are dropped, by name. The
     first row of a cell says how many minutes it took, and on what machine."""
-    want = {(arm, seed): (setting, hashlib.sha256(repr(setting).encode()).hexdigest()[:8])
-            for arm, seed, setting in cells}
-    kept = [row for row in read(path) if want.get((row["arm"], row["seed"]), ("", ""))[1] == row["setting"]]
+    want = {(arm, seed): setting for arm, seed, setting in cells}
+    kept = [row for row in read(path) if (cell := (row["arm"], row["seed"])) in want
+            and key(want[cell]) == row["setting"]]
     dropped = {(row["arm"], int(row["seed"])) for row in read(path)} - {(row["arm"], int(row["seed"])) for row in kept}
     if dropped:
         print(f"{path.name}: run with other settings, dropped: {', '.join(f'{a} {s}' for a, s in sorted(dropped))}")
     done = {(row["arm"], row["seed"]) for row in kept}
-    for (arm, seed), (setting, key) in [(cell, some) for cell, some in want.items() if cell not in done]:
+    for (arm, seed), setting in ((cell, some) for cell, some in want.items() if cell not in done):
         begin = time.perf_counter()
-        rows = [dict(arm=arm, seed=seed, setting=key, **row) for row in run(arm, seed, setting)]
+        rows = [dict(arm=arm, seed=seed, setting=key(setting), **row) for row in run(arm, seed, setting)]
         rows[0] |= dict(minutes=(time.perf_counter() - begin) / 60, machine=machine())
         kept += rows
         write(path, kept)

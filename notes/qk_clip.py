@@ -11,7 +11,7 @@ TAUS = 30.0, 15.0, 5.0
 
 
 def configs():
-    """{arm: configuration}: bytes of the embedded corpus, plain attention, a rate high enough to make logits explode."""
+    """{arm: configuration}: bytes of the embedded corpus, plain attention, a rate high enough for logits to explode."""
     base = train.RECIPES["shakespeare"]
     base = replace(base, data=replace(train.RECIPES["laptop"].data, tokenizer="bytes"),
                    model=replace(base.model, differential=False), tokens=400 * base.step_tokens,

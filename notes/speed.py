@@ -23,6 +23,7 @@ import kernels
 import muonclip
 import train
 from model import Attention, ModelConfig, Ops, Transformer
+from notes import _note
 
 CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = ["run", "what", "case", "baseline", "ms", "baseline_ms", "ratio", "target"]
@@ -287,38 +288,30 @@ def measured(path):
 
 def show():
     """The table between the markers of speed.md, and speed.png, from speed.csv."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     with open(CSV, newline="") as file:
         rows = list(csv.DictReader(file))
-    table = {}
+    found = {}
     for row in rows:
         name, beside = (row[key].split(", to ")[0] for key in ("case", "baseline"))
-        table.setdefault((row["what"], name, beside), []).append(row)
-    lines = ["| what | case | beside | ratios, one a run | wanted |", "|---|---|---|---|---|"]
-    for (what, *_), found in table.items():
-        ratios = ", ".join(f"{float(row['ratio']):.2f}" for row in found)
-        last = found[-1]
-        lines.append(f"| {what} | {last['case']} | {last['baseline']} | {ratios} | {last['target']} |")
-    page = CSV.with_suffix(".md")
-    before, _, rest = page.read_text("utf-8").partition("<!-- table -->")
-    after = rest.partition("<!-- end of table -->")[2]
-    page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- end of table -->" + after, "utf-8")
+        found.setdefault((row["what"], name, beside), []).append(row)
+    _note.write_table(CSV.with_suffix(".md"), _note.table(
+        ("what", "case", "beside", "ratios, one a run", "wanted"),
+        *((what, some[-1]["case"], some[-1]["baseline"], ", ".join(f"{float(row['ratio']):.2f}" for row in some),
+           some[-1]["target"]) for (what, *_), some in found.items())))
 
-    bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(row["ratio"]) for row in found],
-             float(found[0]["target"][2:])) for (what, case, baseline), found in table.items() if found[0]["target"]]
-    figure, axis = plt.subplots(figsize=(8, 0.55 * len(bars) + 1), layout="constrained")
+    bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(row["ratio"]) for row in some],
+             float(some[0]["target"][2:])) for (what, case, baseline), some in found.items() if some[0]["target"]]
+    figure, [[axis]] = _note.panels(1, 1, width=9, height=0.55 * len(bars) + 1)
     for i, (label, ratios, target) in enumerate(reversed(bars)):
-        axis.barh(i, sum(ratios) / len(ratios), color="#0072B2" if max(ratios) <= target else "#E69F00", height=0.6)
+        axis.barh(i, sum(ratios) / len(ratios), color=_note.COLOURS[0 if max(ratios) <= target else 4], height=0.6)
         axis.plot(ratios, [i] * len(ratios), "k.", ms=4)
         axis.plot([target, target], [i - 0.4, i + 0.4], color="k", lw=2)
     axis.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in reversed(bars)], xscale="log",
              xlabel="time / baseline (black: wanted at most; dots: runs; orange: missed)")
-    axis.tick_params(axis="y", labelsize=8)
+    axis.tick_params(axis="y", labelsize=9)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="both", labelsize=8)
+    axis.tick_params(axis="x", which="both", labelsize=9)
     figure.savefig(CSV.with_suffix(".png"), dpi=110)
 
 
