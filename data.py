@@ -12,8 +12,8 @@
 Letters:  N windows  D domains  B windows of a batch (b: of a rank)  T context, tokens  V vocabulary
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
 """
-import ast, contextlib, fcntl, functools, hashlib, heapq, inspect, json, math, os, random, sys, sysconfig
-import time, warnings
+import ast, contextlib, fcntl, functools, gzip, hashlib, heapq, inspect, json, math, os, random, sys, sysconfig
+import time, warnings, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -29,8 +29,9 @@ import torch
 class DataConfig:
     domains: str = "prose:0.70:0.20,code:0.20:0.50,math:0.10:0.30"  # NAME:START_WEIGHT:END_WEIGHT,...  from
                                     # prose to code and math, as in Motif's schedule; the numbers:  [ours]
-    files: str = ""                 # NAME=PATH,...  one UTF-8 text file per name (no comma in a path); names
-                                    # that `domains` does not know replace it, with equal weights
+    files: str = ""                 # NAME=PATH,...  UTF-8 text, .jsonl, .jsonl.gz or a folder of them (no comma
+                                    # in a path); names that `domains` does not know replace it, weights equal
+    skip_bad: bool = False          # leave out lines of jsonl without a `text`, rather than stop
     tokenizer: str = "bpe"          # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
     horizon: int = 0                # tokens over which the weights move; the end weights hold after it. Its
                                     # own number, so that stopping early changes nothing an earlier step saw
@@ -321,23 +322,60 @@ def worked_math(size=2_000_000):
 
 # ---- Documents of a domain, and their split ----------------------------------------------------------------
 
-def documents(name, path=None):
-    """Every document of a domain, duplicates included.  A file of one's own is one document."""
+def documents(name, path=None, skip_bad=False):
+    """Every document of a domain, duplicates included.  Of one's own: a text file is one document, a line of
+    .jsonl or .jsonl.gz another, in its field `text`; a folder is all such files in it (.txt, .md, .jsonl[.gz]).
+    ValueError: which file, and where; `skip_bad` leaves bad lines of jsonl out, and says how many."""
     if path is None: return worked_math() if name == "math" else library()[EMBEDDED.index(name)]
-    try:
-        text = read_own(name, path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"files: {name}={path} is not UTF-8 at byte {error.start}; convert it") from None
-    return [text]
+    found = []
+    for file, raw in read_own(name, path):
+        lines = read_jsonl(file, raw, skip_bad) if file.name.endswith((".jsonl", ".jsonl.gz")) else [read_text(file, raw)]
+        found += [text for text in lines if text.strip()]
+    if not found: raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
+    return found
 
 
 def read_own(name, path):
+    """[(file, its bytes)], sorted by path."""
+    files = [Path(path)]
+    if files[0].is_dir():
+        files = sorted(file for kind in ("txt", "md", "jsonl", "jsonl.gz") for file in Path(path).rglob(f"*.{kind}"))
+        if not files: raise ValueError(f"files: {name}={path}: no .txt, .md, .jsonl or .jsonl.gz in this folder")
     try:
-        raw = Path(path).read_bytes()
+        return [(file, file.read_bytes()) for file in files]
     except OSError as error:
-        raise ValueError(f"files: cannot read {name}={path}: {error.strerror}; give a text file") from None
-    if not raw.strip(): raise ValueError(f"files: {name}={path} is empty; give a UTF-8 text file")
-    return raw
+        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text file, a .jsonl, "
+                         "or a folder of them") from None
+
+
+def read_text(file, raw):
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"files: {file} is not UTF-8 at byte {error.start}; convert it") from None
+
+
+def read_jsonl(file, raw, skip_bad):
+    """The field `text` of every line; blank lines are none."""
+    if file.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"files: {file} is a damaged gzip file: {error}") from None
+    found, bad = [], 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip(): continue
+        try:
+            text = json.loads(line)["text"]
+            text.encode()                                        # JSON can spell half of a surrogate pair
+            found.append(text)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            if not skip_bad:
+                why = "no text in UTF-8" if isinstance(error, UnicodeError) else "no JSON object with a string `text`"
+                raise ValueError(f"files: {file}, line {number}: {why}; mend it, or --data.skip_bad=true") from None
+            bad += 1
+    if bad: print(f"{file}: {bad} bad lines of {number} left out")
+    return found
 
 
 def split_documents(docs, val=0.05):
@@ -350,9 +388,11 @@ def split_documents(docs, val=0.05):
     return [d for d, h in zip(docs, hashes) if h > cut], [d for d, h in zip(docs, hashes) if h <= cut]
 
 
-def text_key(name, path=None):
+def text_key(name, path=None, skip_bad=False):
     """Names the text of a domain, and how it is cut, without extracting it."""
-    if path: return sha256(read_own(name, path), inspect.getsource(split_documents))
+    if path:
+        steps = documents, read_jsonl, split_documents
+        return sha256(str(skip_bad), *(raw for _, raw in read_own(name, path)), *map(inspect.getsource, steps))
     helpers = between, one_of, natural, nonzero, paren, polynomial, worked_math, *PROBLEMS
     steps = library_sources, split_docstrings, library, documents, split_documents, *helpers
     sources = (part for module in library_sources() for part in module)
@@ -583,8 +623,8 @@ def prepare(config, vocab_size):
     """DataConfig, the model's vocab_size → Corpus; built once, then loaded.  ValueError: what to mend."""
     names, start, end, paths = parse_domains(config)
     with locked(config.cache):
-        keys = {name: text_key(name, paths.get(name)) for name in names}
-        texts = functools.cache(lambda name: split_documents(documents(name, paths.get(name))))
+        keys = {name: text_key(name, paths.get(name), config.skip_bad) for name in names}
+        texts = functools.cache(lambda name: split_documents(documents(name, paths.get(name), config.skip_bad)))
         if config.tokenizer == "bpe":
             train = lambda: [doc for name in names for doc in texts(name)[0]]
             tokenizer = cached_bpe(config.cache, vocab_size, keys.values(), train)
@@ -766,11 +806,13 @@ def stats(config, vocab_size):
 def main(argv):
     command, *options = argv or ["(none)"]
     if command != "stats": raise SystemExit(f"unknown command {command}; known: stats")
-    config, vocab_size, known = DataConfig(), 4096, [f.name for f in fields(DataConfig) if isinstance(f.default, str)]
+    config, vocab_size = DataConfig(), 4096
+    known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
     for option in options:
         name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
         if name == "vocab" and value.isdecimal(): vocab_size = int(value)
-        elif name in known: config = replace(config, **{name: value})
+        elif name in known: config = replace(config, **{name: value if known[name] not in (True, False)
+                                                        else value.lower() == "true"})
         else: raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
     try:
         stats(config, vocab_size)

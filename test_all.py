@@ -7,6 +7,7 @@ import ast
 import contextlib
 import csv
 import functools
+import gzip
 import importlib
 import io
 import itertools
@@ -507,6 +508,63 @@ def test_changed_text_changes_the_fingerprint(tmp_path):
     assert a.domains["a"].val_bytes == len(text) - len(text) * 9 // 10 and list(a.start) == [1]
     (tmp_path / "a.txt").write_text(text + "x")
     assert data.prepare(config, 261).fingerprint != a.fingerprint
+
+
+def write_own(tmp_path):
+    """One's own text in every form: → {name of the form: path}, and its documents."""
+    docs = [f"document {i}: {'é' * (i % 7)} {i * i}\n" for i in range(80)]
+    lines = "\n\n".join(json.dumps(dict(id=i, text=doc)) for i, doc in enumerate(docs)) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "folder/deep").mkdir(parents=True)
+    for i, doc in enumerate(docs):
+        (tmp_path / "folder" / ("deep" if i % 2 else "") / f"{i:02d}.{'md' if i % 3 else 'txt'}").write_text(doc)
+    (tmp_path / "folder/ignored.png").write_bytes(b"\xff\xd8")
+    return dict(jsonl="a.jsonl", gz="b.jsonl.gz", folder="folder"), docs
+
+
+def test_own_text_in_every_form_is_the_same_text(tmp_path):
+    forms, docs = write_own(tmp_path)
+    files = ",".join(f"{name}={tmp_path / path}" for name, path in forms.items())
+    config = data.DataConfig(domains="jsonl:0.5:0.2,gz:0.5:0.2,folder:0:0.6", files=files, tokenizer="bytes",
+                             horizon=99, cache=str(tmp_path / "cache"))
+    found = data.prepare(config, 261)
+    eot = found.tokenizer.eot
+    for domain in found.domains.values():
+        assert domain.documents == 80 and domain.train_bytes + domain.val_bytes == sum(len(d.encode()) for d in docs)
+        pieces = [found.tokenizer.decode(part).split(data.EOT)[:-1] for part in (domain.train, domain.val)]
+        assert sorted(pieces[0] + pieces[1]) == sorted(docs) and pieces[1] and (domain.train == eot).sum() > 60
+    assert found.start.tolist() == [0.5, 0.5, 0] and found.end.tolist() == [0.2, 0.2, 0.6]
+
+
+@pytest.mark.parametrize("line, says", [
+    (b'{"title": "no text"}', "line 4: no JSON object"), (b'{"text": 7}', "line 4"), (b'{"text"', "line 4"),
+    (b'["text"]', "line 4"), (b'"text"', "line 4"), (b"[" * 100_000, "line 4"),
+    (b'{"text": "\\ud800"}', "line 4: no text in UTF-8"), (b'{"text": "\xff"}', "line 4: no text in UTF-8")])
+def test_a_bad_line_of_jsonl_is_named_or_counted(line, says, tmp_path, capsys):
+    forms, docs = write_own(tmp_path)
+    path = tmp_path / forms["jsonl"]
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]))
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"a.jsonl, {says}") as error:
+        data.prepare(config, 261)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert data.prepare(replace(config, skip_bad=True), 261).domains["a"].documents == 80
+    assert "a.jsonl: 1 bad lines of 161 left out" in capsys.readouterr().out
+
+
+def test_files_that_hold_no_text_are_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 500)[:-9])
+    (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": " "}\n')
+    (tmp_path / "none").mkdir()
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/x.txt").write_bytes(b"abc\xff")
+    for path, says in (("a.jsonl.gz", "damaged gzip"), ("b.jsonl.gz", "damaged gzip"), ("c.jsonl", "is empty"),
+                       ("none", "no .txt, .md, .jsonl"), ("some", "x.txt is not UTF-8 at byte 3")):
+        with pytest.raises(ValueError, match=says):
+            data.prepare(data.DataConfig(files=f"a={tmp_path / path}", cache=str(tmp_path / "cache")), 300)
 
 
 def prepare_in_child(config, queue):

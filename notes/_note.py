@@ -87,11 +87,18 @@ def grid(path, cells, run):
     return kept
 
 
+def trained(config, seed, watch=None):
+    """The history of a whole run: Ctrl-C and SIGTERM, which make a run save and stop, end the grid here."""
+    rows, _ = train.train(replace(config, seed=seed), quiet=True, watch=watch)
+    if rows[-1]["step"] < config.total_steps:
+        raise KeyboardInterrupt
+    return rows
+
+
 def history(arm, seed, config):
     """A `run` that trains: a row for each evaluation. bpb: bits/byte, the mean over domains; the last has `seconds` of
     training, evaluation not counted."""
-    rows, _ = train.train(replace(config, seed=seed), quiet=True)
-    for row in rows:
+    for row in trained(config, seed):
         bits = [v for k, v in row.items() if k.startswith("bpb_")]
         if bits:
             yield dict(tokens=row["tokens"], seconds=row["seconds"], bpb=statistics.mean(bits),
@@ -127,8 +134,8 @@ def main(name, cells, run, show, argv=None):
     figure.savefig(path.with_suffix(".png"), dpi=110)
     first = [row for row in rows if "minutes" in row]
     machines = "; ".join(dict.fromkeys(row["machine"] for row in first))
-    spent = sum(row["minutes"] for row in first)
-    write_table(path.with_suffix(".md"), [*lines, "", f"*{spent:.0f} minutes on {machines}; [raw numbers]({path.name}).*"])
+    took = f"*{sum(row['minutes'] for row in first):.0f} minutes on {machines}; [raw numbers]({path.name}).*"
+    write_table(path.with_suffix(".md"), [*lines, "", took])
     print(f"{path.with_suffix('.md')}, .png: written")
 
 

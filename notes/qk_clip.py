@@ -31,7 +31,7 @@ def cells(quick):
 def run(arm, seed, config):
     """Every 8th step: the largest logit of each head; at the end, the validation loss and how the clip fared."""
     heads = []
-    history, _ = train.train(replace(config, seed=seed), quiet=True, watch=lambda step, model: heads.append(
+    history = _note.trained(config, seed, watch=lambda step, model: heads.append(
         torch.cat([attention.max_logits for attention in model.attentions().values()])))
     largest, tau = torch.stack(heads), config.optim.tau                                          # (steps, heads)
     for step in range(0, len(largest), 8):
