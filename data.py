@@ -329,8 +329,9 @@ def documents(name, path=None, skip_bad=False):
     if path is None: return worked_math() if name == "math" else library()[EMBEDDED.index(name)]
     found = []
     for file, raw in read_own(name, path):
-        lines = read_jsonl(file, raw, skip_bad) if file.name.endswith((".jsonl", ".jsonl.gz")) else [read_text(file, raw)]
-        found += [text for text in lines if text.strip()]
+        jsonl = file.name.endswith((".jsonl", ".jsonl.gz"))
+        texts = read_jsonl(file, raw, skip_bad) if jsonl else [read_text(file, raw)]
+        found += [text for text in texts if text.strip()]
     if not found: raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
     return found
 

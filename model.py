@@ -445,6 +445,7 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
 def main(argv):
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
     parser.add_argument("--sample", metavar="RUN", help="folder of a run, as written by train.py")
+    parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of its newest N checkpoints")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -453,7 +454,7 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.sample:
         from train import load_run
-        model, tokenizer = load_run(args.sample)
+        model, tokenizer = load_run(args.sample, args.average)
         prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]])
         out = generate(model, prompt, args.tokens, args.temperature, args.top_p, args.seed)
         return print(tokenizer.decode(out[0, 1:].tolist()))

@@ -3,6 +3,7 @@
 `Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
 It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
 """
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,7 +60,12 @@ def join_mesh(config):
         torch.cuda.set_device(device)
     if world == 1:
         return Mesh(device=device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout))
+    timeout = timedelta(seconds=config.timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # torchrun's store outlives a restart: without names of
+    store = dist.PrefixStore(f"attempt-{attempt}", store)          # its own, a new rank meets the address of a dead one
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timeout)
     return Mesh(dp=Axis(this_rank(), world, dist.group.WORLD), device=device)
 
 
@@ -68,22 +74,37 @@ def leave_mesh(mesh):
         dist.destroy_process_group()
 
 
+class LostRank(RuntimeError):
+    """Another rank died, or did not answer within the timeout: nothing that needs all of them can go on."""
+
+
+@contextlib.contextmanager
+def talking(mesh):
+    try:
+        yield
+    except RuntimeError as error:                                  # gloo has no class of its own
+        raise LostRank(f"rank {mesh.dp.rank} lost contact with another rank: {str(error).splitlines()[0]}") from None
+
+
 def barrier(mesh):
     if mesh.dp.size > 1:
-        dist.barrier(mesh.dp.group)
+        with talking(mesh):
+            dist.barrier(mesh.dp.group)
 
 
 def all_max(t, mesh):
     """Element-wise maximum over ranks, in place."""
     if mesh.dp.size > 1:
-        dist.all_reduce(t, dist.ReduceOp.MAX, mesh.dp.group)
+        with talking(mesh):
+            dist.all_reduce(t, dist.ReduceOp.MAX, mesh.dp.group)
     return t
 
 
 def all_sum(t, mesh):
     """Element-wise sum over ranks, in place."""
     if mesh.dp.size > 1:
-        dist.all_reduce(t, dist.ReduceOp.SUM, mesh.dp.group)
+        with talking(mesh):
+            dist.all_reduce(t, dist.ReduceOp.SUM, mesh.dp.group)
     return t
 
 

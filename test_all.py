@@ -17,11 +17,13 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -1180,8 +1182,12 @@ def test_two_ranks_train_as_one_and_one_goes_on(text, tmp_path):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
+    return write_sentences(tmp_path_factory.mktemp("text"))
+
+
+def write_sentences(folder):
     """A small text file of sentences with something to learn."""
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    rng = random.Random(0)
     nouns, verbs = "river stone lamp garden engine letter winter harbour".split(), "holds finds turns keeps".split()
     lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n" for _ in range(2000))
     (folder / "mine.txt").write_text("".join(lines))
@@ -1220,46 +1226,269 @@ def weights_of(out):
     return train.newest_checkpoint(out)[1]
 
 
-def start_and_wait(args, out, step):
-    """Start a worker and return it when its log has reached `step`."""
-    worker = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=out.parent)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and worker.poll() is None:
-        if (out / "log.csv").exists() and len(rows := log_of(out)) and int(rows[-1]["step"] or 0) >= step:
-            return worker
-        time.sleep(0.01)
-    worker.kill()
-    raise AssertionError(f"step {step} was not reached: {worker.communicate()[0]}")
+# A campaign of faults: each befalls a real training process, then one command resumes the run, and it has to end with
+# the weights, optimizer state and log of one that was never stopped.   python test_all.py --faults N
+
+FAULTS = "kill", "kill in save", "kill in average", "flipped byte", "missing file", "full disk", "stop in save", \
+    "launcher killed", "rank killed"
+PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
 
 
-def test_a_killed_run_ends_as_if_never_interrupted(text, tmp_path):
-    """kill -9 twice, at steps that are no checkpoints; then Ctrl-C, which saves and leaves with 0. The resumed run's
-    weights, optimizer state and log are those of the uninterrupted one, bit for bit."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train.train(tiny_run(text, out=str(whole)), quiet=True)
-    for step, flag in ((6, ()), (15, ("--resume",))):
-        worker = start_and_wait(command(text, broken, *flag), broken, step)
-        worker.kill()
-        worker.communicate()
-        assert worker.returncode == -signal.SIGKILL
-    worker = start_and_wait(command(text, broken, "--resume"), broken, 18)
-    worker.send_signal(signal.SIGINT)
-    printed = worker.communicate(timeout=30)[0]
-    assert worker.returncode == 0 and ("--resume" in printed or int(log_of(broken)[-1]["step"]) == 30), printed
-    subprocess.run(command(text, broken, "--resume"), check=True, capture_output=True, cwd=tmp_path)
-    assert log_of(broken) == log_of(whole) and len(log_of(whole)) == 31
-    ours, theirs = weights_of(broken), weights_of(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def worker(args, log, befalls=(), number=0, fault=""):
+    """A training process. Before the `number`-th line of ours that runs inside the functions `befalls` of train.py (and
+    what they call), the fault strikes."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    count = itertools.count(1)
+
+    def strike():
+        if "kill" in fault:
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("struck", flush=True)
+        if fault == "stop in save":
+            os.kill(os.getpid(), signal.SIGTERM if number % 2 else signal.SIGINT)
+        elif os.path.ismount(Path(log).parent):                    # a disk of our own: fill it
+            with contextlib.suppress(OSError), open(Path(log).parent / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        else:                                                      # else a file must not grow beyond so many bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (number % 1000, resource.RLIM_INFINITY))
+
+    def trace(frame, event, _):
+        if event == "line" and next(count) == number:
+            strike()
+        return trace if Path(frame.f_code.co_filename).parent == HERE else None
+
+    def watched(f):
+        @functools.wraps(f)
+        def run(*args, **kwargs):
+            sys.settrace(trace)
+            try:
+                return f(*args, **kwargs)
+            finally:
+                sys.settrace(None)
+        return run
+    for name in befalls:
+        setattr(train, name, watched(getattr(train, name)))
+    train.main(args)
+
+
+def start(args, log, *fault):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=worker, args=(args, str(log), *fault))
+    process.start()
+    return process
+
+
+def wait_for(step, out, alive, newest=0):
+    """Until the log has that step, and there is a checkpoint of step `newest`. → False where the process ended first."""
+    deadline = time.monotonic() + 90
+    while alive():
+        assert time.monotonic() < deadline, f"{out}: step {step} was not reached"
+        with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
+            if last_step(out) >= step and int(train.checkpoints(out)[-1].name.split("-")[1]) >= newest:
+                return True
+        time.sleep(0.002)
+    return False
+
+
+def last_step(out):
+    lines = (out / "log.csv").read_text().splitlines()
+    return int(lines[-1].split(",")[0])
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def under_torchrun(path, out, ranks, restarts=0):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+           f"--max-restarts={restarts}", *command(path, out, *(f"--{k}={v}" for k, v in PERIOD.items()))[1:]]
+    env = dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="")
+    return subprocess.Popen(run, stdout=open(out.parent / "log.txt", "a"), stderr=subprocess.STDOUT, env=env,
+                            cwd=out.parent, start_new_session=True)
+
+
+def befall(kind, path, out, rng):
+    """Start a run, let the fault strike, → True if it did (a run may end before)."""
+    args, log = command(path, out, *(f"--{k}={v}" for k, v in PERIOD.items()))[2:], out.parent / "log.txt"
+    step = rng.randrange(1, 29)
+    if kind == "launcher killed":
+        launcher = under_torchrun(path, out, 1)
+        if not wait_for(step, out, lambda: launcher.poll() is None):
+            return False
+        pid = int((out / "lock").read_text())
+        launcher.kill()
+        launcher.wait()
+        if is_alive(pid):
+            with contextlib.suppress(FileNotFoundError), pytest.raises(ValueError, match=f"in use by process {pid}"):
+                train.RunFolder(out).close()
+                assert is_alive(pid), "the worker lives, and yet somebody else was let in"
+                raise FileNotFoundError                            # it ended in between: nothing to be seen
+        deadline = time.monotonic() + 25
+        while is_alive(pid):
+            assert time.monotonic() < deadline, "the worker outlives its launcher"
+            time.sleep(0.01)
+        return True
+    if kind == "rank killed":
+        launcher = under_torchrun(path, out, 2, restarts=1)
+        if not wait_for(step, out, lambda: launcher.poll() is None):
+            return False
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(children[step % 2]), signal.SIGKILL)
+        assert launcher.wait(120) == 0, log.read_text()
+        return "lost contact" in log.read_text() or "Signal 9" in log.read_text()
+    if kind in ("kill", "flipped byte", "missing file"):
+        process = start(args, log)
+        struck = wait_for(step, out, process.is_alive, newest=0 if kind == "kill" else 4)
+        process.kill()
+        process.join()
+        if not struck or kind == "kill":
+            return process.exitcode == -signal.SIGKILL
+        newest = train.checkpoints(out)[-1]
+        file = newest / rng.choice(["manifest.json", "rank-0.safetensors"])
+        raw = bytearray(file.read_bytes())
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        file.unlink() if kind == "missing file" else file.write_bytes(raw)
+        return True
+    process = start(args, log, ("add_snapshot_", "put_back_") if "average" in kind else ("save_checkpoint",),
+                    rng.randrange(1, 400 if "average" in kind else 4000), kind)
+    process.join(60)
+    said = log.read_text() if log.exists() else ""
+    assert "Traceback" not in said, said
+    if kind == "stop in save":
+        assert process.exitcode == 0, said
+        return "struck" in said
+    if kind == "full disk":
+        (out.parent / "filler").unlink(missing_ok=True)
+        if "struck" in said and process.exitcode:
+            assert process.exitcode == 1 and ("No space left" in said or "too large" in said), said
+        return "struck" in said
+    return process.exitcode == -signal.SIGKILL
+
+
+def trial(kind, path, folder, wholes, rng):
+    """One fault, one resume, one comparison. → steps that were computed again; None where the fault came too late."""
+    out, log = folder / "run", folder / "log.txt"
+    if not befall(kind, path, out, rng):
+        return None
+    reached = last_step(out) if (out / "log.csv").exists() else 0
+    before = log.stat().st_size if log.exists() else 0
+    if kind != "rank killed":                                      # torchrun has resumed that one by itself
+        process = start(command(path, out, "--resume")[2:], log)
+        process.join(60)
+        assert process.exitcode == 0, log.read_text()
+    said = log.read_text()[before:] if kind != "rank killed" else log.read_text()
+    if kind in ("flipped byte", "missing file"):
+        assert "damaged" in said and "trying the one before" in said, said
+    whole = wholes[kind == "rank killed"]
+    assert log_of(out) == log_of(whole), kind
+    ours, theirs = weights_of(out), weights_of(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
+    at = re.search(r"resuming .* at step (\d+)", said)
+    return max(0, reached - int(at[1])) if at and kind != "rank killed" else 0
+
+
+def campaign(path, folder, kinds, seed=0, say=lambda _: None):
+    """kinds: {kind: how often}. → rows (kind, tried, survived, steps computed again: mean, most)."""
+    rng, wholes = random.Random(seed), (folder / "whole/run", folder / "pair/run")
+    for out in wholes:
+        out.parent.mkdir(parents=True)
+    process = start(command(path, wholes[0], *(f"--{k}={v}" for k, v in PERIOD.items()))[2:], folder / "whole/log.txt")
+    process.join(60)
+    assert process.exitcode == 0, (folder / "whole/log.txt").read_text()
+    if "rank killed" in kinds:
+        assert under_torchrun(path, wholes[1], 2).wait(120) == 0, (folder / "pair/log.txt").read_text()
+    rows, number = [], itertools.count()
+    for kind, often in kinds.items():
+        again, survived = [], 0
+        while len(again) < often:
+            own = folder / f"trial-{next(number)}"
+            own.mkdir()
+            disk = kind == "full disk" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", own],
+                                                          capture_output=True).returncode == 0
+            try:
+                steps = trial(kind, path, own, wholes, rng)
+                survived += steps is not None
+            except AssertionError as error:
+                if say is None:
+                    raise
+                say(f"{kind}, {own.name}: {str(error)[:2000]}")
+                steps = 0
+            finally:
+                if disk:
+                    subprocess.run(["umount", own])
+            again += [] if steps is None else [steps]
+            shutil.rmtree(own)
+        rows.append((kind, often, survived, sum(again) / often, max(again)))
+        if say:
+            say("{:<18}{:>6} tried{:>6} survived{:>8.1f} steps computed again, {} at most".format(*rows[-1]))
+    return rows
+
+
+def test_a_run_survives_every_fault(text, tmp_path):
+    """One of each, and no more: `python test_all.py --faults 10` is the campaign."""
+    campaign(text, tmp_path, dict.fromkeys(FAULTS, 1), say=None)
+
+
+def test_a_finished_run_samples_and_is_not_overwritten(text, tmp_path):
+    whole = tmp_path / "whole"
+    train.train(tiny_run(text, out=str(whole), keep=3), quiet=True)
     assert {p.name for p in whole.iterdir()} == {"ckpt", "lock", "log.csv", "loss.png", "tokenizer.json"}
-    assert len(train.checkpoints(whole)) == 2
-
-    sample = [sys.executable, HERE / "model.py", "--sample", whole, "--prompt", "The ", "--tokens", "20"]
+    assert len(train.checkpoints(whole)) == 3 and len(log_of(whole)) == 31
+    before = log_of(whole)
+    with pytest.raises(SystemExit, match="--resume"):
+        train.main(command(text, whole)[2:])
+    assert log_of(whole) == before
+    sample = [sys.executable, HERE / "model.py", "--sample", whole, "--prompt=The ", "--tokens=20", "--average=2"]
     said = subprocess.run(sample, check=True, capture_output=True, text=True).stdout
     assert said.startswith("The ") and len(said) > 10
 
-    with pytest.raises(SystemExit, match="--resume"):
-        train.main(command(text, whole)[2:])
-    assert log_of(whole) == log_of(broken), "a finished run is not overwritten"
+    kept = [train.read_checkpoint(folder)[1] for folder in train.checkpoints(whole)]
+    for name, p in train.load_run(whole, 3)[0].named_parameters():       # averaging offline, over checkpoints
+        torch.testing.assert_close(p.double(), sum(t[name].double() for t in kept) / 3, rtol=1e-6, atol=1e-7)
+    with pytest.raises(SystemExit, match="3 checkpoints here, not 4"):
+        train.load_run(whole, 4)
+
+
+# Averaging.
+
+def test_snapshots_lie_evenly_inside_their_period():
+    config = train.Config(tokens=100 * 16 * 256, average_every=20 * 16 * 256,
+                          optim=muonclip.OptimConfig(warmup=0.1, decay_start=0.405))
+    snapshots, put_back = zip(*(train.averaging(step, config) for step in range(1, 101)))
+    assert [i for i, due in enumerate(put_back, 1) if due] == [61, 81], "41 steps are before the decay"
+    taken = [i for i, due in enumerate(snapshots, 1) if due]
+    assert taken[:6] == [45, 48, 51, 55, 58, 61] and len(taken) == 6 + 6 + 5
+    early = replace(config, average_from=0.0, average_every=6 * 16 * 256)
+    assert all(train.averaging(step, early)[0] for step in range(1, 101)), "as many steps as snapshots: each is one"
+    for wrong in (dict(average_every=5 * 16 * 256), dict(average_from=1.5), dict(average_of=0)):
+        with pytest.raises(ValueError, match="average_"):
+            replace(config, **wrong)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_average_is_the_mean_of_its_snapshots_and_training_goes_on_from_it(text, reset):
+    """Up to the first average the run is the run without; there its weights are the mean of four of that one's."""
+    seen = {}
+
+    def watch(step, network):
+        seen.setdefault(key, {})[step] = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for key, options in (("plain", {}), ("averaged", PERIOD | dict(average_reset=reset))):
+        train.train(tiny_run(text, steps=12, **options), quiet=True, watch=watch)
+    plain, averaged = seen["plain"], seen["averaged"]
+    for name, w in averaged[8].items():
+        assert torch.equal(averaged[7][name], plain[7][name])
+        mean = sum(plain[step][name].double() for step in (2, 4, 6, 8)) / 4
+        torch.testing.assert_close(w.double(), mean, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(averaged[9][name], plain[9][name])
 
 
 def test_training_learns_and_counts(text):
@@ -1485,3 +1714,18 @@ def test_a_grid_goes_on_where_it_was_killed(tmp_path, capsys):
     changed = [(arm, seed, 8 if arm == "b" else setting) for arm, seed, setting in cells]
     assert len(_note.grid(path, changed, run)) == 8 and calls[5:] == [("b", 0), ("b", 1)], "other settings: run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
+
+
+def main(argv):
+    """The campaign of faults: N of each kind, and of kills N each at a random moment, in a save, in an average."""
+    times = int(argv[1]) if len(argv) == 2 and argv[0] == "--faults" and argv[1].isdecimal() else 0
+    if not times:
+        raise SystemExit("python -m pytest test_all.py   or   python test_all.py --faults N")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_sentences(Path(folder))
+        rows = campaign(path, Path(folder), dict.fromkeys(FAULTS, times) | {"kill": 2 * times}, say=print)
+    raise SystemExit(0 if all(tried == survived for _, tried, survived, *_ in rows) else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

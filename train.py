@@ -50,6 +50,11 @@ class Config:
     micro: int = 16              # windows at once on a rank (at most); gradients accumulate over the rest
     eval_every: int = 100        # steps
     eval_windows: int = 64       # of each domain, spread evenly over its validation text; 0 = all of it
+    average_every: int = 0       # tokens between two averages of the weights, put back into training; 0 = none
+    average_of: int = 6          # snapshots of an average [Motif §3.2.2], evenly spaced inside that period [ours]
+    average_from: float = -1.0   # where it begins, as a part of the run's tokens; -1 = with the decay         [guess]
+    average_reset: bool = False  # the optimizer's moments start anew after an average                          [ours]
+    skip_nonfinite: bool = False   # leave out, and count, steps whose loss or gradient is not finite; else stop
     save_every: int = 100        # steps between checkpoints
     keep: int = 2                # checkpoints kept
     log_every: int = 1           # steps between rows of the log
@@ -65,6 +70,12 @@ class Config:
         for name in ("eval_windows", "steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.average_every and not 1 <= self.average_of <= self.average_every // self.step_tokens:
+            raise ValueError(f"average_every={self.average_every} is {self.average_every // self.step_tokens} steps of "
+                             f"{self.step_tokens} tokens: too few for average_of={self.average_of} snapshots")
+        if self.average_every < 0 or self.average_from != -1 and not 0 <= self.average_from <= 1:
+            raise ValueError(f"average_every={self.average_every} must not be negative, average_from="
+                             f"{self.average_from} must lie in 0..1 (-1: with the decay)")
         if self.tokens < self.step_tokens:
             raise ValueError(f"tokens={self.tokens} is less than one step: {self.batch} windows of "
                              f"{self.model.context} = {self.step_tokens} tokens")
@@ -166,6 +177,36 @@ def learning_rate(tokens, config):
     return c.lr * shape[c.decay]()
 
 
+# ---- averaging ----------------------------------------------------------------------------------------------------
+
+def averaging(step, config):
+    """What follows the update of `step` (from 1): (a snapshot is taken, the mean of its period's is put back).
+
+    A period is `average_every` tokens, counted from where averaging begins; its i-th of n snapshots is due after i/n
+    of it, the last at its end. Averaging weights from several periods back would undo most of a period's progress."""
+    c, n = config, config.average_of
+    begin = max(c.optim.warmup, c.optim.decay_start) if c.average_from == -1 else c.average_from
+    period, done = c.average_every // c.step_tokens, step - math.ceil(begin * c.tokens / c.step_tokens)
+    if done <= 0:
+        return False, False
+    inside = (done - 1) % period + 1                               # 1 .. period
+    return inside * n // period > (inside - 1) * n // period, inside == period
+
+
+@torch.no_grad()
+def add_snapshot_(mean, weights, of):
+    """mean += weights / of, by name; a running mean, so that one copy of the weights is kept instead of `of`."""
+    for name, w in weights.items():
+        mean[name] = mean[name].add_(w, alpha=1 / of) if name in mean else w / of
+
+
+@torch.no_grad()
+def put_back_(weights, mean):
+    """The weights become their mean, which is then spent: the next period begins with none."""
+    for name, w in weights.items():
+        w.copy_(mean.pop(name))
+
+
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
 def checksum(t):
@@ -241,7 +282,7 @@ def newest_checkpoint(run, say=print):
 def restore(model, optimizer, tensors):
     """Copy a checkpoint's tensors into model and optimizer; other names or shapes are refused, all listed at once."""
     own = dict(model.named_parameters())
-    kept = {name: t for name, t in tensors.items() if ":" not in name}
+    kept = {name: t for name, t in tensors.items() if ":" not in name and "/" not in name}
     wrong = [f"{name} {tuple(kept[name].shape) if name in kept else 'missing'} for {tuple(own[name].shape)}"
              for name in own if name not in kept or kept[name].shape != own[name].shape]
     wrong += [f"{name} unknown" for name in kept if name not in own]
@@ -252,19 +293,20 @@ def restore(model, optimizer, tensors):
         for name, p in own.items():
             p.copy_(kept[name])
     if optimizer is not None:
-        optimizer.load(tensors)
+        optimizer.load({name: t for name, t in tensors.items() if ":" in name})
 
 
-def load_run(folder):
-    """(model, tokenizer) of a run's newest intact checkpoint, for sampling."""
-    run = Path(folder)
-    found = newest_checkpoint(run)
-    if found is None:
-        raise SystemExit(f"{folder}: no checkpoint here; train one first (torchrun train.py --out={folder})")
-    manifest, tensors = found
-    config = from_dict(Config, manifest["config"])
-    model = Transformer(config.model)
-    restore(model, None, tensors)
+def load_run(folder, average=1):
+    """(model, tokenizer) of a run's newest intact checkpoint, or of the mean of its newest `average`, for sampling."""
+    run, mean = Path(folder), {}
+    kept = checkpoints(run)[-average:]
+    if len(kept) < average:
+        raise SystemExit(f"{folder}: {len(kept)} checkpoints here, not {average}; train first (torchrun train.py "
+                         f"--out={folder} --keep={average})")
+    for manifest, tensors in map(read_checkpoint, kept) if average > 1 else [newest_checkpoint(run)]:
+        add_snapshot_(mean, tensors, average)
+    model = Transformer(from_dict(Config, manifest["config"]).model)
+    restore(model, None, mean)
     return model, load_tokenizer(run / "tokenizer.json")
 
 
@@ -389,16 +431,19 @@ def matmul_speed(device, dtype, seconds=0.2):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+    """Ctrl-C, SIGTERM and the death of torchrun, as a question that the loop asks between steps."""
 
     def __enter__(self):
-        self.asked, self.before = False, {}
+        self.signalled, self.before, self.parent = False, {}, os.getppid()
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, lambda *_: setattr(self, "asked", True))
+                self.before[number] = signal.signal(number, lambda *_: setattr(self, "signalled", True))
         except ValueError:                                         # not the main thread: the caller handles signals
             pass
         return self
+
+    def asked(self):
+        return self.signalled or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -475,7 +520,9 @@ def train(config, resume=False, quiet=False, watch=None):
 
 
 def take_up(config, resume, model, optimizer, facts, mesh, say):
-    """Load the newest intact checkpoint of the run, if it is to be resumed. → the step to go on from, or None."""
+    """Load the newest intact checkpoint of the run, if it is to be resumed.
+
+    → (the step to go on from, or None; what there is of the mean of snapshots)"""
     found = newest_checkpoint(Path(config.out), say) if resume else None
     if found:
         manifest, tensors = found
@@ -493,7 +540,9 @@ def take_up(config, resume, model, optimizer, facts, mesh, say):
                          "folder that all of them see")
     if resume:
         say(f"resuming {config.out} at step {max(step, 0)}")
-    return step if found else None
+    if not found:
+        return None, {}
+    return step, {name.removeprefix("mean/"): t.to(mesh.device) for name, t in tensors.items() if "/" in name}
 
 
 def log_columns(names):
@@ -501,8 +550,8 @@ def log_columns(names):
     the step's windows; val_NAME and bpb_NAME are nats/token and bits/byte on validation text, in some rows; max_logit
     is there where it is exact."""
     by_domain = [f"{what}_{name}" for what in ("loss", "share", "epochs", "val", "bpb") for name in names]
-    return ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", *by_domain, "tokens_per_s", "mfu",
-            "seconds"]
+    return ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", "skipped", *by_domain, "tokens_per_s",
+            "mfu", "seconds"]
 
 
 def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
@@ -514,7 +563,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
     names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    found = take_up(config, resume, model, optimizer, facts, mesh, status.say)
+    found, mean = take_up(config, resume, model, optimizer, facts, mesh, status.say)
     step, history = found or 0, []
     if run:
         history = run.open_log(log_columns(names), -1 if found is None else found)
@@ -542,7 +591,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
         if run:
             run.sync_log()
-            save_checkpoint(run.path, step, model_tensors(model) | optimizer.tensors(), facts, config.keep)
+            kept = model_tensors(model) | optimizer.tensors() | {f"mean/{name}": t for name, t in mean.items()}
+            save_checkpoint(run.path, step, kept, facts, config.keep)
         parallel.barrier(mesh)
 
     def last_good():
@@ -552,7 +602,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     if found is None:
         record(dict(step=0, tokens=0, seconds=0.0))
         save()                                                     # from here on the run can be resumed as it was begun
-    spent = history[-1]["seconds"] if history else 0.0
+    spent, skipped = (history[-1]["seconds"], int(history[-1].get("skipped", 0))) if history else (0.0, 0)
     while step < last:
         begin, tokens = time.perf_counter(), step * config.step_tokens
         for group in optimizer.param_groups:
@@ -564,21 +614,37 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
         sums = forward_backward(model, batch, config, mesh, len(names), dtype)
 
+        flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)          # does anyone ask to stop; which rank is unwell
+        flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~finite(sums, parameters)
+        peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
+        flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])           # one collective for all maxima
+        for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
+            attention.max_logits.copy_(largest)
         sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
         parallel.average_gradients_(parameters, mesh)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
         loss = (sums[:, 0].sum() / config.batch).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):     # sums of all ranks: the same decision everywhere
-            raise FloatingPointError(f"step {step + 1}: loss {loss}, gradient norm {norm}: not updated; {last_good()}")
-        asked = torch.tensor([float(stop.asked)], device=mesh.device)
-        peaks = torch.cat([asked, *(a.max_logits for a in attentions)])
-        leave = bool(parallel.all_max(peaks, mesh)[0])             # one collective: the largest logits of all ranks
-        for attention, largest in zip(attentions, peaks[1:].split(config.model.n_head)):
-            attention.max_logits.copy_(largest)
+        sound = math.isfinite(loss) and math.isfinite(norm)        # made of sums over ranks: the same decision everywhere
+        if not sound:
+            ranks = flags[1:].nonzero().flatten().tolist()
+            bad = [name for name, (nats, _) in zip(names, sums.tolist()) if not math.isfinite(nats)]
+            what = f"step {step + 1}: loss {loss}, gradient norm {norm}; ranks {ranks}, domains {', '.join(bad) or '-'}"
+            if not config.skip_nonfinite:
+                raise FloatingPointError(f"{what}: not updated; {last_good()}")
+            skipped += 1
+            status.say(f"{what}: skipped")
 
-        optimizer.step()
-        clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau else 0
+        if sound:
+            optimizer.step()
+        clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau and sound else 0
         step += 1
+        snapshot, put_back = averaging(step, config) if config.average_every else (False, False)
+        if snapshot:
+            add_snapshot_(mean, model_tensors(model), config.average_of)
+        if put_back:
+            put_back_(model_tensors(model), mean)
+            if config.average_reset:
+                optimizer.state.clear()
         if watch:
             watch(step, model)
 
@@ -587,15 +653,16 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         epochs = batches.epochs(step)
         speed = config.step_tokens / took
         row = dict(step=step, tokens=step * config.step_tokens, lr=optimizer.param_groups[0]["lr"], loss=loss,
-                   grad_norm=norm, clipped=clipped,
+                   grad_norm=norm, clipped=clipped, skipped=skipped,
                    tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
         if exact:
-            row["max_logit"] = peaks[1:].max().item()
+            row["max_logit"] = peaks.max().item()
         for name, (total, windows) in zip(names, sums.tolist()):
             row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
             row |= {f"loss_{name}": total / windows} if windows else {}
         record(row)
         status(row, config, (last - step) * spent / step, end=step == last)
+        leave = bool(flags[0])
         if step % config.save_every == 0 or step == last or leave:
             save()
         if leave and step < last:
@@ -604,6 +671,11 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     for layer in model.layers.values() if config.compile else ():
         del layer.forward                                          # sampling meets a new length with every token
     return history, model
+
+
+def finite(sums, parameters):
+    """Whether this rank's losses and gradients are, before they are added to those of the others; a tensor."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite() & bool(sums.isfinite().all())
 
 
 def model_tensors(model):
@@ -698,7 +770,7 @@ def main(argv):
         history, model = train(config, resume)
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
             report(config, history, model, prepare(config.data, config.model.vocab_size))
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
         raise SystemExit(f"train.py: {error}") from None
 
 

@@ -111,7 +111,7 @@ def toy(config):
     files = ",".join(f"{name}={HERE.parent / file}" for name, file in zip(names, ("README.md", "train.py", "model.py")))
     small = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_head=16, d_ff=32, vocab_size=261, context=32)
     return replace(config, model=replace(config.model, **small), batch=4, micro=4, tokens=12 * 4 * 32, eval_every=4,
-                   eval_windows=2, steps=0,
+                   eval_windows=2, average_every=6 * 4 * 32 if config.average_every else 0,
                    data=replace(config.data, tokenizer="bytes", files=files, cache="out/quick/cache"))
 
 
