@@ -4,6 +4,8 @@
   muon_update     momentum, orthogonalised, scaled to the RMS of an AdamW update            [Kimi K2 Algorithm 1]
   adamw_update    for what is not a hidden matrix: embeddings, head, vectors                [Moonlight §2.2]
   qk_clip_        after the step: shrink the query and key weights of heads that exploded   [Kimi K2 Algorithm 1]
+  learning_rate   warm-up, plateau, decay, in the forms of both reports          [Kimi K2 §2.5, Motif §3.2.2]
+  averaging       when snapshots of the weights are taken, and their mean put back              [Motif §3.2.2]
 
 Pure functions first; `MuonClip` is the thin torch.optim.Optimizer that holds their state.
 
@@ -206,6 +208,55 @@ def qk_clip_(attentions, tau):
             by_head(weight).mul_(gamma.pow(power).to(weight.dtype)[:, None, None])
         clipped = clipped.to(s.device) + (s > tau).sum()
     return clipped
+
+
+# ---- over a run: rate and averages, functions of the tokens seen ---------------------------------------------------
+# `config` is the run's: its tokens, step_tokens, average_* and optim.
+
+def learning_rate(tokens, config):
+    """Warm-up, plateau, decay (WSD) after `tokens` tokens; the last step uses the rate just before the end.
+
+    u runs from 0 to 1 over the decay, from 1 to `floor` of the peak:
+        cosine  f + (1 − f)(1 + cos πu)/2                  [Kimi K2 §2.5]
+        rsqrt   1/√(1 + (f⁻² − 1)u)      [Motif §3.2.2 says "inverse square root" and 25%; this form is a guess]
+        linear  1 − (1 − f)u"""
+    c, done = config.optim, tokens / config.tokens
+    start = max(c.warmup, c.decay_start)
+    if done < c.warmup:
+        return c.lr * (tokens + config.step_tokens) / (c.warmup * config.tokens + config.step_tokens)
+    u = 0.0 if done <= start else min(1.0, (done - start) / (1 - start))
+    shape = dict(cosine=lambda: c.floor + (1 - c.floor) * (1 + math.cos(math.pi * u)) / 2,
+                 rsqrt=lambda: 1 / math.sqrt(1 + (max(c.floor, 1e-3) ** -2 - 1) * u),
+                 linear=lambda: 1 - (1 - c.floor) * u)
+    return c.lr * shape[c.decay]()
+
+
+def averaging(step, config):
+    """What follows the update of `step` (from 1): (a snapshot is taken, the mean of its period's is put back).
+
+    A period is `average_every` tokens, counted from where averaging begins; its i-th of n snapshots is due after i/n
+    of it, the last at its end. Averaging weights from several periods back would undo most of a period's progress."""
+    c, n = config, config.average_of
+    begin = max(c.optim.warmup, c.optim.decay_start) if c.average_from == -1 else c.average_from
+    period, done = c.average_every // c.step_tokens, step - math.ceil(begin * c.tokens / c.step_tokens)
+    if done <= 0:
+        return False, False
+    inside = (done - 1) % period + 1                               # 1 .. period
+    return inside * n // period > (inside - 1) * n // period, inside == period
+
+
+@torch.no_grad()
+def add_snapshot_(mean, weights, of):
+    """mean += weights / of, by name; a running mean, so that one copy of the weights is kept instead of `of`."""
+    for name, w in weights.items():
+        mean[name] = mean[name].add_(w, alpha=1 / of) if name in mean else w / of
+
+
+@torch.no_grad()
+def put_back_(weights, mean):
+    """The weights become their mean, which is then spent: the next period begins with none."""
+    for name, w in weights.items():
+        w.copy_(mean.pop(name))
 
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def join_mesh(config):
         return Mesh(device=device)
     timeout = timedelta(seconds=config.timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # torchrun's store outlives a restart: without names of
-    store = dist.PrefixStore(f"attempt-{attempt}", store)          # its own, a new rank meets the address of a dead one
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # torchrun's store outlives a restart: without names
+    store = dist.PrefixStore(f"attempt-{attempt}", store)          # of its own, a new rank meets a dead one's address
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
     return Mesh(dp=Axis(this_rank(), world, dist.group.WORLD), device=device)

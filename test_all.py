@@ -1284,7 +1284,7 @@ def start(args, log, *fault):
 
 
 def wait_for(step, out, alive, newest=0):
-    """Until the log has that step, and there is a checkpoint of step `newest`. → False where the process ended first."""
+    """Until the log has that step, and there is a checkpoint of step `newest`. → False if the process ended first."""
     deadline = time.monotonic() + 90
     while alive():
         assert time.monotonic() < deadline, f"{out}: step {step} was not reached"

@@ -32,7 +32,7 @@ import parallel
 from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
 from model import (PRESETS, ModelConfig, Transformer, count_parameters, flops_per_token, generate, read_tensors,
                    write_tensors)
-from muonclip import MuonClip, OptimConfig, qk_clip_
+from muonclip import MuonClip, OptimConfig, add_snapshot_, averaging, learning_rate, put_back_, qk_clip_
 from parallel import MeshConfig
 
 
@@ -155,56 +155,6 @@ def from_dict(kind, values):
             raise ValueError(f"this run was made with an option that is no more: {name}={values[name]!r}")
     nested = dict(model=ModelConfig, optim=OptimConfig, data=DataConfig, mesh=MeshConfig)
     return kind(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
-
-
-# ---- schedules ----------------------------------------------------------------------------------------------------
-
-def learning_rate(tokens, config):
-    """Warm-up, plateau, decay (WSD) after `tokens` tokens; the last step uses the rate just before the end.
-
-    u runs from 0 to 1 over the decay, from 1 to `floor` of the peak:
-        cosine  f + (1 − f)(1 + cos πu)/2                  [Kimi K2 §2.5]
-        rsqrt   1/√(1 + (f⁻² − 1)u)      [Motif §3.2.2 says "inverse square root" and 25%; this form is a guess]
-        linear  1 − (1 − f)u"""
-    c, done = config.optim, tokens / config.tokens
-    start = max(c.warmup, c.decay_start)
-    if done < c.warmup:
-        return c.lr * (tokens + config.step_tokens) / (c.warmup * config.tokens + config.step_tokens)
-    u = 0.0 if done <= start else min(1.0, (done - start) / (1 - start))
-    shape = dict(cosine=lambda: c.floor + (1 - c.floor) * (1 + math.cos(math.pi * u)) / 2,
-                 rsqrt=lambda: 1 / math.sqrt(1 + (max(c.floor, 1e-3) ** -2 - 1) * u),
-                 linear=lambda: 1 - (1 - c.floor) * u)
-    return c.lr * shape[c.decay]()
-
-
-# ---- averaging ----------------------------------------------------------------------------------------------------
-
-def averaging(step, config):
-    """What follows the update of `step` (from 1): (a snapshot is taken, the mean of its period's is put back).
-
-    A period is `average_every` tokens, counted from where averaging begins; its i-th of n snapshots is due after i/n
-    of it, the last at its end. Averaging weights from several periods back would undo most of a period's progress."""
-    c, n = config, config.average_of
-    begin = max(c.optim.warmup, c.optim.decay_start) if c.average_from == -1 else c.average_from
-    period, done = c.average_every // c.step_tokens, step - math.ceil(begin * c.tokens / c.step_tokens)
-    if done <= 0:
-        return False, False
-    inside = (done - 1) % period + 1                               # 1 .. period
-    return inside * n // period > (inside - 1) * n // period, inside == period
-
-
-@torch.no_grad()
-def add_snapshot_(mean, weights, of):
-    """mean += weights / of, by name; a running mean, so that one copy of the weights is kept instead of `of`."""
-    for name, w in weights.items():
-        mean[name] = mean[name].add_(w, alpha=1 / of) if name in mean else w / of
-
-
-@torch.no_grad()
-def put_back_(weights, mean):
-    """The weights become their mean, which is then spent: the next period begins with none."""
-    for name, w in weights.items():
-        w.copy_(mean.pop(name))
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
@@ -614,17 +564,17 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
         sums = forward_backward(model, batch, config, mesh, len(names), dtype)
 
-        flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)          # does anyone ask to stop; which rank is unwell
+        flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)  # does anyone ask to stop; which ranks are unwell
         flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~finite(sums, parameters)
         peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
-        flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])           # one collective for all maxima
+        flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
         for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
             attention.max_logits.copy_(largest)
         sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
         parallel.average_gradients_(parameters, mesh)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
         loss = (sums[:, 0].sum() / config.batch).item()
-        sound = math.isfinite(loss) and math.isfinite(norm)        # made of sums over ranks: the same decision everywhere
+        sound = math.isfinite(loss) and math.isfinite(norm)        # sums over ranks: the same decision everywhere
         if not sound:
             ranks = flags[1:].nonzero().flatten().tolist()
             bad = [name for name, (nats, _) in zip(names, sums.tolist()) if not math.isfinite(nats)]

@@ -67,7 +67,7 @@ def mean_of(snapshots):
 
 def show(rows):
     arms = list(configs())
-    live = {arm: [[row["bpb"] for row in of_seed if "tokens" in row][-1] for of_seed in _note.of_arm(rows, arm).values()]
+    live = {arm: [[row["bpb"] for row in some if "tokens" in row][-1] for some in _note.of_arm(rows, arm).values()]
             for arm in arms}
     mean = {(arm, s): [row["bpb"] for of_seed in _note.of_arm(rows, arm).values() for row in of_seed
                        if row.get("spacing") == s] for arm in arms for s in SPACINGS}
