@@ -1131,27 +1131,45 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
 
 def spawn(world, f, *args):
     """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
-    with socket.socket() as one, socket.socket() as two:
-        for free in (one, two):
-            free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in (one, two)]
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(8)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
     torch.multiprocessing.spawn(_enter, (world, ports, f, args), nprocs=world)
 
 
 def _enter(rank, world, ports, f, args):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(ports[0]), SECOND_PORT=str(ports[1]))
+                       MASTER_PORT=str(ports[0]), PORTS=",".join(map(str, ports[1:])))
     torch.set_num_threads(1)
     f(rank, *args)
 
 
+def next_port():
+    """Before a process group is made anew: at the port of one that left, a rank may still meet it."""
+    os.environ["MASTER_PORT"], _, os.environ["PORTS"] = os.environ["PORTS"].partition(",")
+
+
 def two_ranks(rank, path, out):
-    """Train; then compare the averaged gradients of half a batch each with those of the whole on one process."""
+    """A run that goes from two ranks to one and back; gradients of half a batch each; a rank that is unwell, one that
+    is late."""
     config = tiny_run(path, out=out, steps=6, mesh=parallel.MeshConfig(timeout=30))
     train.train(config, quiet=True)
-    torch.set_default_dtype(torch.float64)
-    os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]      # at the first, a rank may still meet the group that left
+    if rank == 0:
+        os.environ["WORLD_SIZE"] = "1"
+        train.train(replace(config, steps=12), resume=True, quiet=True)
+        os.environ["WORLD_SIZE"] = "2"
+    next_port()
     mesh = parallel.join_mesh(config.mesh)
+    parallel.barrier(mesh)                                         # until the other has finished alone
+    parallel.leave_mesh(mesh)
+    next_port()
+    train.train(replace(config, steps=18), resume=True, quiet=True)
+
+    next_port()
+    mesh = parallel.join_mesh(config.mesh)
+    torch.set_default_dtype(torch.float64)
     corpus = data.prepare(config.data, config.model.vocab_size)
     batches = data.Batches(corpus, config.data, 0, config.batch, config.model.context)
     together, alone = lively(config.model), lively(config.model)
@@ -1164,11 +1182,37 @@ def two_ranks(rank, path, out):
     largest = torch.tensor([1.0 + rank, 5.0 - rank, -3.0])
     assert parallel.all_max(largest, mesh).tolist() == [2.0, 5.0, -3.0]
     parallel.leave_mesh(mesh)
+    torch.set_default_dtype(torch.float32)
+
+    healthy = train.forward_backward
+
+    def unwell(model, *args):
+        sums = healthy(model, *args)
+        if rank == 1 and next(calls) == 3:
+            next(model.parameters()).grad[0] = torch.nan
+        return sums
+    train.forward_backward = unwell
+    for skip in (True, False):
+        next_port()
+        calls = itertools.count()
+        run = lambda: train.train(replace(config, out="", skip_nonfinite=skip), quiet=True)[0]
+        if skip:
+            assert [row["skipped"] for row in run()[1:]] == [0, 0, 0, 1, 1, 1]
+        else:
+            with pytest.raises(FloatingPointError, match=r"step 4: loss [\d.]+, gradient norm nan; ranks \[1\]"):
+                run()
+
+    next_port()
+    mesh = parallel.join_mesh(parallel.MeshConfig(timeout=2))
+    if rank == 1:
+        return time.sleep(6)                                       # a rank that hangs
+    with pytest.raises(parallel.LostRank, match="rank 0 lost contact"):
+        parallel.barrier(mesh)
 
 
 def test_two_ranks_train_as_one_and_one_goes_on(text, tmp_path):
     """In float64 the gradients of two ranks are those of one to 1e-10. In float32, on the same global batches, losses
-    agree to rounding; and the run of two ranks is resumed by one."""
+    agree to rounding; and the run of two ranks is resumed by one, by two, by one."""
     spawn(2, two_ranks, text, str(tmp_path / "two"))
     train.train(tiny_run(text, out=str(tmp_path / "two")), resume=True, quiet=True)
     train.train(tiny_run(text, out=str(tmp_path / "one")), quiet=True)
