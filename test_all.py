@@ -1276,6 +1276,7 @@ def weights_of(out):
 FAULTS = "kill", "kill in save", "kill in average", "flipped byte", "missing file", "full disk", "stop in save", \
     "launcher killed", "rank killed"
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
+OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
 
 
 def worker(args, log, befalls=(), number=0, fault=""):
@@ -1321,7 +1322,7 @@ def worker(args, log, befalls=(), number=0, fault=""):
 
 def start(args, log, *fault):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])               # seconds each
     process = context.Process(target=worker, args=(args, str(log), *fault))
     process.start()
     return process
@@ -1353,7 +1354,7 @@ def is_alive(pid):
 
 def under_torchrun(path, out, ranks, restarts=0):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-           f"--max-restarts={restarts}", *command(path, out, *(f"--{k}={v}" for k, v in PERIOD.items()))[1:]]
+           f"--max-restarts={restarts}", *command(path, out, *OPTIONS)[1:]]
     env = dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="")
     return subprocess.Popen(run, stdout=open(out.parent / "log.txt", "a"), stderr=subprocess.STDOUT, env=env,
                             cwd=out.parent, start_new_session=True)
@@ -1361,7 +1362,7 @@ def under_torchrun(path, out, ranks, restarts=0):
 
 def befall(kind, path, out, rng):
     """Start a run, let the fault strike, → True if it did (a run may end before)."""
-    args, log = command(path, out, *(f"--{k}={v}" for k, v in PERIOD.items()))[2:], out.parent / "log.txt"
+    args, log = command(path, out, *OPTIONS)[2:], out.parent / "log.txt"
     step = rng.randrange(1, 29)
     if kind == "launcher killed":
         launcher = under_torchrun(path, out, 1)
@@ -1426,7 +1427,7 @@ def trial(kind, path, folder, wholes, rng):
     reached = last_step(out) if (out / "log.csv").exists() else 0
     before = log.stat().st_size if log.exists() else 0
     if kind != "rank killed":                                      # torchrun has resumed that one by itself
-        process = start(command(path, out, "--resume")[2:], log)
+        process = start(command(path, out, *OPTIONS, "--resume")[2:], log)
         process.join(60)
         assert process.exitcode == 0, log.read_text()
     said = log.read_text()[before:] if kind != "rank killed" else log.read_text()
@@ -1445,7 +1446,7 @@ def campaign(path, folder, kinds, seed=0, say=lambda _: None):
     rng, wholes = random.Random(seed), (folder / "whole/run", folder / "pair/run")
     for out in wholes:
         out.parent.mkdir(parents=True)
-    process = start(command(path, wholes[0], *(f"--{k}={v}" for k, v in PERIOD.items()))[2:], folder / "whole/log.txt")
+    process = start(command(path, wholes[0], *OPTIONS)[2:], folder / "whole/log.txt")
     process.join(60)
     assert process.exitcode == 0, (folder / "whole/log.txt").read_text()
     if "rank killed" in kinds:
