@@ -1592,7 +1592,8 @@ def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
     manifest = json.loads((old / "manifest.json").read_text())
     for entry in manifest["tensors"].values():
         entry["file"] = "../../elsewhere"
-    (old / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (old / "manifest.json").write_text(json.dumps(manifest | dict(sha256=train.digest(manifest))))
     assert train.newest_checkpoint(out, said.append) is None and "outside" in said[-1]
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         train.train(tiny_run(text, out=str(out)), resume=True, quiet=True)
@@ -1687,6 +1688,112 @@ def test_learning_rates_of_both_reports():
     assert lr(12.75 / 15.5, k2) == pytest.approx(1.1e-4)
     line = replace(k2, optim=muonclip.OptimConfig(lr=1.0, floor=0.0, decay_start=0.5))
     assert [lr(p, line) for p in (0.25, 0.75, 1.0)] == pytest.approx([1, 0.5, 0])
+
+
+# Anything may come in: a result or one line, never a traceback.  (pip install hypothesis; skipped without it)
+
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, given, settings, strategies as st
+
+    anything = settings(max_examples=60, deadline=None, derandomize=True,
+                        suppress_health_check=[HealthCheck.function_scoped_fixture])
+    words = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12)
+    junk = words | st.integers().map(str) | st.sampled_from(
+        ["", "0", "-1", "1e9", "nan", "inf", "true", "1e400", "0.5", "a:1:1", "a=b", "\0", "adamw", "rope"])
+    keys = st.sampled_from("batch tokens steps out nonsense model resume compile model.n_head model.act optim.lr "
+                           "optim.ns model.rope_theta optim.tau data.domains data.files data.skip_bad mesh.timeout "
+                           "average_every average_from --".split(" ") + [""])
+    trees = st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3) |
+                         st.dictionaries(st.just("text"), inner), max_leaves=4)
+
+    def one_line(error):
+        assert str(error) and "\n" not in str(error), error
+
+    @anything
+    @given(st.lists(st.tuples(keys, junk), max_size=3), st.lists(st.sampled_from(["laptop", "gpt2", "x"]), max_size=2))
+    def test_any_options_are_a_configuration_or_one_line(options, words):
+        try:
+            config, *_ = train.parse([*words, *(f"--{key}={text}" for key, text in options)])
+            with contextlib.redirect_stdout(io.StringIO()):
+                data.parse_domains(config.data)
+                train.dry_run(replace(config, model=replace(config.model, n_layer=min(4, config.model.n_layer))))
+        except ValueError as error:
+            one_line(error)
+
+    @anything
+    @given(st.lists(st.binary(max_size=40) | trees.map(lambda tree: json.dumps(tree).encode()), max_size=6),
+           st.booleans(), st.booleans())
+    def test_any_jsonl_is_text_or_one_line(lines, packed, skip):
+        raw = b"\n".join(lines)
+        name = Path("x.jsonl.gz" if packed else "x.jsonl")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = data.read_jsonl(name, gzip.compress(raw) if packed else raw, skip)
+            assert all(isinstance(text, str) and text.encode() is not None for text in found)
+        except ValueError as error:
+            assert not skip
+            one_line(error)
+        try:
+            data.read_jsonl(Path("x.jsonl.gz"), raw, True)             # not gzip, or by a rare chance it is
+        except ValueError as error:
+            one_line(error)
+
+    @anything
+    @given(st.data())
+    def test_any_damage_to_a_checkpoint_is_found(text, finished, choose):
+        """A file cut, a byte changed or bytes put in anywhere: the tensors as they were, or one line."""
+        folder, before = finished
+        file = choose.draw(st.sampled_from(sorted(folder.iterdir())))
+        raw = file.read_bytes()
+        at = choose.draw(st.integers(0, len(raw) - 1))
+        file.write_bytes(choose.draw(st.sampled_from([
+            raw[:at], raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1:], raw[:at] + b"{" + raw[at:], raw + b"x"]
+        )))
+        try:
+            after = train.read_checkpoint(folder)[1]
+            assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+        except ValueError as error:
+            one_line(error)
+        finally:
+            file.write_bytes(raw)
+
+    @anything
+    @given(st.data())
+    def test_any_damage_to_a_shard_is_mended(damaged_cache, choose):
+        config, fingerprint = damaged_cache
+        files = sorted(p for p in Path(config.cache).iterdir() if p.name != "lock")
+        file = choose.draw(st.sampled_from(files))
+        raw = bytearray(file.read_bytes())
+        raw[choose.draw(st.integers(0, len(raw) - 1))] ^= choose.draw(st.integers(1, 255))
+        file.write_bytes(raw[:choose.draw(st.integers(0, len(raw)))])
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert data.prepare(config, 300).fingerprint == fingerprint
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """The folder of a checkpoint, and its tensors."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train.train(tiny_run(text, out=str(out), steps=4), quiet=True)
+    return train.checkpoints(out)[-1], weights_of(out)
+
+
+@pytest.fixture(scope="module")
+def damaged_cache(tmp_path_factory):
+    config, _ = own(tmp_path_factory.mktemp("own"))
+    return config, data.prepare(config, 300).fingerprint
+
+
+def test_nothing_runs_code_it_was_handed():
+    for path in (*HERE.glob("*.py"), *HERE.glob("notes/*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        called = {node.func.id for node in ast.walk(tree)
+                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and
+                isinstance(node.value, ast.Name) and node.value.id == "torch"}
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for alias in node.names}
+        assert not called & {"eval", "exec"} and not used & {"load", "save"} and not names & {"pickle", "marshal"}, path
 
 
 # ---- notes/ ---------------------------------------------------------------------------------------------------------

@@ -163,6 +163,11 @@ def checksum(t):
     return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
+def digest(manifest):
+    """Of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def sync_folder(path):
     """Make the names in a folder durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -181,8 +186,9 @@ def save_checkpoint(run, step, tensors, facts, keep):
     write_tensors(beside / "rank-0.safetensors", tensors)
     entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
                for name, t in tensors.items()}
+    manifest = dict(facts, step=step, tensors=entries)
     with open(beside / "manifest.json", "w") as file:
-        json.dump(dict(facts, step=step, tensors=entries), file, indent=1)
+        json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(beside)
@@ -204,13 +210,15 @@ def read_checkpoint(folder):
     """→ (manifest, {name: tensor}) with every tensor's shape, type and checksum verified. Raises ValueError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("sha256") != digest(manifest):
+            raise ValueError("manifest.json is not what was written")
         entries = manifest["tensors"]
         names = {entry["file"] for entry in entries.values()}
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{folder}: its manifest names files outside the folder")
         files = {name: read_tensors(folder / name) for name in names}
         tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
     for name, t in tensors.items():
         if str(t.dtype) != entries[name]["dtype"] or list(t.shape) != entries[name]["shape"] \
