@@ -167,7 +167,7 @@ def panels(rows, columns, width=9.0, height=3.2):
     import matplotlib.pyplot as plt
     plt.rcdefaults()
     plt.rcParams.update({"font.size": 11, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False,
-                         "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92", "lines.linewidth": 1.8,
+                         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.92", "lines.linewidth": 1.8,
                          "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 11})
     return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
 
