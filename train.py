@@ -603,11 +603,11 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             put_back_(model_tensors(model), mean)
             if config.average_reset:
                 optimizer.state.clear()
-        if watch:
-            watch(step, model)
 
         took = time.perf_counter() - begin
         spent += took
+        if watch:
+            watch(step, model)
         epochs = batches.epochs(step)
         speed = config.step_tokens / took
         row = dict(step=step, tokens=step * config.step_tokens, lr=optimizer.param_groups[0]["lr"], loss=loss,

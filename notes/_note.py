@@ -194,6 +194,15 @@ def band(axis, rows, arm, x, y, **style):
     return line
 
 
+def log_y(axis):
+    """A logarithmic axis with plain numbers on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def reported(axis, y, label):
     """A number of the report, drawn in."""
     axis.axhline(y, color="0.4", ls=":", lw=1.5, label=label)

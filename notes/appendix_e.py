@@ -123,15 +123,16 @@ def show(rows):
         draw(added, "added_top", label=f"first {TOP} pairs", ls="--")
         draw(logit, "max_logit")
         draw(loss, "loss")
-    spectrum.set(title="one update: singular values", xlabel="index", ylabel="at RMS 0.2", yscale="log",
-                 ylim=(1e-2, None))
+    spectrum.set(title="one update: singular values", xlabel="index", ylabel="at RMS 0.2", ylim=(1e-2, None))
     entropy.set(title="SVD entropy, mean of hidden matrices", xlabel="step")
-    norms.set(title="spectral norm", xlabel="step", yscale="log")
+    norms.set(title="spectral norm", xlabel="step", ylim=(0, 5.5))
     added.set(title="added to Wq's, Wk's own singular values", xlabel="step", ylabel="uᵀ(−ΔW)v, one step, lr 1")
-    logit.set(title="largest logit", xlabel="step", yscale="log")
+    logit.set(title="largest logit", xlabel="step")
     loss.set(title="training loss", xlabel="step", ylabel="nats/byte")
     for axis in axes.flat:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2 if axis is norms else 1)
+    _note.log_y(spectrum)
+    _note.log_y(logit)
 
     def end(arm, key):                                             # the mean of the last fifth of the run, a seed each
         last = max(row.get("step", 0) for row in rows)

@@ -63,8 +63,10 @@ def show(rows):
     for tau in TAUS:
         logits.axhline(tau, color="0.4", ls="--", lw=0.8)
     each.axhline(TAUS[-1], color="0.4", ls="--", lw=0.8)
-    logits.set(title="largest logit (dotted: median head)", xlabel="step", yscale="log")
-    each.set(title="each head, seed 0", xlabel="step", yscale="log", ylim=(0.5, None))
+    logits.set(title="largest logit (dotted: median head)", xlabel="step")
+    each.set(title="each head, seed 0", xlabel="step", ylim=(0.5, None))
+    _note.log_y(logits)
+    _note.log_y(each)
     loss.set(title="training loss", xlabel="step", ylabel="nats/byte", ylim=(1, 3.5))
     logits.legend(fontsize=8)
     each.legend(fontsize=8)
