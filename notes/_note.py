@@ -53,7 +53,7 @@ def write(path, rows):
     with open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
@@ -167,8 +167,9 @@ def panels(rows, columns, width=9.0, height=3.2):
     import matplotlib.pyplot as plt
     plt.rcdefaults()
     plt.rcParams.update({"font.size": 11, "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False,
-                         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.92", "lines.linewidth": 1.8,
-                         "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 11})
+                         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+                         "grid.color": "0.92", "lines.linewidth": 1.8, "legend.frameon": False,
+                         "legend.fontsize": 9, "axes.titlesize": 11})
     return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
 
 

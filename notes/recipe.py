@@ -34,7 +34,8 @@ def hidden(config):
 
 def pace(ends, network):
     """Seconds of training per token of the run that was least disturbed, of all with this network."""
-    return min(row["seconds"] / row["tokens"] for arm, found in ends.items() if arm.startswith(network) for row in found)
+    return min(row["seconds"] / row["tokens"] for arm, found in ends.items() if arm.startswith(network)
+               for row in found)
 
 
 def show(rows):
