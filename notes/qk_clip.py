@@ -64,12 +64,12 @@ def show(rows):
         logits.axhline(tau, color="0.4", ls="--", lw=0.8)
     each.axhline(TAUS[-1], color="0.4", ls="--", lw=0.8)
     logits.set(title="largest logit (dotted: median head)", xlabel="step")
-    each.set(title="each head, seed 0", xlabel="step", ylim=(0.5, None))
+    each.set(title="each head, seed 0", xlabel="step", ylim=(2, None))
     _note.log_y(logits)
     _note.log_y(each)
     loss.set(title="training loss", xlabel="step", ylabel="nats/byte", ylim=(1, 3.5))
-    logits.legend(fontsize=8)
-    each.legend(fontsize=8)
+    loss.legend()
+    each.legend()
     ends = {arm: [of_seed[-1] for of_seed in _note.of_arm(rows, arm).values()] for arm in arms}
     take = lambda arm, key, digits=3: _note.spread([row[key] for row in ends[arm]], digits)
     return figure, _note.table(
