@@ -139,19 +139,19 @@ def spread(k, H, pairs=1):
     return k if k.shape[1] == H else k.unflatten(1, (-1, pairs)).repeat_interleave(H // k.shape[1], 1).flatten(1, 2)
 
 
-def attention_ref(q, k, v, mask=None):
-    """softmax(q·kᵀ/√d) v.  q (B, H, T, d), k (B, Hk, S, d), v (B, Hk, S, dv).
+def attention_ref(q, k, v, mask=None, scale=None):
+    """softmax(scale·q·kᵀ) v, by default 1/√d.  q (B, H, T, d), k (B, Hk, S, d), v (B, Hk, S, dv).
 
     mask: True where a query may look, as from causal_mask; None is causal."""
     H = q.shape[1]
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
-    scores = q @ spread(k, H).mT * q.shape[-1] ** -0.5                                            # (B, H, T, S)
+    scores = q @ spread(k, H).mT * (scale or q.shape[-1] ** -0.5)                                 # (B, H, T, S)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ spread(v, H)                       # (B, H, T, dv)
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, scale=None):
     """attention_ref by torch's fused kernel."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 

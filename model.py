@@ -1,6 +1,7 @@
 """The decoder, every variant of it in one file. What is not a vanilla Transformer:
 
   Motif-2.6B   differential attention (two softmax maps, one subtracted) · gated PolyNorm · tied embedding
+  Kimi K2      multi-head latent attention (keys and values from one short vector) · sparse mixture of experts
   the control  GPT-2's block: LayerNorm, learned positions, GELU
 
 Two seams carry what comes with many devices. The model is handed its operations (`Ops`), so that what happens to
@@ -17,7 +18,7 @@ import mmap
 import os
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
 import torch
@@ -43,6 +44,20 @@ class ModelConfig:
     act: str = "polynorm"        # polynorm | silu | gelu | relu2
     compile_act: bool = False    # PolyNorm through torch.compile: half a minute to start, then faster
     gated: bool = True           # down(act(gate) · up); with silu this is SwiGLU
+    q_rank: int = 0              # multi-head latent attention: width of the queries' latent, 0 = none
+    kv_rank: int = 0             # that of keys and values, 0 = no MLA; d_head is then the part without positions,
+    d_rope: int = 0              # this the part with them, whose key all heads share,
+    d_value: int = 0             # and this the width of a value
+    n_expert: int = 0            # mixture of experts, 0 = none; in all layers but
+    n_dense: int = 0             # the first ones, which are dense with d_ff
+    n_active: int = 0            # experts a token goes to
+    n_shared: int = 1            # experts that every token goes to
+    d_expert: int = 0            # width of an expert
+    n_group: int = 1             # groups of experts; a token's experts come
+    top_group: int = 1           # from so many of them
+    route_scale: float = 1.0     # sum of the weights of a token's experts
+    balance_rate: float = 1e-3   # step of the router's bias                                      [DeepSeek-V3 §4.2]
+    balance_loss: float = 0.0    # weight of the balance loss of each sequence      [DeepSeek-V3: 1e-4; K2 is silent]
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-6       # [Motif config]
     position: str = "rope"       # rope | learned
@@ -56,18 +71,36 @@ class ModelConfig:
         for name, choices in dict(act=ACTIVATIONS, norm=("rms", "layer"), position=("rope", "learned")).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
+        zero = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", "n_active", "n_shared", "d_expert",
+                "balance_rate", "balance_loss")
         for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"model.{name}={value}: must be at least 1")
-            if type(value) is float and not 0 < value < math.inf:
+            if type(value) is int and value < (name not in zero):
+                raise ValueError(f"model.{name}={value}: must be at least {int(name not in zero)}")
+            if type(value) is float and not (0 < value < math.inf or value == 0 and name in zero):
                 raise ValueError(f"model.{name}={value}: must be positive")
+        if self.kv_rank and (self.differential or self.position != "rope" or not self.d_rope or not self.d_value
+                             or self.n_kv_head != self.n_head):
+            raise ValueError(f"model.kv_rank={self.kv_rank}: latent attention needs differential=false, position=rope, "
+                             f"n_kv_head=n_head, and d_rope={self.d_rope}, d_value={self.d_value} above 0")
+        if self.n_expert and not (self.n_active and self.d_expert and self.gated and self.n_expert % self.n_group == 0
+                                  and self.n_active <= self.n_expert // self.n_group * self.top_group
+                                  and self.top_group <= self.n_group and self.n_dense <= self.n_layer):
+            raise ValueError(f"model.n_expert={self.n_expert}: needs gated=true, d_expert={self.d_expert} above 0, "
+                             f"groups of equal size (n_group={self.n_group}), and n_active={self.n_active} experts in "
+                             f"top_group={self.top_group} of them")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"model.n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.differential and (self.n_head % 2 or self.n_kv_head % 2):
             raise ValueError(f"differential attention pairs heads: n_head={self.n_head} and "
                              f"n_kv_head={self.n_kv_head} must be even")
-        if self.position == "rope" and self.d_head % 2:
-            raise ValueError(f"model.d_head={self.d_head}: rotary positions need an even width")
+        if self.position == "rope" and self.rotary % 2:
+            raise ValueError(f"model.d_{'rope' if self.kv_rank else 'head'}={self.rotary}: rotary positions need an "
+                             "even width")
+
+    @property
+    def rotary(self):
+        """The width of a head that is rotated."""
+        return self.d_rope if self.kv_rank else self.d_head
 
 
 ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.relu(x).square())
@@ -77,9 +110,21 @@ PRESETS = {
     "gpt2": ModelConfig(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5, position="learned",
                         d_ff=512, zero_out=False),                        # the control   [GPT-2, without biases]
     "shakespeare": ModelConfig(d_ff=256, context=64, vocab_size=261, init_std=0.1),   # bytes, five specials  [ours]
+    "laptop-k2": ModelConfig(differential=False, act="silu", d_head=24, d_rope=8, d_value=32, q_rank=64, kv_rank=32,
+                             n_expert=16, n_dense=1, n_active=2, d_expert=128, route_scale=1.412, balance_rate=1e-2,
+                             tie=False, init_std=0.1),                           # K2's block, small        [ours]
     "motif-2.6b": ModelConfig(n_layer=32, n_head=16, n_kv_head=16, d_model=2048, d_head=128, d_ff=8192,
                               vocab_size=219_520, context=4096),                 # [Motif Table 1; theta by §3.2.2]
 }
+PRESETS["motif-2.6b-lc"] = replace(PRESETS["motif-2.6b"], context=16_384, rope_theta=500_000.0)       # [Motif §3.2.3]
+PRESETS["deepseek-v3"] = ModelConfig(                                            # [its config.json; DeepSeek-V3 §4.2]
+    n_layer=61, n_head=128, n_kv_head=128, d_model=7168, d_head=128, d_rope=64, d_value=128, q_rank=1536, kv_rank=512,
+    d_ff=18_432, vocab_size=129_280, context=4096, differential=False, act="silu", tie=False, zero_out=False,
+    init_std=0.006, n_expert=256, n_dense=3, n_active=8, d_expert=2048, n_group=8, top_group=4, route_scale=2.5,
+    balance_loss=1e-4)
+PRESETS["kimi-k2"] = replace(                                                    # [Kimi K2 Table 2; its config.json]
+    PRESETS["deepseek-v3"], n_head=64, n_kv_head=64, vocab_size=163_840, n_expert=384, n_dense=1, n_group=1,
+    top_group=1, route_scale=2.827, rope_theta=50_000.0, balance_loss=0.0)
 
 
 # ---- the operations a model is handed -----------------------------------------------------------------------------
@@ -93,8 +138,10 @@ def linear(name, weights, pre, *x):
 
 
 def local_exchange(tokens, counts):
-    """Carry tokens to their experts: on one device they are there already."""
-    return tokens, counts
+    """Carry tokens (M, C), sorted by expert, `counts` (E,) of each, to where their experts are.
+
+    → tokens for the experts here, their counts, and the way back for what they become. On one device: they are here."""
+    return tokens, counts, lambda y: y
 
 
 class Ops(NamedTuple):
@@ -135,8 +182,8 @@ class PolyNorm(nn.Module):
 def rope_table(config, start, stop, device, dtype):
     """cos(position · theta^(-2i/d)) for both halves, and ∓sin, both (T, d). In float64 first: angles grow large."""
     position = torch.arange(start, stop, device=device, dtype=torch.float64)
-    pair = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float64)                 # 2i
-    angle = position[:, None] * config.rope_theta ** -(pair / config.d_head)
+    pair = torch.arange(0, config.rotary, 2, device=device, dtype=torch.float64)                 # 2i
+    angle = position[:, None] * config.rope_theta ** -(pair / config.rotary)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -150,12 +197,34 @@ def matrix(rows, columns):
     return nn.Parameter(torch.empty(rows, columns))
 
 
-class Attention(nn.Module):
-    """Multi-head or grouped attention, plain or differential. It knows its own heads: `max_logits`, `qk_heads`."""
+class Heads(nn.Module):
+    """What every attention knows of its own heads: `max_logits`, and `qk_heads`, which weights make them.
+
+    Recorded in training forwards, over micro-batches, until `clear_logits`. With a threshold `tau`, a head that
+    provably stays below it may record an upper bound (≤ tau) in place of its largest logit: then not exact."""
 
     def __init__(self, config, layer, ops):
         super().__init__()
         self.config, self.layer, self.ops = config, layer, ops
+        self.register_buffer("max_logits", torch.full((config.n_head,), -torch.inf), persistent=False)            # (H,)
+        self.max_logits_exact, self.tau = True, None
+
+    def clear_logits(self, tau=None):
+        self.max_logits.fill_(-torch.inf)
+        self.max_logits_exact, self.tau = True, tau
+
+    def record(self, q, k, mask):
+        """q (B, H, T, d), k (B, H, T, d): what the logits of this forward are made of."""
+        largest, exact = kernels.max_logits(q.detach(), k.detach(), mask, self.tau)
+        self.max_logits.copy_(torch.maximum(self.max_logits, largest))
+        self.max_logits_exact &= exact
+
+
+class Attention(Heads):
+    """Multi-head or grouped attention, plain or differential."""
+
+    def __init__(self, config, layer, ops):
+        super().__init__(config, layer, ops)
         H, Hk, d, C = config.n_head, config.n_kv_head, config.d_head, config.d_model
         self.norm = make_norm(config)
         self.wq, self.wk, self.wv, self.wo = matrix(H * d, C), matrix(Hk * d, C), matrix(Hk * d, C), matrix(C, H * d)
@@ -163,14 +232,6 @@ class Attention(nn.Module):
             self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * layer)     # layer from 0 here, l = layer + 1 in the paper
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
             self.head_norm = RMSNorm(2 * d, eps=1e-5)              # one vector for all heads    [Motif config]
-        # Recorded in training forwards, over micro-batches, until `clear_logits`. With a threshold `tau`, a head that
-        # provably stays below it may record an upper bound (≤ tau) in place of its largest logit: then not exact.
-        self.register_buffer("max_logits", torch.full((H,), -torch.inf), persistent=False)                        # (H,)
-        self.max_logits_exact, self.tau = True, None
-
-    def clear_logits(self, tau=None):
-        self.max_logits.fill_(-torch.inf)
-        self.max_logits_exact, self.tau = True, tau
 
     def lam(self):
         """λ = exp(λq1·λk1) − exp(λq2·λk2) + λ_init, one number a layer, shared by its heads.   [2410.05258 eq. 2]"""
@@ -201,10 +262,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.put(self.layer, k, v)
         if self.training:
-            keys = kernels.spread(k.detach(), self.config.n_head, 2 if self.config.differential else 1)
-            largest, exact = kernels.max_logits(q.detach(), keys, mask, self.tau)
-            self.max_logits.copy_(torch.maximum(self.max_logits, largest))
-            self.max_logits_exact &= exact
+            self.record(q, kernels.spread(k.detach(), self.config.n_head, 2 if self.config.differential else 1), mask)
         if self.config.differential:
             y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask)
         else:
@@ -212,17 +270,71 @@ class Attention(nn.Module):
         return self.ops.linear("out", (self.wo,), self.join, y)[0]
 
 
-class FeedForward(nn.Module):
-    """down(act(gate(x)) · up(x)), or down(act(up(x))) where not gated."""
+class LatentAttention(Heads):
+    """Multi-head latent attention: queries, keys and values are made from short vectors.   [DeepSeek-V3 §2.1.1]
 
-    def __init__(self, config, ops):
+        c_q = norm(W_dq h),  [c_kv; k_rope] = W_dkv h,  c_kv = norm(c_kv)               (1)
+        q_i = [W_uq c_q ; rope(W_qr c_q)],  k_i = [W_uk c_kv ; rope(k_rope)],  v_i = W_uv c_kv     (2)
+
+    Heads share the rotary key. Training multiplies (2) out. Decoding keeps c_kv and k_rope alone, kv_rank + d_rope
+    numbers a token, and absorbs W_uk into the query and W_uv into the output: q_i·k_i = (W_ukᵀ q_nope)·c_kv + ..."""
+
+    def __init__(self, config, layer, ops):
+        super().__init__(config, layer, ops)
+        c, H = config, config.n_head
+        self.norm, self.kv_norm = make_norm(c), RMSNorm(c.kv_rank, c.norm_eps)
+        if c.q_rank:
+            self.wdq, self.q_norm = matrix(c.q_rank, c.d_model), RMSNorm(c.q_rank, c.norm_eps)
+        self.wuq = matrix(H * (c.d_head + c.d_rope), c.q_rank or c.d_model)    # of each head: W_uq's rows, then W_qr's
+        self.wdkv = matrix(c.kv_rank + c.d_rope, c.d_model)
+        self.wuk, self.wuv = matrix(H * c.d_head, c.kv_rank), matrix(H * c.d_value, c.kv_rank)
+        self.wo = matrix(c.d_model, H * c.d_value)
+
+    def qk_heads(self):
+        """As Attention.qk_heads. The rotary key is everybody's: all of γ goes to the head's own rotary query."""
+        d, by_head = self.config.d_head, lambda w: w.unflatten(0, (self.config.n_head, -1))
+        return [(self.wuq, lambda w: by_head(w)[:, :d], 0.5), (self.wuq, lambda w: by_head(w)[:, d:], 1.0),
+                (self.wuk, by_head, 0.5)]
+
+    def forward(self, x, rope, mask=None, cache=None):
+        c, H = self.config, self.config.n_head
+        heads = lambda t: t.unflatten(-1, (H, -1)).transpose(1, 2)                               # (B, H, T, width)
+        if c.q_rank:
+            cq, ckv = self.ops.linear("down", (self.wdq, self.wdkv), self.norm, x)               # (1)
+            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, cq)
+        else:
+            q, ckv = self.ops.linear("down", (self.wuq, self.wdkv), self.norm, x)
+        q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
+        ckv, k_rope = ckv.split((c.kv_rank, c.d_rope), -1)
+        q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope[:, None], *rope)                   # (B, 1, T, d_rope)
+        scale = (c.d_head + c.d_rope) ** -0.5
+        if cache is not None:
+            ckv, k_rope = cache.put(self.layer, self.kv_norm(ckv)[:, None], k_rope)              # (B, 1, S, kv_rank)
+            wuk, wuv = (w.to(q.dtype).unflatten(0, (H, -1)) for w in (self.wuk, self.wuv))       # (H, width, kv_rank)
+            q, k = torch.cat((q_nope @ wuk, q_rope), -1), torch.cat((ckv, k_rope), -1)
+            y = kernels.attention(q, k, ckv, mask, scale) @ wuv.mT
+        else:
+            k, v = map(heads, self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, ckv))             # (2)
+            q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k, k_rope.expand(-1, H, -1, -1)), -1)
+            if self.training:
+                self.record(q, k, mask)
+            y = kernels.attention(q, k, v, mask, scale)
+        return self.ops.linear("out", (self.wo,), lambda y: y.transpose(1, 2).flatten(2), y)[0]
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) · up(x)), or down(act(up(x))) where not gated. `shared`: the expert that every token goes to,
+    whose input is normalised already."""
+
+    def __init__(self, config, ops, shared=False):
         super().__init__()
         self.ops, self.gated = ops, config.gated
-        self.norm = make_norm(config)
+        d_ff = config.n_shared * config.d_expert if shared else config.d_ff
+        self.norm = nn.Identity() if shared else make_norm(config)
         self.act = PolyNorm(config.compile_act) if config.act == "polynorm" else ACTIVATIONS[config.act]
         if config.gated:
-            self.gate = matrix(config.d_ff, config.d_model)
-        self.up, self.down = matrix(config.d_ff, config.d_model), matrix(config.d_model, config.d_ff)
+            self.gate = matrix(d_ff, config.d_model)
+        self.up, self.down = matrix(d_ff, config.d_model), matrix(config.d_model, d_ff)
 
     def forward(self, x):
         if not self.gated:
@@ -232,10 +344,81 @@ class FeedForward(nn.Module):
         return self.ops.linear("down", (self.down,), lambda gate, up: self.act(gate) * up, gate, up)[0]
 
 
+class MoE(nn.Module):
+    """Sparse mixture of experts: route → experts → combine, three functions that pass tensors.   [DeepSeek-V3 §2.1.2]
+
+    No token is dropped and none padded. `load` (E,) counts the tokens of each expert over training forwards; after the
+    step, `balance_` moves `bias`, which has a say in the choice of experts and none in their weights."""
+
+    def __init__(self, config, ops):
+        super().__init__()
+        c, E = config, config.n_expert
+        self.config, self.ops, self.norm = c, ops, make_norm(c)
+        self.router = matrix(E, c.d_model)
+        self.gate, self.up = (nn.Parameter(torch.empty(E, c.d_expert, c.d_model)) for _ in range(2))
+        self.down = nn.Parameter(torch.empty(E, c.d_model, c.d_expert))
+        self.act = PolyNorm(c.compile_act) if c.act == "polynorm" else ACTIVATIONS[c.act]
+        if c.n_shared:
+            self.shared = FeedForward(c, ops, shared=True)
+        self.register_buffer("bias", torch.zeros(E))
+        self.register_buffer("load", torch.zeros(E), persistent=False)
+        self.aux = 0.0                                                 # balance loss of the last training forward
+
+    def route(self, h):
+        """h (B, T, C) → a token's experts (N, k) and their weights (N, k)."""
+        c = self.config
+        s = F.linear(h, self.router.to(h.dtype)).to(kernels.wide(h.dtype)).sigmoid().flatten(0, 1)           # (N, E)
+        choice = s.detach() + self.bias
+        if c.n_group > 1:                                              # the groups whose best two sum up highest
+            groups = choice.unflatten(-1, (c.n_group, -1))                                       # (N, G, E/G)
+            best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1).topk(c.top_group, -1).indices
+            chosen = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
+            choice = groups.masked_fill(~chosen[..., None], -torch.inf).flatten(1)
+        index = choice.topk(c.n_active, -1).indices
+        weight = s.gather(1, index)
+        if self.training:
+            self.load += index.flatten().bincount(minlength=c.n_expert)
+            self.aux = c.balance_loss * self.imbalance(s, index, h.shape[0]) if c.balance_loss else 0.0
+        return index, weight / weight.sum(-1, keepdim=True) * c.route_scale
+
+    def imbalance(self, s, index, B):
+        """Mean over sequences of Σ_i f_i·P_i: 1 where every expert is chosen alike.   [DeepSeek-V3 eq. 17-20]"""
+        E, k = self.config.n_expert, self.config.n_active
+        f = torch.zeros_like(s).scatter(1, index, 1.0).unflatten(0, (B, -1)).mean(1) * E / k                 # (B, E)
+        p = (s / s.sum(-1, keepdim=True)).unflatten(0, (B, -1)).mean(1)
+        return (f * p).sum(-1).mean()
+
+    def experts(self, tokens, counts):
+        """tokens (M, C), sorted by expert, and how many each has (E,) → what the experts make of them (M, C)."""
+        out = []
+        weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind())
+        for x, (gate, up, down) in zip(tokens.split(counts.tolist()), weights):
+            if len(x):
+                a, b = self.ops.linear("expert_up", (gate, up), lambda x: x, x)
+                out += self.ops.linear("expert_down", (down,), lambda a, b: self.act(a) * b, a, b)
+        return torch.cat(out)
+
+    def forward(self, x):
+        k, h = self.config.n_active, self.norm(x)
+        index, weight = self.route(h)
+        order = index.flatten().argsort(stable=True)                   # (N·k,) sorted by expert, once
+        counts = index.flatten().bincount(minlength=self.config.n_expert)
+        tokens, counts, back = self.ops.exchange(h.flatten(0, 1)[order // k], counts)
+        shared = self.shared(h) if self.config.n_shared else 0.0       # while tokens travel
+        y = back(self.experts(tokens, counts)) * weight.flatten()[order, None].to(h.dtype)
+        return torch.zeros_like(h.flatten(0, 1)).index_add(0, order // k, y).view_as(h) + shared
+
+    @torch.no_grad()
+    def balance_(self, load):
+        """b_i += u where expert i had fewer tokens than the mean of load (E,), −= u where more."""
+        self.bias += self.config.balance_rate * (load.mean() - load).sign().to(self.bias.dtype)
+
+
 class Layer(nn.Module):
     def __init__(self, config, layer, ops):
         super().__init__()
-        self.attention, self.ffn = Attention(config, layer, ops), FeedForward(config, ops)
+        self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
+        self.ffn = MoE(config, ops) if config.n_expert and layer >= config.n_dense else FeedForward(config, ops)
 
     def forward(self, x, rope, mask, cache):
         x = x + self.attention(x, rope, mask, cache)
@@ -298,7 +481,11 @@ class Transformer(nn.Module):
 
     def attentions(self):
         """name → Attention, in order."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, Attention)}
+        return {name: m for name, m in self.named_modules() if isinstance(m, Heads)}
+
+    def mixtures(self):
+        """name → MoE, in order."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
 
     def forward(self, x, targets=None, doc_start=None, cache=None, dtype=None):
         """x (B, T) int64 tokens (or (B, T, C), where an earlier range ends) → logits (B, T, V).
@@ -326,20 +513,24 @@ class Transformer(nn.Module):
         head, x = self.embed if self.config.tie else self.head, self.norm(x)
         if targets is None:
             return F.linear(x, head.to(x.dtype))
-        return kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
+        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
+        return loss + sum(m.aux for m in self.mixtures().values() if self.training), nll
 
 
 # ---- counting -----------------------------------------------------------------------------------------------------
 
 def count_parameters(config):
-    """Parameters, counted on a model without storage: total; embedding (head and positions too); matmul (those that a
-    token is multiplied with: every matrix but the look-up tables, the head once)."""
+    """Parameters, counted on a model without storage: total; active (those that a token meets: its own experts, and of
+    the look-up tables the head alone); embedding (head and positions too); matmul (those that a token is multiplied
+    with: every matrix but the look-up tables, the head once, its own experts)."""
     with torch.device("meta"):
         named = dict(Transformer(config).named_parameters())
     outside = sum(p.numel() for name, p in named.items() if name in ("embed", "head", "position"))
-    hidden = sum(p.numel() for name, p in named.items() if p.ndim > 1) - outside
-    return dict(total=sum(p.numel() for p in named.values()), embedding=outside,
-                matmul=hidden + config.vocab_size * config.d_model)
+    met = {name: p.numel() * config.n_active // config.n_expert if p.ndim == 3 else p.numel()
+           for name, p in named.items() if name not in ("embed", "head", "position")}
+    head = config.vocab_size * config.d_model
+    return dict(total=sum(p.numel() for p in named.values()), active=sum(met.values()) + head, embedding=outside,
+                matmul=sum(n for name, n in met.items() if named[name].ndim > 1) + head)
 
 
 def flops_per_token(config, context=None, training=True):
@@ -348,13 +539,14 @@ def flops_per_token(config, context=None, training=True):
     Attention is counted against the full context, as PaLM does (a causal kernel needs half). Differential attention
     multiplies each of its maps with values twice as wide."""
     width = config.d_head * (3 if config.differential else 2)                            # of q·k, and of what follows
+    width = config.d_head + config.d_rope + config.d_value if config.kv_rank else width
     attention = config.n_layer * (context or config.context) * config.n_head * width
     return (6 if training else 2) * (count_parameters(config)["matmul"] + attention)
 
 
 def cache_per_token(config):
     """Numbers that the KV cache keeps for one token."""
-    return 2 * config.n_layer * config.n_kv_head * config.d_head
+    return config.n_layer * ((config.kv_rank + config.d_rope) or 2 * config.n_kv_head * config.d_head)
 
 
 # ---- tensor files: the safetensors format -------------------------------------------------------------------------
@@ -458,12 +650,13 @@ def main(argv):
         prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]])
         out = generate(model, prompt, args.tokens, args.temperature, args.top_p, args.seed)
         return print(tokenizer.decode(out[0, 1:].tolist()))
-    print(f"{'preset':<14}{'parameters':>15}{'embedding':>14}{'context':>9}{'training FLOPs/token':>22}{'at 4k':>10}"
-          f"{'KV cache, numbers/token':>25}")
+    print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
+          f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
     for name, config in PRESETS.items():
         counts = count_parameters(config)
-        print(f"{name:<14}{counts['total']:>15,}{counts['embedding']:>14,}{config.context:>9,}"
-              f"{flops_per_token(config):>22.3e}{flops_per_token(config, 4096):>10.2e}{cache_per_token(config):>25,}")
+        print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
+              f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
+              f"{cache_per_token(config):>25,}")
 
 
 if __name__ == "__main__":

@@ -742,6 +742,11 @@ VARIANTS = {
     "motif": TINY, "mha": MHA, "gqa": replace(MHA, n_kv_head=2), "differential gqa": replace(TINY, n_kv_head=2),
     "learned": replace(MHA, position="learned", norm="layer", act="gelu", gated=False, tie=False),
     "ungated": replace(TINY, gated=False, act="relu2", tie=False), "swiglu": replace(MHA, act="silu"),
+    "latent": replace(MHA, act="silu", q_rank=12, kv_rank=10, d_rope=4, d_value=6),
+    "latent, full queries": replace(MHA, kv_rank=10, d_rope=4, d_value=6),
+    "experts": replace(MHA, act="silu", n_expert=6, n_dense=1, n_active=2, d_expert=16, route_scale=1.5),
+    "k2": replace(MHA, act="silu", q_rank=12, kv_rank=10, d_rope=4, d_value=6, n_expert=8, n_dense=1, n_active=2,
+                  d_expert=16, n_group=4, top_group=2, route_scale=2.0),
 }
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -752,7 +757,8 @@ def test_no_token_sees_the_future(config, float64):
     other = x.clone()
     other[:, 11:] = (x[:, 11:] + 1) % 61
     before, after = network(x), network(other)
-    assert torch.equal(before[:, :11], after[:, :11]) and (before[:, 11:] != after[:, 11:]).any(-1).all()
+    torch.testing.assert_close(before[:, :11], after[:, :11], rtol=0, atol=1e-12)         # experts: in other company
+    assert (before[:, 11:] != after[:, 11:]).any(-1).all()
 
 
 @each_variant
@@ -880,6 +886,136 @@ def test_broken_tensor_files_are_refused(tmp_path):
         (tmp_path / "bad").write_bytes(bad)
         with pytest.raises(ValueError, match="bad"):
             net.read_tensors(tmp_path / "bad")
+
+
+LATENT, EXPERTS, K2 = VARIANTS["latent"], VARIANTS["experts"], VARIANTS["k2"]
+
+
+def test_latent_attention_is_its_definition(float64):
+    """Equations (1) and (2), head by head, with explicit loops over queries."""
+    network, x, c = lively(LATENT), torch.randn(2, 9, LATENT.d_model), LATENT
+    a = network.layers["0"].attention
+    cos, sin = net.rope_table(c, 0, 9, x.device, x.dtype)
+    rotate = lambda t: t * cos + torch.cat((t[..., 2:], t[..., :2]), -1) * sin
+    h = a.norm(x)
+    cq, (ckv, k_rope) = a.q_norm(h @ a.wdq.T), (h @ a.wdkv.T).split((c.kv_rank, c.d_rope), -1)
+    ckv, k_rope, out, peaks = a.kv_norm(ckv), rotate(k_rope), [], []
+    for i in range(c.n_head):
+        wq = a.wuq.view(c.n_head, c.d_head + c.d_rope, -1)[i]
+        wk, wv = a.wuk.view(c.n_head, c.d_head, -1)[i], a.wuv.view(c.n_head, c.d_value, -1)[i]
+        q = torch.cat((cq @ wq[:c.d_head].T, rotate(cq @ wq[c.d_head:].T)), -1)
+        k = torch.cat((ckv @ wk.T, k_rope), -1)
+        scores = (q @ k.mT / math.sqrt(c.d_head + c.d_rope)).masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf)
+        peaks.append(scores.max().item())
+        out.append(scores.softmax(-1) @ (ckv @ wv.T))
+    exact = torch.cat(out, -1) @ a.wo.T
+    rope = net.rope_table(c, 0, 9, x.device, x.dtype)
+    torch.testing.assert_close(a(x, rope), exact)
+    assert a.max_logits.tolist() == pytest.approx(peaks)
+    cache = net.Cache(c.context)                                   # the absorbed form: 10 + 4 numbers a token
+    torch.testing.assert_close(a(x, rope, cache=cache), exact)
+    assert sum(t[:, :, :1].numel() for t in cache.store[0]) == 2 * (c.kv_rank + c.d_rope)
+    assert net.cache_per_token(net.PRESETS["kimi-k2"]) == 61 * 576
+
+
+def explicit_mixture(moe, x):
+    """Every expert on every token, weighted by a table (N, E) of weights."""
+    h = moe.norm(x).flatten(0, 1)
+    index, weight = moe.route(moe.norm(x))
+    table = torch.zeros(len(h), len(moe.gate)).scatter(1, index, weight)
+    every = torch.stack([(silu(h @ g.T) * (h @ u.T)) @ d.T for g, u, d in zip(moe.gate, moe.up, moe.down)], 1)
+    return (table[..., None] * every).sum(1).view_as(x) + moe.shared(moe.norm(x)), index, weight
+
+
+def silu(x):
+    return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("config", [EXPERTS, K2, replace(EXPERTS, n_active=6)], ids=["experts", "groups", "all"])
+def test_a_mixture_is_the_weighted_sum_of_its_experts(config, float64):
+    """Values and gradients; with k = E it is the dense sum. An expert without a token gets a gradient of zero."""
+    moe, x = lively(config).layers["1"].ffn, torch.randn(2, 7, config.d_model, requires_grad=True)
+    with torch.no_grad():
+        moe.bias += torch.randn(config.n_expert)
+        moe.bias[0] -= 5.0 * (config.n_active < config.n_expert)       # nobody goes there
+    mine = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    exact, index, weight = explicit_mixture(moe, x)
+    for a, b in zip(mine, torch.autograd.grad(exact.square().sum(), [x, *moe.parameters()])):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(weight.sum(-1), torch.full((14,), config.route_scale))
+    assert all(len(set(row)) == config.n_active for row in index.tolist())
+    if config.n_active < config.n_expert:
+        assert not (index == 0).any() and (mine[[*dict(moe.named_parameters())].index("gate") + 1][0] == 0).all()
+    if config.n_group > 1:
+        per = config.n_expert // config.n_group
+        assert all(len({i // per for i in row}) <= config.top_group for row in index.tolist())
+
+
+def test_the_bias_moves_the_choice_and_never_the_weight(float64):
+    moe, h = lively(EXPERTS).layers["1"].ffn, torch.randn(3, 50, EXPERTS.d_model)
+    before, weights = moe.route(h)
+    scores = (h.flatten(0, 1) @ moe.router.T).sigmoid()
+    with torch.no_grad():
+        moe.bias[2] += 10.0
+    after, new = moe.route(h)
+    assert (after == 2).any(-1).all() and not (before == 2).any(-1).all()
+    chosen = scores.gather(1, after)
+    torch.testing.assert_close(new, chosen / chosen.sum(-1, keepdim=True) * EXPERTS.route_scale)
+    load = torch.tensor([9.0, 1.0, 5.0, 5.0, 6.0, 4.0])
+    moe.bias.zero_()
+    moe.balance_(load)
+    assert moe.bias.tolist() == [-0.001, 0.001, 0.0, 0.0, -0.001, 0.001]
+
+
+def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(float64):
+    moe = lively(replace(EXPERTS, balance_loss=0.5)).layers["1"].ffn
+    index = torch.arange(24).view(12, 2) % 6
+    assert moe.imbalance(torch.full((12, 6), 0.3), index, 2) == pytest.approx(1.0)
+    skewed = torch.full((12, 6), 0.1)
+    skewed[:, 0] = 0.9
+    assert moe.imbalance(skewed, torch.tensor([[0, 1]]).repeat(12, 1), 2) > 1.5
+    network, x = lively(replace(EXPERTS, balance_loss=0.5)), tokens(2, 16)
+    loss, nll = network(x, x)
+    assert loss > nll.mean() + 0.5 * 2 * 0.9, "two layers of experts, each at least about 1"
+    network.eval()
+    assert network(x, x)[0].item() == pytest.approx(network(x, x)[1].mean().item())
+
+
+def test_the_router_keeps_the_load_even_at_equal_loss(text):
+    """With the bias, the spread of the load over experts falls; the loss is what it was."""
+    model = replace(tiny_run(text).model, differential=False, act="silu", n_expert=8, n_dense=1, n_active=2,
+                    d_expert=16)
+    ends = {}
+    for rate in (0.0, 0.02):
+        loads = []
+        config = tiny_run(text, model=replace(model, balance_rate=rate), tokens=60 * 8 * 32)
+        history, _ = train.train(config, quiet=True, watch=lambda _, m: loads.append(m.layers["1"].ffn.load.clone()))
+        last = torch.stack(loads[-15:]).sum(0)
+        ends[rate] = (last.std() / last.mean()).item(), history[-1]["val_mine"], history[-1]["load"]
+    assert ends[0.02][0] < 0.6 * ends[0.0][0] and ends[0.02][2] >= 1
+    assert ends[0.02][1] == pytest.approx(ends[0.0][1], abs=0.1)
+
+
+def test_presets_have_the_parameters_of_the_reports():
+    """671.0B and 36.6B active; 1.026T for K2 by its config (with all 61 layers sparse it would be 1.043T, which is what
+    the report's 1.04T seems to count); FLOPs by DeepSeek-V3's GPU-hours: 339 TFLOP/s a GPU without attention."""
+    counts = {name: net.count_parameters(net.PRESETS[name]) for name in ("deepseek-v3", "kimi-k2")}
+    assert counts["deepseek-v3"]["total"] == pytest.approx(671.0e9, rel=1e-4)
+    assert counts["deepseek-v3"]["active"] == pytest.approx(36.6e9, rel=1e-3)
+    assert counts["kimi-k2"]["total"] == pytest.approx(1.026e12, rel=1e-3)
+    assert counts["kimi-k2"]["active"] == pytest.approx(31.7e9, rel=1e-3)
+    sparse = net.count_parameters(replace(net.PRESETS["kimi-k2"], n_dense=0))["total"]
+    assert sparse == pytest.approx(1.043e12, rel=1e-3)
+    speed = 6 * counts["deepseek-v3"]["matmul"] * 14.8e12 / (2.664e6 * 3600)
+    assert speed == pytest.approx(339e12, rel=0.01)
+
+
+@pytest.mark.parametrize("experts, active, factor", [(64, 6, 2.446), (384, 8, 2.827), (16, 2, 1.412)])
+def test_the_router_factor_is_that_of_gaussian_logits(experts, active, factor):
+    """The mean of 1/‖p‖ over the normalised top-k sigmoids of Gaussian logits: outputs keep their size. [Moonlight]"""
+    s = torch.randn(60_000, experts).sigmoid().topk(active).values
+    p = s / s.sum(-1, keepdim=True)
+    assert (1 / p.norm(dim=-1)).mean().item() == pytest.approx(factor, abs=0.003)
 
 
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
@@ -1125,6 +1261,26 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     weights = attention.wq.detach().clone(), attention.wk.detach().clone()
     assert muonclip.qk_clip_([attention], 1.0) == 0
     assert torch.equal(attention.wq, weights[0]) and torch.equal(attention.wk, weights[1])
+
+
+def test_qk_clip_on_latent_attention_leaves_the_shared_key_untouched(float64):
+    network, x, c = lively(VARIANTS["latent"], std=0.5), tokens(4, 24), VARIANTS["latent"]
+    attention = network.layers["0"].attention
+    network(x)
+    before = attention.max_logits.clone()
+    tau, weights = before.sort().values[1:3].mean().item(), {n: p.clone() for n, p in attention.named_parameters()}
+    assert muonclip.qk_clip_([attention], tau) == 2
+    attention.clear_logits()
+    network(x)
+    hot = before > tau
+    torch.testing.assert_close(attention.max_logits[hot], torch.full((2,), tau), rtol=1e-9, atol=0)
+    assert torch.equal(attention.max_logits[~hot], before[~hot])
+    for name, p in attention.named_parameters():
+        if name in ("wuq", "wuk"):
+            now, then = p.unflatten(0, (c.n_head, -1)), weights[name].unflatten(0, (c.n_head, -1))
+            assert torch.equal(now[~hot], then[~hot]) and (now[hot] != then[hot]).all()
+        else:
+            assert torch.equal(p, weights[name]), f"{name}: wdkv makes the rotary key that all heads share"
 
 
 # ---- parallel.py ----------------------------------------------------------------------------------------------------

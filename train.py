@@ -2,6 +2,7 @@
 
   laptop        the default: Motif's block with MuonClip, on the text that every Python installation carries
   gpt2          the control on the same text: GPT-2's block with AdamW
+  laptop-k2     Kimi K2's block on the same text: latent attention, 16 experts of which a token meets 2 and a shared one
   shakespeare   Motif's block on bytes of the one file named by --data.files=shakespeare=PATH
 
   --out=FOLDER  where the run is kept (out/RECIPE)        --steps=N   stop early; the schedules do not move
@@ -95,6 +96,7 @@ RECIPES = {
     "laptop": LAPTOP,
     "gpt2": replace(LAPTOP, recipe="gpt2", model=PRESETS["gpt2"],
                     optim=OptimConfig(name="adamw", lr=3e-3, warmup=0.05, decay="cosine", floor=0.1, tau=0)),
+    "laptop-k2": replace(LAPTOP, recipe="laptop-k2", model=PRESETS["laptop-k2"]),
     "shakespeare": Config(recipe="shakespeare", model=PRESETS["shakespeare"], batch=12, micro=12, tokens=240 * 12 * 64,
                           optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.8, weight_decay=0.3),
                           eval_windows=0,
@@ -239,7 +241,7 @@ def newest_checkpoint(run, say=print):
 
 def restore(model, optimizer, tensors):
     """Copy a checkpoint's tensors into model and optimizer; other names or shapes are refused, all listed at once."""
-    own = dict(model.named_parameters())
+    own = model.state_dict()
     kept = {name: t for name, t in tensors.items() if ":" not in name and "/" not in name}
     wrong = [f"{name} {tuple(kept[name].shape) if name in kept else 'missing'} for {tuple(own[name].shape)}"
              for name in own if name not in kept or kept[name].shape != own[name].shape]
@@ -503,19 +505,20 @@ def take_up(config, resume, model, optimizer, facts, mesh, say):
     return step, {name.removeprefix("mean/"): t.to(mesh.device) for name, t in tensors.items() if "/" in name}
 
 
-def log_columns(names):
-    """The columns of log.csv. loss_NAME is of training (blank in a step without windows of that domain), share_NAME of
-    the step's windows; val_NAME and bpb_NAME are nats/token and bits/byte on validation text, in some rows; max_logit
-    is there where it is exact."""
+def log_columns(names, mixtures):
+    """The columns of log.csv. load is that of an expert, largest over mean, in the layer where that is worst; loss_NAME
+    is of training (blank in a step without windows of that domain), share_NAME of the step's windows; val_NAME and
+    bpb_NAME are nats/token and bits/byte on validation text, in some rows; max_logit is there where it is exact."""
     by_domain = [f"{what}_{name}" for what in ("loss", "share", "epochs", "val", "bpb") for name in names]
-    return ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", "skipped", *by_domain, "tokens_per_s",
-            "mfu", "seconds"]
+    return ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", "skipped", *["load"] * bool(mixtures),
+            *by_domain, "tokens_per_s", "mfu", "seconds"]
 
 
 def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     model = Transformer(config.model, seed=config.seed).to(mesh.device)
     optimizer = MuonClip(model, config.optim)
-    attentions, parameters = list(model.attentions().values()), list(model.parameters())
+    attentions, mixtures = list(model.attentions().values()), list(model.mixtures().values())
+    parameters = list(model.parameters())
     for layer in model.layers.values() if config.compile else ():
         layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
@@ -524,7 +527,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     found, mean = take_up(config, resume, model, optimizer, facts, mesh, status.say)
     step, history = found or 0, []
     if run:
-        history = run.open_log(log_columns(names), -1 if found is None else found)
+        history = run.open_log(log_columns(names, mixtures), -1 if found is None else found)
         corpus.tokenizer.save(run.path / "tokenizer.json")
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
                f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
@@ -568,6 +571,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
         for attention in attentions:
             attention.clear_logits(None if exact else config.optim.tau or math.inf)
+        for moe in mixtures:
+            moe.load.zero_()
         model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
         sums = forward_backward(model, batch, config, mesh, len(names), dtype)
@@ -578,7 +583,10 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
         for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
             attention.max_logits.copy_(largest)
-        sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
+        counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in mixtures)])
+        counted = parallel.all_sum(counted, mesh)
+        sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
+        loads = loads.view(-1, config.model.n_expert or 1)         # (mixtures, E) tokens of each expert
         parallel.average_gradients_(parameters, mesh)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
         loss = (sums[:, 0].sum() / config.batch).item()
@@ -594,6 +602,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
 
         if sound:
             optimizer.step()
+            for moe, load in zip(mixtures, loads):
+                moe.balance_(load)
         clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau and sound else 0
         step += 1
         snapshot, put_back = averaging(step, config) if config.average_every else (False, False)
@@ -615,6 +625,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
                    tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
         if exact:
             row["max_logit"] = peaks.max().item()
+        if mixtures:
+            row["load"] = (loads.amax(1) / loads.mean(1)).max().item()
         for name, (total, windows) in zip(names, sums.tolist()):
             row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
             row |= {f"loss_{name}": total / windows} if windows else {}
@@ -637,7 +649,8 @@ def finite(sums, parameters):
 
 
 def model_tensors(model):
-    return {name: p.detach() for name, p in model.named_parameters()}
+    """{name: tensor}: parameters, and the biases of routers."""
+    return dict(model.state_dict())
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
