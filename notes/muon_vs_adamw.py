@@ -29,7 +29,7 @@ ARMS = {name(rule, lr): config(rule, lr) for lr in RATES for rule in ("adamw", "
     name("muonclip", BEST, steps): config("muonclip", BEST, steps) for steps in SHORTER}
 
 
-SEEDED = [name("adamw", 3e-3), name("adamw", 1e-2), name("muonclip", BEST),
+SEEDED = [name("adamw", 1e-3), name("adamw", 3e-3), name("adamw", 1e-2), name("muonclip", BEST),
           *(name("muonclip", BEST, steps) for steps in SHORTER)]
 
 
@@ -60,6 +60,12 @@ def show(rows):
     flops = {arm: found[0]["tokens"] * flops_per_token(ARMS[arm].model) for arm, found in ends.items()}
     time = {arm: min(row["seconds"] for row in found) for arm, found in ends.items()}            # least disturbed
     base = best["AdamW"]
+    path = sorted((flops[arm], bits[arm]) for arm in ARMS if "steps" in arm or arm == best["Muon"])
+    for (x0, y0), (x1, y1) in zip(path, path[1:]):                 # where decayed Muon meets AdamW's end
+        if y1 <= bits[base] <= y0:
+            need = (x0 + (y0 - bits[base]) / (y0 - y1) * (x1 - x0)) / flops[base]
+            curves.annotate(f"{need:.2f} of the tokens\n(Moonlight: 0.52)", (need * ends[base][0]["tokens"], bits[base]),
+                            xytext=(0.03, 0.06), textcoords="axes fraction", arrowprops=dict(arrowstyle="->"))
     return figure, _note.table(
         ("arm", "bits/byte", "FLOPs, beside", "seconds, best of seeds", "time, beside"),
         *((f"**{arm}**" if arm in best.values() else arm, _note.spread([row["bpb"] for row in ends[arm]]),
