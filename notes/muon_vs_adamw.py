@@ -64,8 +64,9 @@ def show(rows):
     for (x0, y0), (x1, y1) in zip(path, path[1:]):                 # where decayed Muon meets AdamW's end
         if y1 <= bits[base] <= y0:
             need = (x0 + (y0 - bits[base]) / (y0 - y1) * (x1 - x0)) / flops[base]
-            curves.annotate(f"{need:.2f} of the tokens\n(Moonlight: 0.52)", (need * ends[base][0]["tokens"], bits[base]),
-                            xytext=(0.03, 0.06), textcoords="axes fraction", arrowprops=dict(arrowstyle="->"))
+            curves.annotate(f"{need:.2f} of the tokens\n(Moonlight: 0.52)", xytext=(0.03, 0.06),
+                            xy=(need * ends[base][0]["tokens"], bits[base]), textcoords="axes fraction",
+                            arrowprops=dict(arrowstyle="->"))
     return figure, _note.table(
         ("arm", "bits/byte", "FLOPs, beside", "seconds, best of seeds", "time, beside"),
         *((f"**{arm}**" if arm in best.values() else arm, _note.spread([row["bpb"] for row in ends[arm]]),
