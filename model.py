@@ -19,6 +19,7 @@ import os
 import sys
 import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -603,6 +604,114 @@ def read_tensors(path):
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
         tensors[name] = flat.view(shape)
     return tensors
+
+
+# ---- weights of others: the Hugging Face layout of DeepSeek-V3 and Kimi K2 ----------------------------------------
+
+HF_LAYER = {                                                           # ours in layers.N. ↔ theirs in model.layers.N.
+    "attention.norm.weight": "input_layernorm.weight", "ffn.norm.weight": "post_attention_layernorm.weight",
+    "attention.wdq": "self_attn.q_a_proj.weight", "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.wuq": "self_attn.q_b_proj.weight", "attention.wdkv": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight", "attention.wo": "self_attn.o_proj.weight",
+    "ffn.router": "mlp.gate.weight", "ffn.bias": "mlp.gate.e_score_correction_bias",
+    **{f"ffn.{part}{ours}": f"mlp.{theirs}{ours}_proj.weight" for ours in ("gate", "up", "down")
+       for part, theirs in (("", ""), ("shared.", "shared_experts."))}}
+
+
+def turn_rotary(w, rows, rotary, back=False):
+    """Their rotary pairs are neighbours, ours lie half a head apart. w (M·rows, inputs): the last `rotary` of each
+    `rows` rows are put into our order, or back into theirs."""
+    if not w.shape[0]:
+        return w
+    kept, turned = w.unflatten(0, (-1, rows)).split((rows - rotary, rotary), 1)
+    pairs = turned.unflatten(1, (2, -1) if back else (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((kept, pairs), 1).flatten(0, 1)
+
+
+def hf_map(config):
+    """The map, both ways: (our names, their names, ours(*theirs) → our tensors, theirs(*ours) → theirs), a row for
+    what has to be converted together."""
+    c, same = config, lambda t: (t,)
+    yield ("embed",), ("model.embed_tokens.weight",), same, same
+    yield ("norm.weight",), ("model.norm.weight",), same, same
+    if not c.tie:
+        yield ("head",), ("lm_head.weight",), same, same
+    rotary_rows = {"attention.wuq": c.d_head + c.d_rope, "attention.wdkv": c.kv_rank + c.d_rope}
+    with torch.device("meta"):
+        names = list(Transformer(c).state_dict())
+    for name in names:
+        number, _, leaf = name.removeprefix("layers.").partition(".")
+        ours, theirs = (name,), f"model.layers.{number}.{HF_LAYER.get(leaf)}"
+        if not name.startswith("layers."):
+            continue
+        if leaf in rotary_rows:
+            turn = lambda w, back=False, rows=rotary_rows[leaf]: (turn_rotary(w, rows, c.d_rope, back),)
+            yield ours, (theirs,), turn, lambda w, turn=turn: turn(w, True)
+        elif leaf == "attention.wuk":                                  # theirs has both, a head after the other
+            cut = lambda w: [t.flatten(0, 1) for t in w.unflatten(0, (c.n_head, -1)).split((c.d_head, c.d_value), 1)]
+            join = lambda k, v: (torch.cat([t.unflatten(0, (c.n_head, -1)) for t in (k, v)], 1).flatten(0, 1),)
+            yield (name, name[:-1] + "v"), (f"model.layers.{number}.self_attn.kv_b_proj.weight",), cut, join
+        elif leaf in ("ffn.gate", "ffn.up", "ffn.down") and c.n_expert and int(number) >= c.n_dense:
+            each = tuple(theirs.replace("mlp.", f"mlp.experts.{i}.") for i in range(c.n_expert))
+            yield ours, each, lambda *ts: (torch.stack(ts),), lambda t: t.unbind()
+        elif leaf != "attention.wuv":
+            yield ours, (theirs,), same, same
+
+
+def hf_config(folder):
+    """config.json of DeepSeek-V3's kind → ModelConfig. ValueError: what this file cannot build."""
+    found = json.loads((Path(folder) / "config.json").read_text())
+    if found.get("model_type") not in ("deepseek_v3", "kimi_k2"):
+        raise ValueError(f"{folder}: model_type {found.get('model_type')!r}; have deepseek_v3, kimi_k2")
+    rope = found.get("rope_parameters") or dict(found.get("rope_scaling") or {}, rope_theta=found.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or found["hidden_act"] != "silu" or not found.get("norm_topk_prob"):
+        raise ValueError(f"{folder}: rope {kind!r}, hidden_act {found['hidden_act']!r}, norm_topk_prob "
+                         f"{found.get('norm_topk_prob')}: have 'default', 'silu', true")
+    names = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_attention_heads",
+                 d_model="hidden_size", d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value="v_head_dim",
+                 kv_rank="kv_lora_rank", d_ff="intermediate_size", vocab_size="vocab_size", norm_eps="rms_norm_eps",
+                 context="max_position_embeddings", n_expert="n_routed_experts", n_dense="first_k_dense_replace",
+                 n_active="num_experts_per_tok", n_shared="n_shared_experts", d_expert="moe_intermediate_size",
+                 n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor",
+                 tie="tie_word_embeddings")
+    return ModelConfig(differential=False, act="silu", rope_theta=float(rope["rope_theta"]),
+                       q_rank=found.get("q_lora_rank") or 0, **{ours: found[theirs] for ours, theirs in names.items()})
+
+
+def load_hf(folder, say=print):
+    """Build a model from a folder of DeepSeek-V3's or Kimi K2's kind: config.json and safetensors files, one or many,
+    tensor by tensor. FP8 weights are multiplied out by their scales, one for 128 × 128 numbers. Layers beyond the
+    last (the extra prediction layer) are left out, and counted. ValueError: everything missing, extra or misshapen."""
+    folder, config = Path(folder), hf_config(folder)
+    files = {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in read_tensors(path).items()}
+    beyond = {name for name in files if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.n_layer}
+    scales = {name for name in files if name.endswith("_scale_inv")}
+    rows, model = list(hf_map(config)), Transformer(config)
+    own = model.state_dict()
+    with torch.device("meta"):
+        shapes = {name: t.shape for ours, theirs, _, out in rows
+                  for name, t in zip(theirs, out(*(torch.empty(own[o].shape) for o in ours)))}
+    wrong = [f"{name} missing" for name in shapes if name not in files]
+    wrong += [f"{name} {tuple(files[name].shape)} for {tuple(shape)}" for name, shape in shapes.items()
+              if name in files and files[name].shape != shape]
+    wrong += [f"{name} unknown" for name in files if name not in shapes and name not in beyond | scales]
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
+
+    def read(name):
+        t, scale = files[name], files.get(f"{name}_scale_inv")
+        if scale is None:
+            return t
+        scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:t.shape[0], :t.shape[1]]
+        return t.float() * scale
+    with torch.no_grad():
+        for ours, theirs, to_ours, _ in rows:
+            for name, t in zip(ours, to_ours(*map(read, theirs))):
+                own[name].copy_(t)
+    if beyond:
+        say(f"{folder}: {len(beyond)} tensors of layers beyond the last of {config.n_layer} left out")
+    return model
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------

@@ -1018,6 +1018,65 @@ def test_the_router_factor_is_that_of_gaussian_logits(experts, active, factor):
     assert (1 / p.norm(dim=-1)).mean().item() == pytest.approx(factor, abs=0.003)
 
 
+GOLDEN = HERE.parent / "shared/golden/k2-like"
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="needs the logits of a tiny model, computed by transformers")
+def test_logits_are_those_of_transformers():
+    network = net.load_hf(GOLDEN)
+    reference = net.read_tensors(GOLDEN / "reference.safetensors")
+    network.eval()
+    with torch.no_grad():
+        logits = network(reference["input_ids"])
+        cache = net.Cache(256)
+        pieces = [network(part, cache=cache) for part in reference["input_ids"].split((20, 1, 27), 1)]
+    torch.testing.assert_close(logits, reference["logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(pieces, 1), reference["logits"], rtol=0, atol=1e-4)
+
+
+def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
+    """Our random model in their layout, in two files, one matrix in FP8 by blocks, with a layer beyond the last: read
+    back as it was. What is missing, extra or misshapen is listed, all of it."""
+    config = replace(K2, d_model=160, tie=False)                       # wider than a block of scales
+    network, said, theirs = lively(config), [], {}
+    own = network.state_dict()
+    for ours, names, _, to_theirs in net.hf_map(config):
+        theirs |= dict(zip(names, to_theirs(*(own[name] for name in ours)), strict=True))
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert theirs[name].shape == (160, 24) and sum(t.numel() for t in theirs.values()) == sum(
+        t.numel() for t in own.values())
+    scale = torch.rand(2, 1) + 0.5
+    small = (theirs[name] / scale.repeat_interleave(128, 0)[:160]).to(torch.float8_e4m3fn)
+    own["layers.1.attention.wo"].copy_(small.float() * scale.repeat_interleave(128, 0)[:160])
+    theirs |= {name: small, f"{name}_scale_inv": scale, "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
+    parts = list(theirs)
+    for i in range(2):
+        net.write_tensors(tmp_path / f"model-{i}.safetensors", {n: theirs[n] for n in parts[i::2]})
+    about = dict(model_type="deepseek_v3", hidden_act="silu", norm_topk_prob=True, rope_theta=config.rope_theta,
+                 num_hidden_layers=3, num_attention_heads=4, hidden_size=160, qk_nope_head_dim=8, qk_rope_head_dim=4,
+                 v_head_dim=6, kv_lora_rank=10, q_lora_rank=12, intermediate_size=48, vocab_size=61, rms_norm_eps=1e-6,
+                 max_position_embeddings=32, n_routed_experts=8, first_k_dense_replace=1, num_experts_per_tok=2,
+                 n_shared_experts=1, moe_intermediate_size=16, n_group=4, topk_group=2, routed_scaling_factor=2.0,
+                 tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found = net.load_hf(tmp_path, said.append)
+    assert "1 tensors of layers beyond the last of 3" in said[0]
+    for key, t in found.state_dict().items():
+        assert torch.equal(t, own[key]), key
+
+    gone = parts.index("model.layers.2.mlp.experts.5.up_proj.weight")
+    net.write_tensors(tmp_path / "model-0.safetensors", {n: theirs[n] for n in parts[::2] if n != parts[gone]}
+                      | {"model.norm.weight": torch.ones(7), "model.extra": torch.ones(1)})
+    net.write_tensors(tmp_path / "model-1.safetensors", {n: theirs[n] for n in parts[1::2] if n not in (
+        parts[gone], "model.norm.weight")})
+    with pytest.raises(ValueError, match=r"3 tensors do not fit: .*experts.5.up_proj.weight missing; model.norm.weight "
+                                         r"\(7,\) for \(160,\); model.extra unknown"):
+        net.load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(about | dict(model_type="llama")))
+    with pytest.raises(ValueError, match="'llama'; have deepseek_v3, kimi_k2"):
+        net.load_hf(tmp_path)
+
+
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
 
 BANDS = dict(classical=(0.31, 1.01), jordan=(0.68, 1.14), you=(0.97, 1.04), polar=(0.86, 1.13))   # from 0.01 on
@@ -1586,7 +1645,7 @@ def trial(kind, path, folder, wholes, rng):
         process = start(command(path, out, *OPTIONS, "--resume")[2:], log)
         process.join(60)
         assert process.exitcode == 0, log.read_text()
-    said = log.read_text()[before:] if kind != "rank killed" else log.read_text()
+    said = log.read_bytes()[before if kind != "rank killed" else 0:].decode()
     if kind in ("flipped byte", "missing file"):
         assert "damaged" in said and "trying the one before" in said, said
     whole = wholes[kind == "rank killed"]
