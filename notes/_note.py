@@ -1,6 +1,6 @@
 """What the notes share: a grid of runs kept in a CSV, one style of figure, the table in a page.
 
-  python -m notes.NAME            # what is missing in NAME.csv, then the figure and the table
+  python -m notes.NAME            # the runs that NAME.csv lacks (all, where it was deleted), then figure and table
   python -m notes.NAME --plot     # figure and table from NAME.csv alone
   python -m notes.NAME --quick    # the same code on a toy, in seconds, into out/quick/: does it run?
 
@@ -77,6 +77,8 @@ def grid(path, cells, run):
     if dropped:
         print(f"{path.name}: run with other settings, dropped: {', '.join(f'{a} {s}' for a, s in sorted(dropped))}")
     done = {(row["arm"], row["seed"]) for row in kept}
+    if done == set(want):
+        print(f"{path}: all {len(done)} runs are there already; delete it to run them again")
     for (arm, seed), setting in ((cell, some) for cell, some in want.items() if cell not in done):
         begin = time.perf_counter()
         rows = [dict(arm=arm, seed=seed, setting=key(setting), **row) for row in run(arm, seed, setting)]
