@@ -1543,21 +1543,22 @@ def start(args, log, *fault):
     return process
 
 
-def wait_for(step, out, alive, newest=0):
-    """Until the log has that step, and there is a checkpoint of step `newest`. → False if the process ended first."""
+def wait_for(step, out, alive, saved=1):
+    """Until the log has that step and there are `saved` checkpoints. → False if the process ended first."""
     deadline = time.monotonic() + 90
     while alive():
         assert time.monotonic() < deadline, f"{out}: step {step} was not reached"
-        with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-            if last_step(out) >= step and int(train.checkpoints(out)[-1].name.split("-")[1]) >= newest:
-                return True
+        if last_step(out) >= step and len(train.checkpoints(out)) >= saved:
+            return True
         time.sleep(0.002)
     return False
 
 
 def last_step(out):
-    lines = (out / "log.csv").read_text().splitlines()
-    return int(lines[-1].split(",")[0])
+    """The last step in the log; 0 where there is none yet."""
+    with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
+        return int((out / "log.csv").read_text().splitlines()[-1].split(",")[0])
+    return 0
 
 
 def is_alive(pid):
@@ -1576,13 +1577,13 @@ def under_torchrun(path, out, ranks, restarts=0):
 
 
 def befall(kind, path, out, rng):
-    """Start a run, let the fault strike, → True if it did (a run may end before)."""
+    """Start a run and let the fault strike. → the step that the run had reached, None where it ended before."""
     args, log = command(path, out, *OPTIONS)[2:], out.parent / "log.txt"
     step = rng.randrange(1, 29)
     if kind == "launcher killed":
         launcher = under_torchrun(path, out, 1)
         if not wait_for(step, out, lambda: launcher.poll() is None):
-            return False
+            return None
         pid = int((out / "lock").read_text())
         launcher.kill()
         launcher.wait()
@@ -1595,29 +1596,32 @@ def befall(kind, path, out, rng):
         while is_alive(pid):
             assert time.monotonic() < deadline, "the worker outlives its launcher"
             time.sleep(0.01)
-        return True
+        return last_step(out)
     if kind == "rank killed":
         launcher = under_torchrun(path, out, 2, restarts=1)
         if not wait_for(step, out, lambda: launcher.poll() is None):
-            return False
+            return None
+        reached = last_step(out)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(children[step % 2]), signal.SIGKILL)
         assert launcher.wait(120) == 0, log.read_text()
-        return "lost contact" in log.read_text() or "Signal 9" in log.read_text()
+        return reached if "lost contact" in log.read_text() or "Signal 9" in log.read_text() else None
     if kind in ("kill", "flipped byte", "missing file"):
         process = start(args, log)
-        struck = wait_for(step, out, process.is_alive, newest=0 if kind == "kill" else 4)
+        struck = wait_for(step, out, process.is_alive, saved=1 if kind == "kill" else 2)
         process.kill()
         process.join()
-        if not struck or kind == "kill":
-            return process.exitcode == -signal.SIGKILL
+        if not struck or process.exitcode != -signal.SIGKILL:
+            return None
+        if kind == "kill":
+            return last_step(out)
         newest = train.checkpoints(out)[-1]
         file = newest / rng.choice(["manifest.json", "rank-0.safetensors"])
         raw = bytearray(file.read_bytes())
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         file.unlink() if kind == "missing file" else file.write_bytes(raw)
-        return True
+        return last_step(out)
     process = start(args, log, ("add_snapshot_", "put_back_") if "average" in kind else ("save_checkpoint",),
                     rng.randrange(1, 400 if "average" in kind else 4000), kind)
     process.join(60)
@@ -1625,21 +1629,21 @@ def befall(kind, path, out, rng):
     assert "Traceback" not in said, said
     if kind == "stop in save":
         assert process.exitcode == 0, said
-        return "struck" in said
+        return last_step(out) if "struck" in said else None
     if kind == "full disk":
         (out.parent / "filler").unlink(missing_ok=True)
         if "struck" in said and process.exitcode:
             assert process.exitcode == 1 and ("No space left" in said or "too large" in said), said
-        return "struck" in said
-    return process.exitcode == -signal.SIGKILL
+        return last_step(out) if "struck" in said else None
+    return last_step(out) if process.exitcode == -signal.SIGKILL else None
 
 
 def trial(kind, path, folder, wholes, rng):
     """One fault, one resume, one comparison. → steps that were computed again; None where the fault came too late."""
     out, log = folder / "run", folder / "log.txt"
-    if not befall(kind, path, out, rng):
+    reached = befall(kind, path, out, rng)
+    if reached is None:
         return None
-    reached = last_step(out) if (out / "log.csv").exists() else 0
     before = log.stat().st_size if log.exists() else 0
     if kind != "rank killed":                                      # torchrun has resumed that one by itself
         process = start(command(path, out, *OPTIONS, "--resume")[2:], log)
@@ -1653,7 +1657,7 @@ def trial(kind, path, folder, wholes, rng):
     ours, theirs = weights_of(out), weights_of(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
     at = re.search(r"resuming .* at step (\d+)", said)
-    return max(0, reached - int(at[1])) if at and kind != "rank killed" else 0
+    return max(0, reached - int(at[1])) if at else 0
 
 
 def campaign(path, folder, kinds, seed=0, say=lambda _: None):
