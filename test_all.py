@@ -1806,6 +1806,9 @@ def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
         assert len(said) == 1 and "step-00000008" in said[0]
     train.train(tiny_run(text, out=str(out), steps=8), resume=True, quiet=True)
     assert [p.name for p in train.checkpoints(out)] == ["step-00000004", "step-00000008"], "made good again"
+    manifest = (new / "manifest.json").read_text()
+    (new / "manifest.json").write_text(manifest.replace('"step": 8', '"step": 9'))
+    assert train.newest_checkpoint(out, said.append)[0]["step"] == 4 and "not what was written" in said[-1]
     (new / "manifest.json").write_bytes(b"\xff{")
     assert train.parse(["--resume", f"--out={out}"])[0].batch == 8
     manifest = json.loads((old / "manifest.json").read_text())
@@ -1961,7 +1964,7 @@ with contextlib.suppress(ImportError):
     @given(st.data())
     def test_any_damage_to_a_checkpoint_is_found(text, finished, choose):
         """A file cut, a byte changed or bytes put in anywhere: the tensors as they were, or one line."""
-        folder, before = finished
+        folder, (facts_before, before) = finished
         file = choose.draw(st.sampled_from(sorted(folder.iterdir())))
         raw = file.read_bytes()
         at = choose.draw(st.integers(0, len(raw) - 1))
@@ -1969,7 +1972,8 @@ with contextlib.suppress(ImportError):
             raw[:at], raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1:], raw[:at] + b"{" + raw[at:], raw + b"x"]
         )))
         try:
-            after = train.read_checkpoint(folder)[1]
+            facts, after = train.read_checkpoint(folder)
+            assert facts["step"] == 4 and facts["config"]["seed"] == 0 and facts["data"] == facts_before["data"]
             assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
         except ValueError as error:
             one_line(error)
@@ -1991,10 +1995,10 @@ with contextlib.suppress(ImportError):
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
-    """The folder of a checkpoint, and its tensors."""
+    """The folder of a checkpoint, and what it holds."""
     out = tmp_path_factory.mktemp("finished") / "run"
     train.train(tiny_run(text, out=str(out), steps=4), quiet=True)
-    return train.checkpoints(out)[-1], weights_of(out)
+    return train.checkpoints(out)[-1], train.newest_checkpoint(out)
 
 
 @pytest.fixture(scope="module")
