@@ -5,12 +5,15 @@
   attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential form      [2410.05258 eq. 1-3]
   max_logits            largest q·k·scale of every head, without a T×T matrix                 [Kimi K2 §2.1]
   cross_entropy         loss and gradient in chunks of tokens, so that all logits never exist at once
+  tensor files          safetensors, read and written; here because every other file may import this one
 
 Shapes:  B batch  T time  S keys  H heads  d head width  D features  N tokens  V vocabulary
 `*_ref` is the definition: short, slow, the oracle of test_all.py.
 """
 import functools
+import json
 import math
+import mmap
 import os
 import shutil
 
@@ -310,3 +313,59 @@ def cross_entropy(h, w, targets, chunk=1024):
     if not torch.is_grad_enabled():
         h, w = h.detach(), w.detach()                              # or the forward would make gradients nobody wants
     return CrossEntropy.apply(h, w, targets, chunk)
+
+
+# ---- tensor files: the safetensors format -------------------------------------------------------------------------
+# 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, the raw bytes. No code is run.
+
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool,
+              F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def write_tensors(path, tensors):
+    """Write {name: tensor} to a safetensors file and force it to the disk; tensors come to the CPU one at a time."""
+    header, offset = {}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                    # the data begins aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_tensors(path):
+    """{name: tensor} of a safetensors file, memory-mapped: bytes are read where they are used, and writes do not
+    reach the file. Raises ValueError where the file is not what its header says."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{path}: its header is not JSON") from None
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: bad header entry for {name!r}: {entry!r}") from None
+        count = math.prod(shape)
+        if not 0 <= start <= stop <= size - 8 - length or stop - start != count * dtype.itemsize:
+            raise ValueError(f"{path}: {name!r} claims bytes {start}..{stop} for {shape} of {dtype}")
+        at = 8 + length + start
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(shape)
+    return tensors

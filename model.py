@@ -10,12 +10,11 @@ a matmul's input or to a token's expert is decided outside; and it can be built 
 Shapes:  B batch  T time  C width  H softmax maps (n_head)  d head width  V vocabulary  N = B·T tokens
 Try:     python model.py                                             # every preset: parameters, FLOPs/token, KV cache
          python model.py --sample out/laptop --prompt "def " [--tokens 200 --temperature 0.8 --top-p 0.95 --seed 0]
+         python model.py --sample out/laptop-k2 --export FOLDER      # as Hugging Face's DeepseekV3ForCausalLM
 """
 import argparse
 import json
 import math
-import mmap
-import os
 import sys
 import zlib
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from kernels import read_tensors, write_tensors
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -42,6 +42,7 @@ class ModelConfig:
     vocab_size: int = 4096
     context: int = 256           # tokens
     differential: bool = True
+    lam_delay: int = 0           # layers by which λ_init lags; 1 in Motif's own code, for which its weights were made
     act: str = "polynorm"        # polynorm | silu | gelu | relu2
     compile_act: bool = False    # PolyNorm through torch.compile: half a minute to start, then faster
     gated: bool = True           # down(act(gate) · up); with silu this is SwiGLU
@@ -63,6 +64,10 @@ class ModelConfig:
     norm_eps: float = 1e-6       # [Motif config]
     position: str = "rope"       # rope | learned
     rope_theta: float = 10_000.0   # [Motif §3.2.2]
+    yarn: float = 0.0            # YaRN: contexts so many times as long as the first one of
+    yarn_from: int = 4096        # so many tokens; frequencies that turn in it more often than
+    yarn_fast: float = 32.0      # this stay as they are, those that turn less often than
+    yarn_slow: float = 1.0       # this become `yarn` times as slow                          [2309.00071 §3.2]
     tie: bool = True             # one matrix for embedding and head
     zero_out: bool = True        # projections back into the residual stream start at zero   [ours]
     init_std: float = 0.02       # of every other matrix                                     [guess]
@@ -73,7 +78,7 @@ class ModelConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
         zero = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", "n_active", "n_shared", "d_expert",
-                "balance_rate", "balance_loss")
+                "balance_rate", "balance_loss", "yarn", "lam_delay")
         for name, value in vars(self).items():
             if type(value) is int and value < (name not in zero):
                 raise ValueError(f"model.{name}={value}: must be at least {int(name not in zero)}")
@@ -102,6 +107,11 @@ class ModelConfig:
     def rotary(self):
         """The width of a head that is rotated."""
         return self.d_rope if self.kv_rank else self.d_head
+
+    @property
+    def sharpness(self):
+        """What YaRN multiplies logits by: (0.1·ln s + 1)².   [2309.00071 eq. 22]"""
+        return (0.1 * math.log(self.yarn) + 1) ** 2 if self.yarn else 1.0
 
 
 ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.relu(x).square())
@@ -180,11 +190,24 @@ class PolyNorm(nn.Module):
         return kernels.poly_norm(x, self.weight, self.bias, compiled=self.compiled and self.training)
 
 
+def rope_frequencies(config, device=None):
+    """Radians a token of each pair, (rotary/2,) float64: θ_i = theta^(-2i/d). With YaRN, those that turn fewer than
+    yarn_slow times in yarn_from tokens are divided by s, those above yarn_fast are not, linear in i between."""
+    d, c = config.rotary, config
+    i = torch.arange(d // 2, device=device, dtype=torch.float64)
+    theta = c.rope_theta ** -(2 * i / d)
+    if not c.yarn:
+        return theta
+    where = lambda turns: d * math.log(c.yarn_from / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+    low, high = max(math.floor(where(c.yarn_fast)), 0), min(math.ceil(where(c.yarn_slow)), d - 1)
+    slowed = ((i - low) / max(high - low, 1e-3)).clamp(0, 1)                                # γ = 1 − slowed, eq. 18-20
+    return theta * (1 - slowed) + theta / c.yarn * slowed
+
+
 def rope_table(config, start, stop, device, dtype):
     """cos(position · theta^(-2i/d)) for both halves, and ∓sin, both (T, d). In float64 first: angles grow large."""
     position = torch.arange(start, stop, device=device, dtype=torch.float64)
-    pair = torch.arange(0, config.rotary, 2, device=device, dtype=torch.float64)                 # 2i
-    angle = position[:, None] * config.rope_theta ** -(pair / config.rotary)
+    angle = position[:, None] * rope_frequencies(config, device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -230,7 +253,7 @@ class Attention(Heads):
         self.norm = make_norm(config)
         self.wq, self.wk, self.wv, self.wo = matrix(H * d, C), matrix(Hk * d, C), matrix(Hk * d, C), matrix(C, H * d)
         if config.differential:
-            self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * layer)     # layer from 0 here, l = layer + 1 in the paper
+            self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))       # l = layer + 1 in the paper
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
             self.head_norm = RMSNorm(2 * d, eps=1e-5)              # one vector for all heads    [Motif config]
 
@@ -260,6 +283,7 @@ class Attention(Heads):
         v = v.unflatten(-1, (-1, 2 * d if self.config.differential else d)).transpose(1, 2)      # (B, H/2, T, 2d)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        q = q * self.config.sharpness if self.config.yarn else q
         if cache is not None:
             k, v = cache.put(self.layer, k, v)
         if self.training:
@@ -305,6 +329,7 @@ class LatentAttention(Heads):
             q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, cq)
         else:
             q, ckv = self.ops.linear("down", (self.wuq, self.wdkv), self.norm, x)
+        q = q * c.sharpness if c.yarn else q
         q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
         ckv, k_rope = ckv.split((c.kv_rank, c.d_rope), -1)
         q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope[:, None], *rope)                   # (B, 1, T, d_rope)
@@ -550,72 +575,33 @@ def cache_per_token(config):
     return config.n_layer * ((config.kv_rank + config.d_rope) or 2 * config.n_kv_head * config.d_head)
 
 
-# ---- tensor files: the safetensors format -------------------------------------------------------------------------
-# 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, the raw bytes. No code is run.
-
-DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool,
-              F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-def write_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file and force it to the disk; tensors come to the CPU one at a time."""
-    header, offset = {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                    # the data begins aligned
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, memory-mapped: bytes are read where they are used, and writes do not
-    reach the file. Raises ValueError where the file is not what its header says."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{path}: its header is not JSON") from None
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: bad header entry for {name!r}: {entry!r}") from None
-        count = math.prod(shape)
-        if not 0 <= start <= stop <= size - 8 - length or stop - start != count * dtype.itemsize:
-            raise ValueError(f"{path}: {name!r} claims bytes {start}..{stop} for {shape} of {dtype}")
-        at = 8 + length + start
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(shape)
-    return tensors
-
-
-# ---- weights of others: the Hugging Face layout of DeepSeek-V3 and Kimi K2 ----------------------------------------
+# ---- weights of others: the Hugging Face layouts of DeepSeek-V3, Kimi K2 and Motif-2.6B ---------------------------
 
 HF_LAYER = {                                                           # ours in layers.N. ↔ theirs in model.layers.N.
     "attention.norm.weight": "input_layernorm.weight", "ffn.norm.weight": "post_attention_layernorm.weight",
     "attention.wdq": "self_attn.q_a_proj.weight", "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
     "attention.wuq": "self_attn.q_b_proj.weight", "attention.wdkv": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight", "attention.wo": "self_attn.o_proj.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
     "ffn.router": "mlp.gate.weight", "ffn.bias": "mlp.gate.e_score_correction_bias",
     **{f"ffn.{part}{ours}": f"mlp.{theirs}{ours}_proj.weight" for ours in ("gate", "up", "down")
-       for part, theirs in (("", ""), ("shared.", "shared_experts."))}}
+       for part, theirs in (("", ""), ("shared.", "shared_experts."))},
+    **{f"attention.w{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},                     # from here on Motif's
+    **{f"attention.l{x}": f"self_attn.lambda_{x}" for x in ("q1", "k1", "q2", "k2")},
+    "attention.head_norm.weight": "self_attn.subln.weight", "ffn.act.weight": "mlp.act_fn.weight",
+    "ffn.act.bias": "mlp.act_fn.bias"}
+
+HF_CONFIG = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+                 d_model="hidden_size", d_ff="intermediate_size", vocab_size="vocab_size", norm_eps="rms_norm_eps",
+                 context="max_position_embeddings", tie="tie_word_embeddings")
+HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value="v_head_dim", q_rank="q_lora_rank",
+                   kv_rank="kv_lora_rank", n_expert="n_routed_experts", n_dense="first_k_dense_replace",
+                   n_active="num_experts_per_tok", n_shared="n_shared_experts", d_expert="moe_intermediate_size",
+                   n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor")
+HF_YARN = dict(yarn="factor", yarn_from="original_max_position_embeddings", yarn_fast="beta_fast",
+               yarn_slow="beta_slow")
+DEEPSEEK = dict(differential=False, act="silu", gated=True, norm="rms", position="rope")         # what its code fixes
+MOTIF = dict(differential=True, act="polynorm", gated=True, norm="rms", position="rope", lam_delay=1, kv_rank=0,
+             n_expert=0, yarn=0.0)
 
 
 def turn_rotary(w, rows, rotary, back=False):
@@ -628,24 +614,19 @@ def turn_rotary(w, rows, rotary, back=False):
     return torch.cat((kept, pairs), 1).flatten(0, 1)
 
 
-def hf_map(config):
-    """The map, both ways: (our names, their names, ours(*theirs) → our tensors, theirs(*ours) → theirs), a row for
-    what has to be converted together."""
-    c, same = config, lambda t: (t,)
-    yield ("embed",), ("model.embed_tokens.weight",), same, same
-    yield ("norm.weight",), ("model.norm.weight",), same, same
-    if not c.tie:
-        yield ("head",), ("lm_head.weight",), same, same
-    rotary_rows = {"attention.wuq": c.d_head + c.d_rope, "attention.wdkv": c.kv_rank + c.d_rope}
-    with torch.device("meta"):
-        names = list(Transformer(c).state_dict())
+def hf_map(config, names):
+    """The map, both ways, for the tensors `names` of a state dict: (our names, their names, ours(*theirs) → our
+    tensors, theirs(*ours) → theirs), a row for what has to be converted together."""
+    c, same = config, lambda *ts: ts
+    outside = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head": "lm_head.weight"}
+    turned = {"attention.wuq": c.d_head + c.d_rope, "attention.wdkv": c.kv_rank + c.d_rope} if c.kv_rank else {}
     for name in names:
         number, _, leaf = name.removeprefix("layers.").partition(".")
-        ours, theirs = (name,), f"model.layers.{number}.{HF_LAYER.get(leaf)}"
-        if not name.startswith("layers."):
-            continue
-        if leaf in rotary_rows:
-            turn = lambda w, back=False, rows=rotary_rows[leaf]: (turn_rotary(w, rows, c.d_rope, back),)
+        ours, theirs = (name,), outside.get(name, f"model.layers.{number}.{HF_LAYER.get(leaf)}")
+        if leaf == "attention.wuq" and not c.q_rank:
+            theirs = theirs.replace("q_b_proj", "q_proj")
+        if leaf in turned:
+            turn = lambda w, back=False, rows=turned[leaf]: (turn_rotary(w, rows, c.d_rope, back),)
             yield ours, (theirs,), turn, lambda w, turn=turn: turn(w, True)
         elif leaf == "attention.wuk":                                  # theirs has both, a head after the other
             cut = lambda w: [t.flatten(0, 1) for t in w.unflatten(0, (c.n_head, -1)).split((c.d_head, c.d_value), 1)]
@@ -659,59 +640,134 @@ def hf_map(config):
 
 
 def hf_config(folder):
-    """config.json of DeepSeek-V3's kind → ModelConfig. ValueError: what this file cannot build."""
-    found = json.loads((Path(folder) / "config.json").read_text())
-    if found.get("model_type") not in ("deepseek_v3", "kimi_k2"):
-        raise ValueError(f"{folder}: model_type {found.get('model_type')!r}; have deepseek_v3, kimi_k2")
-    rope = found.get("rope_parameters") or dict(found.get("rope_scaling") or {}, rope_theta=found.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or found["hidden_act"] != "silu" or not found.get("norm_topk_prob"):
-        raise ValueError(f"{folder}: rope {kind!r}, hidden_act {found['hidden_act']!r}, norm_topk_prob "
-                         f"{found.get('norm_topk_prob')}: have 'default', 'silu', true")
-    names = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_attention_heads",
-                 d_model="hidden_size", d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value="v_head_dim",
-                 kv_rank="kv_lora_rank", d_ff="intermediate_size", vocab_size="vocab_size", norm_eps="rms_norm_eps",
-                 context="max_position_embeddings", n_expert="n_routed_experts", n_dense="first_k_dense_replace",
-                 n_active="num_experts_per_tok", n_shared="n_shared_experts", d_expert="moe_intermediate_size",
-                 n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor",
-                 tie="tie_word_embeddings")
-    return ModelConfig(differential=False, act="silu", rope_theta=float(rope["rope_theta"]),
-                       q_rank=found.get("q_lora_rank") or 0, **{ours: found[theirs] for ours, theirs in names.items()})
+    """config.json of DeepSeek-V3's, Kimi K2's or Motif's kind → ModelConfig. ValueError: what we cannot build."""
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        kind = found.get("model_type")
+        if kind not in ("deepseek_v3", "kimi_k2", "motif"):
+            raise ValueError(f"{folder}: model_type {kind!r}; have deepseek_v3, kimi_k2, motif")
+        rope = dict(found.get("rope_scaling") or {}, rope_theta=found.get("rope_theta"))
+        rope = found.get("rope_parameters") or rope
+        known = rope | found | dict(rope_type=rope.get("rope_type", rope.get("type", "default")))
+        needs = dict(rope_type=("default", "yarn"), hidden_act=("silu",), norm_topk_prob=(True,),
+                     attention_bias=(False, None))
+        if kind == "motif":
+            needs = dict(rope_type=("default",), hidden_act=("poly_norm",), use_bias=(False, None),
+                         num_noise_heads=(None,), use_sliding_window=(False, None))
+        elif known["rope_type"] == "yarn":                             # both models': logits alone are sharpened
+            needs |= dict(mscale=(1,), mscale_all_dim=(1,), attention_factor=(None,), truncate=(None, True))
+        wrong = [f"{key} {known.get(key)!r}, have {' or '.join(map(repr, can))}" for key, can in needs.items()
+                 if known.get(key) not in can]
+        if wrong:
+            raise ValueError(f"{folder}: {'; '.join(wrong)}")
+        values = dict(rope_theta=float(rope["rope_theta"])) | {o: found[theirs] for o, theirs in HF_CONFIG.items()}
+        if kind == "motif":
+            return ModelConfig(**values | MOTIF, d_head=found.get("head_dim") or values["d_model"] // values["n_head"])
+        values |= {ours: found[theirs] or getattr(ModelConfig, ours) for ours, theirs in HF_DEEPSEEK.items()}
+        values |= DEEPSEEK
+        if known["rope_type"] == "yarn":
+            values |= {ours: type(getattr(ModelConfig, ours))(rope.get(theirs) or getattr(ModelConfig, ours))
+                       for ours, theirs in HF_YARN.items()}
+        return ModelConfig(**values)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
 
 
-def load_hf(folder, say=print):
-    """Build a model from a folder of DeepSeek-V3's or Kimi K2's kind: config.json and safetensors files, one or many,
-    tensor by tensor. FP8 weights are multiplied out by their scales, one for 128 × 128 numbers. Layers beyond the
-    last (the extra prediction layer) are left out, and counted. ValueError: everything missing, extra or misshapen."""
-    folder, config = Path(folder), hf_config(folder)
+@torch.no_grad()
+def fill_hf_(model, folder, say=print):
+    """Copy the weights of a Hugging Face folder into a model, whole or a range of layers, tensor by tensor.
+
+    FP8 weights are multiplied out by their scales, one for 128 × 128 numbers. Layers beyond the last (the extra
+    prediction layer) are left out, and counted. ValueError: all that is missing, extra or misshapen; nothing copied."""
+    folder, config, own = Path(folder), model.config, model.state_dict()
     files = {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in read_tensors(path).items()}
+    if not files:
+        raise ValueError(f"{folder}: no model*.safetensors here")
     beyond = {name for name in files if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.n_layer}
     scales = {name for name in files if name.endswith("_scale_inv")}
-    rows, model = list(hf_map(config)), Transformer(config)
-    own = model.state_dict()
     with torch.device("meta"):
-        shapes = {name: t.shape for ours, theirs, _, out in rows
-                  for name, t in zip(theirs, out(*(torch.empty(own[o].shape) for o in ours)))}
+        whole = Transformer(config).state_dict()
+    rows, shapes = list(hf_map(config, whole)), {}
+    for ours, theirs, _, out in rows:
+        shapes |= {name: t.shape for name, t in zip(theirs, out(*(whole[o] for o in ours)))}
     wrong = [f"{name} missing" for name in shapes if name not in files]
     wrong += [f"{name} {tuple(files[name].shape)} for {tuple(shape)}" for name, shape in shapes.items()
               if name in files and files[name].shape != shape]
     wrong += [f"{name} unknown" for name in files if name not in shapes and name not in beyond | scales]
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
-
-    def read(name):
-        t, scale = files[name], files.get(f"{name}_scale_inv")
-        if scale is None:
-            return t
-        scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:t.shape[0], :t.shape[1]]
-        return t.float() * scale
-    with torch.no_grad():
-        for ours, theirs, to_ours, _ in rows:
-            for name, t in zip(ours, to_ours(*map(read, theirs))):
-                own[name].copy_(t)
+    for ours, theirs, to_ours, _ in rows:
+        if ours[0] not in own:                                         # of another range
+            continue
+        read = [dequantised(files[name], files.get(f"{name}_scale_inv")) for name in theirs]
+        for name, t in zip(ours, to_ours(*read)):
+            own[name].copy_(t)
     if beyond:
         say(f"{folder}: {len(beyond)} tensors of layers beyond the last of {config.n_layer} left out")
+
+
+def dequantised(t, scale=None, block=128):
+    """t (R, C) times scale (⌈R/128⌉, ⌈C/128⌉), each number of it for a block; t itself where there is no scale."""
+    if scale is None:
+        return t
+    return t.float() * scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[:t.shape[0], :t.shape[1]]
+
+
+def load_hf(folder, say=print):
+    """Build the model of a folder of DeepSeek-V3's, Kimi K2's or Motif's kind: config.json and model*.safetensors."""
+    model = Transformer(hf_config(folder))
+    fill_hf_(model, folder, say)
     return model
+
+
+def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
+    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which transformers and what
+    serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init is not that of its code: only
+    lam_delay=1 is written). With a tokenizer, its tokenizer.json. ValueError: what the kind cannot hold."""
+    c, folder = model.config, Path(folder)
+    kind = "deepseek_v3" if c.kv_rank else "motif"
+    needs = DEEPSEEK | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF
+    wrong = [f"{name}={getattr(c, name)}, not {value}" for name, value in needs.items() if getattr(c, name) != value]
+    if wrong:
+        raise ValueError(f"a model of the kind {kind} cannot have {'; '.join(wrong)}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: name a new folder")
+    about = {theirs: getattr(c, ours) for ours, theirs in (HF_CONFIG | (HF_DEEPSEEK if c.kv_rank else {})).items()}
+    about |= dict(model_type=kind, rope_theta=c.rope_theta, torch_dtype=str(dtype or model.embed.dtype)[6:])
+    if c.kv_rank:
+        about |= dict(architectures=["DeepseekV3ForCausalLM"], hidden_act="silu", norm_topk_prob=True,
+                      q_lora_rank=c.q_rank or None, scoring_func="sigmoid", topk_method="noaux_tc",
+                      rope_interleave=True, attention_bias=False, num_nextn_predict_layers=0, bos_token_id=None,
+                      eos_token_id=None)
+    else:
+        about |= dict(architectures=["MotifForCausalLM"], hidden_act="poly_norm", head_dim=c.d_head, use_bias=False,
+                      attn_rms_norm_eps=1e-5)
+    if c.yarn:
+        about["rope_scaling"] = dict({theirs: getattr(c, ours) for ours, theirs in HF_YARN.items()}, type="yarn",
+                                     mscale=1.0, mscale_all_dim=1.0)
+    beside = folder.with_name(folder.name + ".part")
+    beside.mkdir(parents=True, exist_ok=True)
+    shard, where, own = {}, {}, model.state_dict()
+
+    def write():
+        name = f"model-{len(set(where.values())):05d}.safetensors"
+        write_tensors(beside / name, shard)
+        where.update(dict.fromkeys(shard, name))
+        shard.clear()
+    for ours, theirs, _, to_theirs in hf_map(c, own):
+        for name, t in zip(theirs, to_theirs(*(own[o] for o in ours))):
+            shard[name] = t if dtype is None or name.endswith("correction_bias") else t.to(dtype)
+            if sum(t.nbytes for t in shard.values()) > shard_bytes:
+                write()
+    write()
+    index = dict(metadata={}, weight_map=where)
+    (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    if tokenizer:
+        about["eos_token_id"] = tokenizer.eot
+        tokenizer.save_hf(beside)
+    (beside / "config.json").write_text(json.dumps(about, indent=1))
+    beside.rename(folder)
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
@@ -745,8 +801,9 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
 
 def main(argv):
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
-    parser.add_argument("--sample", metavar="RUN", help="folder of a run, as written by train.py")
+    parser.add_argument("--sample", metavar="RUN", help="folder of a run, or a Hugging Face folder")
     parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of its newest N checkpoints")
+    parser.add_argument("--export", metavar="FOLDER", help="write --sample's model there in the Hugging Face layout")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -756,6 +813,8 @@ def main(argv):
     if args.sample:
         from train import load_run
         model, tokenizer = load_run(args.sample, args.average)
+        if args.export:
+            return save_hf(model, args.export, tokenizer)
         prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]])
         out = generate(model, prompt, args.tokens, args.temperature, args.top_p, args.seed)
         return print(tokenizer.decode(out[0, 1:].tolist()))

@@ -1,16 +1,22 @@
-"""What changes when one device becomes many.
+"""What changes when one device becomes many; and checkpoints, which have to outlive every such change.
 
 `Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
 It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
 """
 import contextlib
+import hashlib
+import json
 import os
+import shutil
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from kernels import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -123,3 +129,83 @@ def average_gradients_(parameters, mesh, bucket_bytes=32 << 20):
         if p is not None:
             bucket.append(p.grad)
             size += p.grad.nbytes
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+def checksum(t):
+    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def digest(manifest):
+    """Of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(path):
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(run, step, tensors, facts, keep):
+    """run/ckpt/step-N: one tensor file a rank and, last, the manifest. Written beside, forced to disk, then renamed: a
+    folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
+    ckpt = run / "ckpt"
+    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
+    for unfinished in ckpt.glob(".saving-*"):
+        shutil.rmtree(unfinished)
+    beside.mkdir(parents=True)
+    write_tensors(beside / "rank-0.safetensors", tensors)
+    entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
+               for name, t in tensors.items()}
+    manifest = dict(facts, step=step, tensors=entries)
+    with open(beside / "manifest.json", "w") as file:
+        json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    sync_folder(ckpt)
+    kept = checkpoints(run)
+    here = kept.index(final) + 1
+    for old in kept[here:] + kept[:here][:-keep]:              # later ones are damaged, or this run began before them
+        shutil.rmtree(old)
+
+
+def checkpoints(run):
+    """Folders of finished checkpoints, oldest first."""
+    return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
+
+
+def read_checkpoint(folder):
+    """→ (manifest, {name: tensor}) with every tensor's shape, type and checksum verified. Raises ValueError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("sha256") != digest(manifest):
+            raise ValueError("manifest.json is not what was written")
+        entries = manifest["tensors"]
+        names = {entry["file"] for entry in entries.values()}
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder}: its manifest names files outside the folder")
+        files = {name: read_tensors(folder / name) for name in names}
+        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    for name, t in tensors.items():
+        if str(t.dtype) != entries[name]["dtype"] or list(t.shape) != entries[name]["shape"] \
+                or checksum(t) != entries[name]["sha256"]:
+            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
+    return manifest, tensors
+
+
+def newest_checkpoint(run, say=print):
+    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over."""
+    for folder in reversed(checkpoints(run)):
+        try:
+            return read_checkpoint(folder)
+        except ValueError as error:
+            say(f"{error}; trying the one before")
+    return None

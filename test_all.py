@@ -479,6 +479,31 @@ def own(tmp_path, tokenizer="bytes"):
     return data.DataConfig(files=f"a={tmp_path}/a.txt", tokenizer=tokenizer, cache=str(tmp_path / "cache")), text
 
 
+def test_the_package_tokenizers_reads_our_bpe_and_we_read_its_files(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "def f(x):\n    return x + 12345  # naïve, 你好 🙂\r\n\n\n\tend <|user|> of  it\u00a0all " * 3
+    for ours in (data.Tokenizer("t", data.PATTERN, data.train_bpe([text, "the cat sat on the mat " * 9], 320)),
+                 data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})):
+        folder = tmp_path / str(ours.n_vocab)
+        folder.mkdir()
+        ours.save_hf(folder)
+        theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        plain = text.replace("<|user|>", "")
+        assert theirs.encode(plain).ids == ours.encode(plain).tolist()
+        assert theirs.decode(theirs.encode(plain).ids) == plain
+        assert theirs.token_to_id("<|user|>") == ours.specials["<|user|>"]
+        back = data.load_tokenizer(folder / "tokenizer.json")
+        assert back.encode(text).tolist() == ours.encode(text).tolist() and back.decode(back.encode(text)) == text
+        assert (back.eot, back.n_vocab, back.specials) == (ours.eot, ours.n_vocab, ours.specials)
+        assert back.token_bytes.tolist() == ours.token_bytes.tolist()
+        back.save(tmp_path / "kept.json")
+        again = data.load_tokenizer(tmp_path / "kept.json")
+        assert again.fingerprint == back.fingerprint and again.encode(text).tolist() == ours.encode(text).tolist()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="needs tokenizer_config.json"):
+        data.load_tokenizer(folder / "tokenizer.json")
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_damaged_cache_is_named_and_rebuilt(tmp_path, capsys, tokenizer):
     """Truncated, altered or missing files are noticed, named and built again, with the same fingerprint."""
@@ -862,8 +887,8 @@ def test_tensor_files_are_the_safetensors_format(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "half": torch.randn(2, 2).bfloat16(),
                "one": torch.tensor(3), "none": torch.empty(0, 4), "view": torch.randn(6, 4).mT,
                "fp8": torch.randn(5).to(torch.float8_e4m3fn)}
-    net.write_tensors(tmp_path / "t", tensors)
-    back = net.read_tensors(tmp_path / "t")
+    kernels.write_tensors(tmp_path / "t", tensors)
+    back = kernels.read_tensors(tmp_path / "t")
     assert back.keys() == tensors.keys()
     for name, t in tensors.items():
         assert back[name].dtype == t.dtype and torch.equal(back[name].double(), t.double()), name
@@ -879,13 +904,13 @@ def test_tensor_files_are_the_safetensors_format(tmp_path):
 
 
 def test_broken_tensor_files_are_refused(tmp_path):
-    net.write_tensors(tmp_path / "t", {"a": torch.randn(3, 5)})
+    kernels.write_tensors(tmp_path / "t", {"a": torch.randn(3, 5)})
     raw = (tmp_path / "t").read_bytes()
     for bad in (raw[:-4], raw[:5], b"", b"\xff" * 40, raw.replace(b"F32", b"F99"), raw.replace(b"60]", b"99]"),
                 raw.replace(b"[3, 5]", b"[3, 9]")):
         (tmp_path / "bad").write_bytes(bad)
         with pytest.raises(ValueError, match="bad"):
-            net.read_tensors(tmp_path / "bad")
+            kernels.read_tensors(tmp_path / "bad")
 
 
 LATENT, EXPERTS, K2 = VARIANTS["latent"], VARIANTS["experts"], VARIANTS["k2"]
@@ -1024,7 +1049,7 @@ GOLDEN = HERE.parent / "shared/golden/k2-like"
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs the logits of a tiny model, computed by transformers")
 def test_logits_are_those_of_transformers():
     network = net.load_hf(GOLDEN)
-    reference = net.read_tensors(GOLDEN / "reference.safetensors")
+    reference = kernels.read_tensors(GOLDEN / "reference.safetensors")
     network.eval()
     with torch.no_grad():
         logits = network(reference["input_ids"])
@@ -1034,13 +1059,97 @@ def test_logits_are_those_of_transformers():
     torch.testing.assert_close(torch.cat(pieces, 1), reference["logits"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["kimi_k2", "deepseek_v3"])
+def test_transformers_and_this_model_agree_both_ways(tmp_path, kind):
+    """Their random weights read by us, ours by them: the same logits, with YaRN, with and without groups of experts."""
+    transformers = pytest.importorskip("transformers")
+    grouped = kind == "deepseek_v3"
+    yarn = dict(rope_type="yarn", rope_theta=50_000.0, factor=8.0, original_max_position_embeddings=16,
+                beta_fast=4.0 if grouped else 1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)
+    torch.manual_seed(0)
+    about = transformers.DeepseekV3Config(
+        vocab_size=160, hidden_size=64, intermediate_size=96, moe_intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, q_lora_rank=24 if grouped else None,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=12, n_group=4 if grouped else 1,
+        topk_group=2 if grouped else 1, num_experts_per_tok=3, first_k_dense_replace=1, routed_scaling_factor=2.5,
+        rope_parameters=yarn, max_position_embeddings=128, tie_word_embeddings=False, num_nextn_predict_layers=0)
+    theirs = transformers.DeepseekV3ForCausalLM(about).eval().float()
+    with torch.no_grad():
+        for name, p in (*theirs.named_parameters(), *theirs.named_buffers()):
+            if p.ndim == 1 and "inv_freq" not in name:
+                p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randint(160, (2, 70))
+    network = net.load_hf(tmp_path / "theirs").eval()
+    assert network.config.yarn == 8 and network.config.top_group == (2 if grouped else 1)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), theirs(x).logits, rtol=0, atol=1e-4)
+        lively_ = lively(network.config).eval()
+        net.save_hf(lively_, tmp_path / "ours", shard_bytes=40_000)
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+        assert type(back).__name__ == "DeepseekV3ForCausalLM"
+        torch.testing.assert_close(back(x).logits, lively_(x), rtol=0, atol=1e-4)
+
+
+def motif_logits(w, x, heads, theta, eps=1e-6):
+    """Motif's block from its definition, on tensors by its names, in float64.  x (T,) → (T, V)"""
+    w = {name: t.double() for name, t in w.items()}
+    norm = lambda x, g, eps=eps: g * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    T, h = len(x), w["model.embed_tokens.weight"][x]
+    future = torch.ones(T, T).triu(1).bool()
+    for i in range(sum("input_layernorm" in name for name in w)):
+        here = f"model.layers.{i}."
+        at = {name.removeprefix(here): t for name, t in w.items() if name.startswith(here)}
+        a = norm(h, at["input_layernorm.weight"])
+        q, k, v = (a @ at[f"self_attn.{n}_proj.weight"].T for n in "qkv")
+        d = q.shape[1] // heads
+
+        def turn(x):                                                   # (T, d): pair j is (x_j, x_j+d/2)
+            angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
+            a, b = x[:, :d // 2], x[:, d // 2:]
+            return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+        maps = [(turn(q[:, n:n + d]) @ turn(k[:, n:n + d]).T / d ** 0.5).masked_fill(future, -math.inf).softmax(-1)
+                for n in range(0, heads * d, d)]
+        start = 0.8 - 0.6 * math.exp(-0.3 * (i - 1))
+        lq1, lk1, lq2, lk2 = (at[f"self_attn.lambda_{n}"] for n in ("q1", "k1", "q2", "k2"))
+        lam = math.exp(lq1 @ lk1) - math.exp(lq2 @ lk2) + start
+        out = [norm((maps[n] - lam * maps[n + 1]) @ v[:, n * d:(n + 2) * d], at["self_attn.subln.weight"], 1e-5)
+               * (1 - start) for n in range(0, heads, 2)]
+        h = h + torch.cat(out, -1) @ at["self_attn.o_proj.weight"].T
+        a = norm(h, at["post_attention_layernorm.weight"])
+        gate, up = (a @ at[f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        powers = zip(at["mlp.act_fn.weight"], (3, 2, 1))
+        act = sum(c * norm(gate ** p, 1.0) for c, p in powers) + at["mlp.act_fn.bias"]
+        h = h + (act * up) @ at["mlp.down_proj.weight"].T
+    return norm(h, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+
+def test_motif_weights_come_in_and_go_out(tmp_path):
+    """A folder with Motif's names: our logits are those of its definition, whose λ_init lags one layer behind the
+    paper's; what save_hf writes is the same folder again. A model with the paper's λ_init is refused there."""
+    config = replace(net.PRESETS["motif-2.6b"], n_layer=3, n_head=4, n_kv_head=4, d_model=24, d_head=6, d_ff=40,
+                     vocab_size=50, lam_delay=1)
+    first = lively(config)
+    net.save_hf(first, tmp_path / "motif")
+    files = {n: t for p in (tmp_path / "motif").glob("*.safetensors") for n, t in kernels.read_tensors(p).items()}
+    assert len(files) == 2 + 3 * 16 and "model.layers.2.self_attn.subln.weight" in files
+    network, x = net.load_hf(tmp_path / "motif").eval(), torch.randint(50, (1, 19))
+    assert network.config == config
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[0].double(), motif_logits(files, x[0], 4, 10_000.0), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="lam_delay=0, not 1"):
+        net.save_hf(lively(replace(config, lam_delay=0)), tmp_path / "other")
+    with pytest.raises(ValueError, match="exists"):
+        net.save_hf(first, tmp_path / "motif")
+
+
 def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
     """Our random model in their layout, in two files, one matrix in FP8 by blocks, with a layer beyond the last: read
     back as it was. What is missing, extra or misshapen is listed, all of it."""
     config = replace(K2, d_model=160, tie=False)                       # wider than a block of scales
     network, said, theirs = lively(config), [], {}
     own = network.state_dict()
-    for ours, names, _, to_theirs in net.hf_map(config):
+    for ours, names, _, to_theirs in net.hf_map(config, own):
         theirs |= dict(zip(names, to_theirs(*(own[name] for name in ours)), strict=True))
     name = "model.layers.1.self_attn.o_proj.weight"
     assert theirs[name].shape == (160, 24) and sum(t.numel() for t in theirs.values()) == sum(
@@ -1051,9 +1160,10 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
     theirs |= {name: small, f"{name}_scale_inv": scale, "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
     parts = list(theirs)
     for i in range(2):
-        net.write_tensors(tmp_path / f"model-{i}.safetensors", {n: theirs[n] for n in parts[i::2]})
+        kernels.write_tensors(tmp_path / f"model-{i}.safetensors", {n: theirs[n] for n in parts[i::2]})
     about = dict(model_type="deepseek_v3", hidden_act="silu", norm_topk_prob=True, rope_theta=config.rope_theta,
-                 num_hidden_layers=3, num_attention_heads=4, hidden_size=160, qk_nope_head_dim=8, qk_rope_head_dim=4,
+                 num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+                 hidden_size=160, qk_nope_head_dim=8, qk_rope_head_dim=4,
                  v_head_dim=6, kv_lora_rank=10, q_lora_rank=12, intermediate_size=48, vocab_size=61, rms_norm_eps=1e-6,
                  max_position_embeddings=32, n_routed_experts=8, first_k_dense_replace=1, num_experts_per_tok=2,
                  n_shared_experts=1, moe_intermediate_size=16, n_group=4, topk_group=2, routed_scaling_factor=2.0,
@@ -1065,15 +1175,15 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
         assert torch.equal(t, own[key]), key
 
     gone = parts.index("model.layers.2.mlp.experts.5.up_proj.weight")
-    net.write_tensors(tmp_path / "model-0.safetensors", {n: theirs[n] for n in parts[::2] if n != parts[gone]}
+    kernels.write_tensors(tmp_path / "model-0.safetensors", {n: theirs[n] for n in parts[::2] if n != parts[gone]}
                       | {"model.norm.weight": torch.ones(7), "model.extra": torch.ones(1)})
-    net.write_tensors(tmp_path / "model-1.safetensors", {n: theirs[n] for n in parts[1::2] if n not in (
+    kernels.write_tensors(tmp_path / "model-1.safetensors", {n: theirs[n] for n in parts[1::2] if n not in (
         parts[gone], "model.norm.weight")})
     with pytest.raises(ValueError, match=r"3 tensors do not fit: .*experts.5.up_proj.weight missing; model.norm.weight "
                                          r"\(7,\) for \(160,\); model.extra unknown"):
         net.load_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(about | dict(model_type="llama")))
-    with pytest.raises(ValueError, match="'llama'; have deepseek_v3, kimi_k2"):
+    with pytest.raises(ValueError, match="'llama'; have deepseek_v3, kimi_k2, motif"):
         net.load_hf(tmp_path)
 
 
@@ -1702,6 +1812,79 @@ def test_a_run_survives_every_fault(text, tmp_path):
     campaign(text, tmp_path, dict.fromkeys(FAULTS, 1), say=None)
 
 
+def test_a_stage_begins_with_the_weights_of_another_run(text, tmp_path):
+    """Same optimizer: weights and moments; another one: weights alone. The tokenizer is that of the weights, and in the
+    run's own folder: it can be resumed when `init` is gone. Another tokenizer or architecture is refused."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    bpe = replace(tiny_run(text).data, tokenizer="bpe")
+    model = replace(tiny_run(text).model, vocab_size=300)
+    first = replace(tiny_run(text), out=str(before), data=bpe, model=model, steps=6)
+    history, _ = train.train(first, quiet=True)
+    kept = weights_of(before)
+    longer = replace(model, context=64, rope_theta=500_000.0)
+    longer = replace(first, init=str(before), out=str(after), model=longer, batch=4, steps=0)
+    other_text = text.parent / "other.txt"
+    other_text.write_text("Quite another text, for which another BPE would be learned.\n" * 400)
+    longer = replace(longer, data=replace(bpe, files=f"mine={other_text}"))
+    train.train(replace(longer, steps=4), quiet=True)
+    begun = train.read_checkpoint(train.checkpoints(after)[0])[1]
+    assert all(torch.equal(begun[name], t) for name, t in kept.items()) and any(":momentum" in name for name in kept)
+    assert train.load_tokenizer(after / "tokenizer.json").fingerprint == train.load_tokenizer(
+        before / "tokenizer.json").fingerprint
+    before.rename(tmp_path / "moved")
+    history, _ = train.train(replace(longer, steps=8), resume=True, quiet=True)
+    assert history[-1]["step"] == 8
+
+    moved = dict(init=str(tmp_path / "moved"), steps=1)
+    for wrong, says in ((dict(data=replace(bpe, tokenizer="bytes")), "another tokenizer than --data.tokenizer=bytes"),
+                        (dict(model=replace(model, d_ff=80)), "another architecture: .*ffn.up"),
+                        (dict(init=str(tmp_path)), "no tokenizer.json"), (dict(), None)):
+        config = replace(first, **moved | dict(out=str(tmp_path / "a")) | wrong)
+        config = replace(config, optim=muonclip.OptimConfig(name="adamw", tau=0))
+        with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+            train.train(config, quiet=True)
+        shutil.rmtree(tmp_path / "a") if says else None
+    begun = train.read_checkpoint(train.checkpoints(tmp_path / "a")[0])[1]
+    assert not any(":" in name for name in begun) and all(torch.equal(t, kept[name]) for name, t in begun.items())
+
+
+def test_a_hugging_face_folder_is_written_read_and_trained_on(text, tmp_path, capsys):
+    """A run of K2's block → --export → --init: its loss goes on where it was; nothing else has to be said."""
+    pytest.importorskip("tokenizers")
+    model = replace(K2, context=32, vocab_size=300, tie=False)
+    config = replace(tiny_run(text), model=model, out=str(tmp_path / "k2"), steps=10, eval_windows=0,
+                     data=replace(tiny_run(text).data, tokenizer="bpe"))
+    history, _ = train.train(config, quiet=True)
+    net.main(["--sample", str(tmp_path / "k2"), "--export", str(tmp_path / "hf")])
+    net.main(["--sample", str(tmp_path / "hf"), "--tokens=5", "--prompt=The "])
+    options = command(text, tmp_path / "on", "--steps=3", f"--init={tmp_path / 'hf'}", "--eval_windows=0")[2:]
+    train.main([o for o in options if "--model" not in o and "tokenizer" not in o])
+    said = capsys.readouterr().out
+    assert said.startswith("The ") and f"weights of {tmp_path / 'hf'}" in said
+    row = log_of(tmp_path / "on")[0]
+    assert float(row["val_mine"]) == pytest.approx(history[-1]["val_mine"], rel=1e-5)
+    with pytest.raises(SystemExit, match="neither a run with a checkpoint nor a Hugging Face folder"):
+        train.main([f"--init={tmp_path}", f"--out={tmp_path / 'x'}"])
+
+
+@pytest.mark.parametrize("recipe, tokens, rates", [
+    ("motif-2.6b", (0, 1e12, 2e12, 2.5e12), (5e-4, 5e-4, 5e-4, 1.25e-4)),
+    ("motif-2.6b-lc", (0, 80e9), (5e-4 / math.sqrt(13.6), 1.25e-4)),
+    ("deepseek-v3", (2e11, 10e12, 14.3e12), (2.2e-4, 2.2e-4, 2.2e-5)), ("deepseek-v3-2", (0, 333e9), (2.2e-5, 2.2e-5)),
+    ("deepseek-v3-128k", (0, 6e10), (7.3e-6, 7.3e-6)),
+    ("kimi-k2", (33.6e9, 10e12, 15.5e12), (2e-4, 2e-4, 2e-5)), ("kimi-k2-anneal", (0, 400e9), (2e-5, 8.6957e-6)),
+    ("kimi-k2-32k", (0, 60e9), (8.6957e-6, 7e-6))])
+def test_reported_recipes_reach_the_reported_rates(capsys, recipe, tokens, rates):
+    config = train.RECIPES[recipe]
+    found = [muonclip.learning_rate(at, config) for at in tokens]
+    found[0] = config.optim.lr if config.optim.warmup and not tokens[0] else found[0]
+    assert found == pytest.approx(rates, rel=1e-3)
+    assert not config.init or Path(config.init).name in train.RECIPES
+    train.main([recipe, "--dry-run"])
+    assert f"{config.total_steps:,} steps" in capsys.readouterr().out
+    assert config.total_steps == pytest.approx(config.tokens / config.step_tokens, abs=1)
+
+
 def test_a_finished_run_samples_and_is_not_overwritten(text, tmp_path):
     whole = tmp_path / "whole"
     train.train(tiny_run(text, out=str(whole), keep=3), quiet=True)
@@ -1815,7 +1998,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
     for entry in manifest["tensors"].values():
         entry["file"] = "../../elsewhere"
     del manifest["sha256"]
-    (old / "manifest.json").write_text(json.dumps(manifest | dict(sha256=train.digest(manifest))))
+    (old / "manifest.json").write_text(json.dumps(manifest | dict(sha256=parallel.digest(manifest))))
     assert train.newest_checkpoint(out, said.append) is None and "outside" in said[-1]
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         train.train(tiny_run(text, out=str(out)), resume=True, quiet=True)

@@ -4,9 +4,12 @@
   gpt2          the control on the same text: GPT-2's block with AdamW
   laptop-k2     Kimi K2's block on the same text: latent attention, 16 experts of which a token meets 2 and a shared one
   shakespeare   Motif's block on bytes of the one file named by --data.files=shakespeare=PATH
+  motif-2.6b deepseek-v3 kimi-k2   the reported ones, and their stages (motif-2.6b-lc, kimi-k2-anneal, ...)
 
   --out=FOLDER  where the run is kept (out/RECIPE)        --steps=N   stop early; the schedules do not move
   --resume      go on from the folder's last checkpoint   --seed=N    --tokens=N  --batch=N   and all fields of Config
+  --init=FOLDER  begin with the weights of a run (and its moments, if the optimizer is the same) or of a Hugging Face
+                folder, and with its tokenizer; without a RECIPE also with its model
   --dry-run     say what would run                        --model.* --optim.* --data.* --mesh.*   fields of those
 
 A run folder holds log.csv and loss.png (written while it runs), the tokenizer, and ckpt/. Ctrl-C and SIGTERM save, then
@@ -16,11 +19,9 @@ run resumed from any checkpoint ends with the numbers of one that was never stop
 import csv
 import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -31,10 +32,10 @@ import torch
 
 import parallel
 from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
-from model import (PRESETS, ModelConfig, Transformer, count_parameters, flops_per_token, generate, read_tensors,
-                   write_tensors)
+from model import (PRESETS, ModelConfig, Transformer, count_parameters, fill_hf_, flops_per_token, generate, hf_config,
+                   load_hf)
 from muonclip import MuonClip, OptimConfig, add_snapshot_, averaging, learning_rate, put_back_, qk_clip_
-from parallel import MeshConfig
+from parallel import MeshConfig, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -62,6 +63,7 @@ class Config:
     seed: int = 0
     steps: int = 0               # stop after so many steps; 0 = when the tokens are spent
     compile: bool = False        # torch.compile the layers: 10–20% faster on a CPU, after half a minute
+    init: str = ""               # folder of the weights to begin with; "" = new ones
     out: str = ""                # run folder; "" = keep nothing (notes and tests)
 
     def __post_init__(self):
@@ -102,6 +104,47 @@ RECIPES = {
                           eval_windows=0,
                           data=DataConfig(domains="shakespeare:1:1", tokenizer="bytes")),
 }
+
+# The reported runs. A stage begins with the weights of the one before it (`init`). Batches are given in windows.
+BIG = dict(micro=1, eval_every=500, save_every=500, keep=3)                                                    # [ours]
+MOTIF = Config(                                                                                     # [Motif §3.2.2]
+    recipe="motif-2.6b", model=PRESETS["motif-2.6b"], tokens=2_500_000_000_000, batch=1024, **BIG,
+    average_every=8_000_000_000, average_of=6,
+    optim=OptimConfig(name="adamw", lr=5e-4, warmup=5000 * 1024 * 4096 / 2.5e12, decay="rsqrt", decay_start=0.8,
+                      floor=0.25, tau=0),
+    data=DataConfig(horizon=2_000_000_000_000, domains="web:.68:.33,multilingual:.07:0,korean:.01:.30,"    # [Table 2]
+                    "academic:.06:.03,specialized:.05:.01,code:.10:.18,math:.02:.10,reasoning:.01:.05"))
+LC = 5e-4 / math.sqrt(1 + 15 * 0.84)                                       # MOTIF's rate when 80B tokens are left
+DEEPSEEK = Config(                                                                               # [DeepSeek-V3 §4.2]
+    recipe="deepseek-v3", model=PRESETS["deepseek-v3"], tokens=14_300_000_000_000, **BIG,
+    batch=15_360,                                          # from the first step on; the report grows into it from 3,072
+    optim=OptimConfig(name="adamw", lr=2.2e-4, warmup=2000 * 15_360 * 4096 / 14.3e12, decay="cosine",
+                      decay_start=10 / 14.3, floor=0.1, tau=0), data=DataConfig(domains="text:1:1"))
+SETTLED = replace(DEEPSEEK.model, balance_rate=0.0)                        # the router's bias stands still from here on
+K2 = Config(                                                                                         # [Kimi K2 §2.5]
+    recipe="kimi-k2", model=PRESETS["kimi-k2"], tokens=15_500_000_000_000, batch=16_384, **BIG,
+    optim=OptimConfig(lr=2e-4, warmup=500 * 16_384 * 4096 / 15.5e12, decay="cosine", decay_start=10 / 15.5, floor=0.1),
+    data=DataConfig(domains="web:1:1,code:1:1,math:1:1,knowledge:1:1"))    # weights: [guess]
+K2_32K = 2e-5 - 1.3e-5 * 400 / 460                                        # 2e-5 → 7e-6 over both stages, linear [guess]
+
+
+def stage(before, recipe, tokens, lr, last, context, batch, **model):
+    """The run that follows `before`: rate lr → last, linear, and the mixture's end weights."""
+    rates = dict(lr=lr, warmup=0.0, decay="linear", decay_start=float(lr == last), floor=last / lr)
+    return replace(before, recipe=recipe, init=f"out/{before.recipe}", tokens=tokens, batch=batch,
+                   model=replace(before.model, context=context, **model), optim=replace(before.optim, **rates),
+                   data=replace(before.data, horizon=1))
+
+
+ANNEAL = stage(K2, "kimi-k2-anneal", 400_000_000_000, 2e-5, K2_32K, 4096, 16_384)
+V3 = stage(replace(DEEPSEEK, model=SETTLED), "deepseek-v3-2", 333_000_000_000, 2.2e-5, 2.2e-5, 4096, 15_360)
+V3 = [V3, stage(V3, "deepseek-v3-3", 167_000_000_000, 7.3e-6, 7.3e-6, 4096, 15_360)]
+V3 += [stage(V3[1], "deepseek-v3-32k", 1000 * 1920 * 32_768, 7.3e-6, 7.3e-6, 32_768, 1920, yarn=40.0)]         # [§4.3]
+V3 += [stage(V3[2], "deepseek-v3-128k", 1000 * 480 * 131_072, 7.3e-6, 7.3e-6, 131_072, 480)]
+MOTIF_LC = stage(MOTIF, "motif-2.6b-lc", 80_000_000_000, LC, 1.25e-4, 16_384, 256, rope_theta=500_000.0)   # [§3.2.3]
+MOTIF_LC = replace(MOTIF_LC, optim=replace(MOTIF_LC.optim, decay="rsqrt"))       # leaves MOTIF at its step 576,973
+K2_LONG = stage(ANNEAL, "kimi-k2-32k", 60_000_000_000, K2_32K, 7e-6, 32_768, 2048, yarn=32.0, yarn_fast=1.0)   # [guess]
+RECIPES |= {config.recipe: config for config in (MOTIF, MOTIF_LC, DEEPSEEK, *V3, K2, ANNEAL, K2_LONG)}
 
 
 def parse_like(old, text, key):
@@ -159,85 +202,7 @@ def from_dict(kind, values):
     return kind(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-def checksum(t):
-    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def digest(manifest):
-    """Of a manifest without its own digest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(path):
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def save_checkpoint(run, step, tensors, facts, keep):
-    """run/ckpt/step-N: one tensor file a rank and, last, the manifest. Written beside, forced to disk, then renamed: a
-    folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
-    ckpt = run / "ckpt"
-    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
-    for unfinished in ckpt.glob(".saving-*"):
-        shutil.rmtree(unfinished)
-    beside.mkdir(parents=True)
-    write_tensors(beside / "rank-0.safetensors", tensors)
-    entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
-               for name, t in tensors.items()}
-    manifest = dict(facts, step=step, tensors=entries)
-    with open(beside / "manifest.json", "w") as file:
-        json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(beside)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    sync_folder(ckpt)
-    kept = checkpoints(run)
-    here = kept.index(final) + 1
-    for old in kept[here:] + kept[:here][:-keep]:              # later ones are damaged, or this run began before them
-        shutil.rmtree(old)
-
-
-def checkpoints(run):
-    """Folders of finished checkpoints, oldest first."""
-    return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
-
-
-def read_checkpoint(folder):
-    """→ (manifest, {name: tensor}) with every tensor's shape, type and checksum verified. Raises ValueError."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest.pop("sha256") != digest(manifest):
-            raise ValueError("manifest.json is not what was written")
-        entries = manifest["tensors"]
-        names = {entry["file"] for entry in entries.values()}
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder}: its manifest names files outside the folder")
-        files = {name: read_tensors(folder / name) for name in names}
-        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-    for name, t in tensors.items():
-        if str(t.dtype) != entries[name]["dtype"] or list(t.shape) != entries[name]["shape"] \
-                or checksum(t) != entries[name]["sha256"]:
-            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
-    return manifest, tensors
-
-
-def newest_checkpoint(run, say=print):
-    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over."""
-    for folder in reversed(checkpoints(run)):
-        try:
-            return read_checkpoint(folder)
-        except ValueError as error:
-            say(f"{error}; trying the one before")
-    return None
-
+# ---- weights in ---------------------------------------------------------------------------------------------------
 
 def restore(model, optimizer, tensors):
     """Copy a checkpoint's tensors into model and optimizer; other names or shapes are refused, all listed at once."""
@@ -256,9 +221,54 @@ def restore(model, optimizer, tensors):
         optimizer.load({name: t for name, t in tensors.items() if ":" in name})
 
 
+def is_hf(folder):
+    return (Path(folder) / "config.json").exists()
+
+
+def kept_config(run):
+    """The configuration in the newest readable manifest of a run, or None."""
+    for folder in reversed(checkpoints(Path(run))):
+        try:
+            return from_dict(Config, json.loads((folder / "manifest.json").read_text())["config"])
+        except (OSError, KeyError, ValueError):
+            continue                                               # damaged: named when it is read in earnest
+
+
+def begin(config, model, optimizer, facts, say):
+    """The weights of config.init: one of our runs, with its moments where the optimizer is the same, or a Hugging
+    Face folder."""
+    if is_hf(config.init):
+        fill_hf_(model, config.init, say)
+        return say(f"weights of {config.init}")
+    found = newest_checkpoint(Path(config.init), say)
+    if not found:
+        raise ValueError(f"--init={config.init}: neither a run with a checkpoint nor a Hugging Face folder")
+    manifest, tensors = found
+    if manifest["tokenizer"] != facts["tokenizer"]:
+        raise ValueError(f"--init={config.init} was trained with another tokenizer than --data.tokenizer="
+                         f"{config.data.tokenizer}: leave that out to take its own")
+    same = manifest["config"]["optim"]["name"] == config.optim.name
+    restore(model, optimizer if same else None, tensors)
+    say(f"weights{' and moments' if same else ''} of {config.init} at step {manifest['step']}")
+
+
+def data_of(config):
+    """config.data with, where the run has an `init`, the tokenizer of its weights in the place of "bpe"."""
+    if not config.init or config.data.tokenizer != "bpe":
+        return config.data
+    for folder in filter(None, (config.out, config.init)):         # the run's own: `init` may be gone
+        if (path := Path(folder) / "tokenizer.json").exists():
+            return replace(config.data, tokenizer=str(path))
+    raise ValueError(f"--init={config.init} has no tokenizer.json: name its tokenizer with --data.tokenizer="
+                     "PATH/tokenizer.json, or a tiktoken name")
+
+
 def load_run(folder, average=1):
-    """(model, tokenizer) of a run's newest intact checkpoint, or of the mean of its newest `average`, for sampling."""
+    """(model, tokenizer) of a run's newest intact checkpoint, or of the mean of its newest `average`, for sampling; or
+    of a Hugging Face folder."""
     run, mean = Path(folder), {}
+    if is_hf(run):
+        return load_hf(run), load_tokenizer(run / "tokenizer.json")
     kept = checkpoints(run)[-average:]
     if len(kept) < average:
         raise SystemExit(f"{folder}: {len(kept)} checkpoints here, not {average}; train first (torchrun train.py "
@@ -466,7 +476,7 @@ def train(config, resume=False, quiet=False, watch=None):
         if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
             raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
         run = RunFolder(config.out)
-    corpus = prepare(config.data, config.model.vocab_size)     # before anyone waits for anyone: this may take a while
+    corpus = prepare(data_of(config), config.model.vocab_size)       # before anyone waits for anyone: may take a while
     horizon = config.data.horizon or config.tokens
     batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch, config.model.context)
     mesh = parallel.join_mesh(config.mesh)
@@ -480,7 +490,7 @@ def train(config, resume=False, quiet=False, watch=None):
 
 
 def take_up(config, resume, model, optimizer, facts, mesh, say):
-    """Load the newest intact checkpoint of the run, if it is to be resumed.
+    """Load the newest intact checkpoint of the run, if it is to be resumed, or else what it begins with.
 
     → (the step to go on from, or None; what there is of the mean of snapshots)"""
     found = newest_checkpoint(Path(config.out), say) if resume else None
@@ -501,6 +511,8 @@ def take_up(config, resume, model, optimizer, facts, mesh, say):
     if resume:
         say(f"resuming {config.out} at step {max(step, 0)}")
     if not found:
+        if config.init:
+            begin(config, model, optimizer, facts, say)
         return None, {}
     return step, {name.removeprefix("mean/"): t.to(mesh.device) for name, t in tensors.items() if "/" in name}
 
@@ -678,6 +690,8 @@ def dry_run(config):
           f"{flops_per_token(config.model):.3e} training FLOPs/token")
     print(f"{config.tokens:,} tokens = {config.total_steps:,} steps of {config.batch} × {config.model.context}; "
           f"{flops_per_token(config.model) * config.tokens:.3e} FLOPs in all")
+    if config.init:
+        print(f"begins with the weights of {config.init}")
     c = config.optim
     for what, part in (("start", 0), ("warm-up ends", c.warmup), ("decay begins", c.decay_start),
                        ("half of the decay", (1 + c.decay_start) / 2), ("end", 1)):
@@ -704,7 +718,12 @@ def parse(argv):
     if "help" in flags:
         raise SystemExit(__doc__)
     resume = "resume" in flags or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    config = override(RECIPES[words[0] if words else "laptop"], options)
+    config = RECIPES[words[0] if words else "laptop"]
+    if (folder := options.get("init")) and not words:
+        if not is_hf(folder) and not kept_config(folder):
+            raise ValueError(f"--init={folder}: neither a run with a checkpoint nor a Hugging Face folder")
+        config = replace(config, model=hf_config(folder) if is_hf(folder) else kept_config(folder).model)
+    config = override(config, options)
     config = config if config.out else replace(config, out=f"out/{config.recipe}")
     if resume:
         config = resumed(config, options, words, "resume" in flags)
@@ -716,21 +735,17 @@ def resumed(config, options, words, asked):
     run = Path(config.out)
     if asked and not run.exists():
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
-    for folder in reversed(checkpoints(run)):
-        try:
-            kept = json.loads((folder / "manifest.json").read_text())["config"]
-        except (OSError, KeyError, ValueError):
-            continue                                               # damaged: named when it is read in earnest
-        kept = replace(from_dict(Config, kept), out=config.out, steps=0)
-        if words and words[0] != kept.recipe:
-            raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
-        wanted = override(kept, options)
-        for name, old, new in changes(kept, wanted):
-            if name not in ("steps", "data.files", "data.cache") and not name.startswith("mesh."):
-                raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the "
-                                 "data lies may change")
-        return wanted
-    return config
+    if not (kept := kept_config(run)):
+        return config
+    kept = replace(kept, out=config.out, steps=0)
+    if words and words[0] != kept.recipe:
+        raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
+    wanted = override(kept, options)
+    for name, old, new in changes(kept, wanted):
+        if name not in ("steps", "data.files", "data.cache") and not name.startswith("mesh."):
+            raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the "
+                             "data lies may change")
+    return wanted
 
 
 def main(argv):
@@ -740,7 +755,7 @@ def main(argv):
             return dry_run(config)
         history, model = train(config, resume)
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
-            report(config, history, model, prepare(config.data, config.model.vocab_size))
+            report(config, history, model, prepare(data_of(config), config.model.vocab_size))
     except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
         raise SystemExit(f"train.py: {error}") from None
 
