@@ -2,6 +2,7 @@
 
   Motif-2.6B   differential attention (two softmax maps, one subtracted) · gated PolyNorm · tied embedding
   Kimi K2      multi-head latent attention (keys and values from one short vector) · sparse mixture of experts
+  candidates   what Motif tried beside it: QK-Norm, keys and values shared by layers, nGPT
   the control  GPT-2's block: LayerNorm, learned positions, GELU
 
 Two seams carry what comes with many devices. The model is handed its operations (`Ops`), so that what happens to
@@ -43,6 +44,9 @@ class ModelConfig:
     context: int = 256           # tokens
     differential: bool = True
     lam_delay: int = 0           # layers by which λ_init lags; 1 in Motif's own code, for which its weights were made
+    qk_norm: bool = False        # queries and keys of a head normalised, with gains                [2010.04245]
+    share_kv: int = 1            # adjacent layers that use the keys and values of the first of them   [2405.12981]
+    ngpt: bool = False           # everything of width d_model lives on the unit sphere             [2410.01131]
     act: str = "polynorm"        # polynorm | silu | gelu | relu2
     compile_act: bool = False    # PolyNorm through torch.compile: half a minute to start, then faster
     gated: bool = True           # down(act(gate) · up); with silu this is SwiGLU
@@ -88,6 +92,15 @@ class ModelConfig:
                              or self.n_kv_head != self.n_head):
             raise ValueError(f"model.kv_rank={self.kv_rank}: latent attention needs differential=false, position=rope, "
                              f"n_kv_head=n_head, and d_rope={self.d_rope}, d_value={self.d_value} above 0")
+        extra = [name for name in ("qk_norm", "ngpt") if getattr(self, name)] + ["share_kv"] * (self.share_kv > 1)
+        if self.kv_rank and extra:
+            raise ValueError(f"model.{extra[0]}: not with latent attention (kv_rank={self.kv_rank}), which keeps one "
+                             "short vector for all heads, normalises it, and makes no keys when it decodes")
+        if self.ngpt and (self.qk_norm or self.n_expert or not self.gated or self.norm != "rms"
+                          or self.position != "rope"):
+            raise ValueError("model.ngpt normalises weights, queries, keys and the residual stream itself, and is "
+                             f"defined for dense gated layers: not with qk_norm={self.qk_norm}, n_expert="
+                             f"{self.n_expert}, gated={self.gated}, norm={self.norm}, position={self.position}")
         if self.n_expert and not (self.n_active and self.d_expert and self.gated and self.n_expert % self.n_group == 0
                                   and self.n_active <= self.n_expert // self.n_group * self.top_group
                                   and self.top_group <= self.n_group and self.n_dense <= self.n_layer):
@@ -177,6 +190,8 @@ class LayerNorm(RMSNorm):
 
 
 def make_norm(config):
+    if config.ngpt:
+        return nn.Identity()                                           # what comes in is normalised already
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.d_model, config.norm_eps)
 
 
@@ -221,6 +236,26 @@ def matrix(rows, columns):
     return nn.Parameter(torch.empty(rows, columns))
 
 
+# nGPT [2410.01131]: vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual
+# stream, columns of those that write to it, and the stream itself. Scales are kept as s/√C, the size of a unit vector's
+# entries, so that the optimizer's steps suit both (§2.5).
+
+def unit(x, dim=-1):
+    return F.normalize(x, dim=dim)
+
+
+def scales(width, d_model):
+    return nn.Parameter(torch.full((width,), d_model ** -0.5))
+
+
+@torch.no_grad()
+def renormalise_(tensors):
+    """{name: weight}: every vector of width d_model gets norm 1. Called after each step of an nGPT."""
+    for name, w in tensors.items():
+        if w.ndim > 1:
+            w.copy_(unit(w, -2 if name.endswith(("wo", "down")) else -1))
+
+
 class Heads(nn.Module):
     """What every attention knows of its own heads: `max_logits`, and `qk_heads`, which weights make them.
 
@@ -251,7 +286,13 @@ class Attention(Heads):
         super().__init__(config, layer, ops)
         H, Hk, d, C = config.n_head, config.n_kv_head, config.d_head, config.d_model
         self.norm = make_norm(config)
-        self.wq, self.wk, self.wv, self.wo = matrix(H * d, C), matrix(Hk * d, C), matrix(Hk * d, C), matrix(C, H * d)
+        self.wq, self.wo, self.leads = matrix(H * d, C), matrix(C, H * d), layer % config.share_kv == 0
+        if self.leads:
+            self.wk, self.wv = matrix(Hk * d, C), matrix(Hk * d, C)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, config.norm_eps), RMSNorm(d, config.norm_eps) if self.leads else None
+        if config.ngpt:
+            self.s_qk = scales(H * d, C)
         if config.differential:
             self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))       # l = layer + 1 in the paper
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
@@ -264,9 +305,9 @@ class Attention(Heads):
     def qk_heads(self):
         """What makes up each head's logits: (parameter, view of it as (H, rows, inputs), power of γ).
 
-        Grouped queries share a key: it stays as it is, and all of γ goes to the head's own query rows."""
+        A key that other heads or layers use too stays as it is: all of γ goes to the head's own query rows."""
         by_head = lambda w: w.unflatten(0, (-1, self.config.d_head))
-        if self.config.n_kv_head < self.config.n_head:
+        if self.config.n_kv_head < self.config.n_head or self.config.share_kv > 1:
             return [(self.wq, by_head, 1.0)]
         return [(self.wq, by_head, 0.5), (self.wk, by_head, 0.5)]
 
@@ -276,23 +317,39 @@ class Attention(Heads):
             y = self.head_norm(y) * (1 - self.lam_init)
         return y.transpose(1, 2).flatten(2)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
-        d = self.config.d_head
-        q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, x)
-        q, k = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k))                        # (B, H, T, d)
-        v = v.unflatten(-1, (-1, 2 * d if self.config.differential else d)).transpose(1, 2)      # (B, H/2, T, 2d)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q = q * self.config.sharpness if self.config.yarn else q
-        if cache is not None:
-            k, v = cache.put(self.layer, k, v)
+    def forward(self, x, rope=None, mask=None, cache=None, kv=None):
+        """x (B, T, C), and the leader's keys and values where layers share them → (B, T, C), keys and values."""
+        c, heads = self.config, lambda t, width: t.unflatten(-1, (-1, width)).transpose(1, 2)    # (B, H, T, width)
+        if self.leads:
+            q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, x)
+            kv = self.key(heads(k, c.d_head), rope), heads(v, 2 * c.d_head if c.differential else c.d_head)
+            kv = kv if cache is None else cache.put(self.layer, *kv)
+        else:
+            q, = self.ops.linear("q", (self.wq,), self.norm, x)
+        q, (k, v) = self.query(heads(q, c.d_head), rope), kv
         if self.training:
             self.record(q, kernels.spread(k.detach(), self.config.n_head, 2 if self.config.differential else 1), mask)
         if self.config.differential:
             y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask)
         else:
             y = kernels.attention(q, k, v, mask)
-        return self.ops.linear("out", (self.wo,), self.join, y)[0]
+        return self.ops.linear("out", (self.wo,), self.join, y)[0], kv
+
+    def key(self, k, rope):
+        """k (B, Hk, T, d), normalised if it is to be, then rotated."""
+        k = self.k_norm(k) if self.config.qk_norm else unit(k) if self.config.ngpt else k
+        return k if rope is None else rotate(k, *rope)
+
+    def query(self, q, rope):
+        """As key. nGPT's keys have norm 1, and both scales are the query's: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They come
+        before the rotation, so that logits depend on distances alone; in nGPT's own code they follow it."""
+        c = self.config
+        q = self.q_norm(q) if c.qk_norm else q
+        if c.ngpt:                                                                       # [2410.01131 eq. 15, 16]
+            scale = self.s_qk.unflatten(0, (-1, 1, c.d_head)).square() * c.d_model * c.d_head       # (H, 1, d)
+            q = unit(q) * scale.to(q.dtype)
+        q = q if rope is None else rotate(q, *rope)
+        return q * c.sharpness if c.yarn else q
 
 
 class LatentAttention(Heads):
@@ -321,7 +378,7 @@ class LatentAttention(Heads):
         return [(self.wuq, lambda w: by_head(w)[:, :d], 0.5), (self.wuq, lambda w: by_head(w)[:, d:], 1.0),
                 (self.wuk, by_head, 0.5)]
 
-    def forward(self, x, rope, mask=None, cache=None):
+    def forward(self, x, rope, mask=None, cache=None, kv=None):
         c, H = self.config, self.config.n_head
         heads = lambda t: t.unflatten(-1, (H, -1)).transpose(1, 2)                               # (B, H, T, width)
         if c.q_rank:
@@ -345,7 +402,7 @@ class LatentAttention(Heads):
             if self.training:
                 self.record(q, k, mask)
             y = kernels.attention(q, k, v, mask, scale)
-        return self.ops.linear("out", (self.wo,), lambda y: y.transpose(1, 2).flatten(2), y)[0]
+        return self.ops.linear("out", (self.wo,), lambda y: y.transpose(1, 2).flatten(2), y)[0], None
 
 
 class FeedForward(nn.Module):
@@ -361,13 +418,22 @@ class FeedForward(nn.Module):
         if config.gated:
             self.gate = matrix(d_ff, config.d_model)
         self.up, self.down = matrix(d_ff, config.d_model), matrix(config.d_model, d_ff)
+        self.root = config.d_model ** 0.5 if config.ngpt else 0.0
+        if config.ngpt:
+            self.s_gate, self.s_up = scales(d_ff, config.d_model), scales(d_ff, config.d_model)
+
+    def inner(self, gate, up):
+        """What `down` multiplies.  For nGPT: act(s_v·√C·gate)·(s_u·up).   [2410.01131 eq. 20, 21]"""
+        if self.root:
+            gate, up = gate * (self.s_gate * self.root ** 2).to(gate.dtype), up * (self.s_up * self.root).to(up.dtype)
+        return self.act(gate) * up
 
     def forward(self, x):
         if not self.gated:
             h = self.ops.linear("up", (self.up,), self.norm, x)
             return self.ops.linear("down", (self.down,), self.act, *h)[0]
         gate, up = self.ops.linear("up", (self.gate, self.up), self.norm, x)
-        return self.ops.linear("down", (self.down,), lambda gate, up: self.act(gate) * up, gate, up)[0]
+        return self.ops.linear("down", (self.down,), self.inner, gate, up)[0]
 
 
 class MoE(nn.Module):
@@ -445,10 +511,18 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
         self.ffn = MoE(config, ops) if config.n_expert and layer >= config.n_dense else FeedForward(config, ops)
+        self.rate = config.d_model ** 0.5 / config.n_layer if config.ngpt else 0.0       # α is born as 1/n_layer
+        if config.ngpt:
+            self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
 
-    def forward(self, x, rope, mask, cache):
-        x = x + self.attention(x, rope, mask, cache)
-        return x + self.ffn(x)
+    def forward(self, x, rope=None, mask=None, cache=None, kv=None):
+        """x (B, T, C) → (B, T, C), and the keys and values that the layers behind it share, if they do."""
+        y, kv = self.attention(x, rope, mask, cache, kv)
+        if not self.rate:
+            x = x + y
+            return x + self.ffn(x), kv
+        x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))                 # [2410.01131 eq. 10]
+        return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv      # eq. 11
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -477,6 +551,9 @@ class Transformer(nn.Module):
     def __init__(self, config, ops=Ops(), layers=None, seed=0):
         super().__init__()
         self.config, layers = config, range(config.n_layer) if layers is None else layers
+        if layers.start % config.share_kv:
+            raise ValueError(f"layers from {layers.start} on: their keys and values are made in another range "
+                             f"(share_kv={config.share_kv})")
         self.first, self.last = layers.start == 0, layers.stop == config.n_layer
         if self.first or self.last and config.tie:
             self.embed = matrix(config.vocab_size, config.d_model)
@@ -487,6 +564,8 @@ class Transformer(nn.Module):
             self.norm = make_norm(config)
             if not config.tie:
                 self.head = matrix(config.vocab_size, config.d_model)
+            if config.ngpt:
+                self.s_logits = scales(config.vocab_size, config.d_model)
         self.reset(seed)
 
     @torch.no_grad()
@@ -499,11 +578,14 @@ class Transformer(nn.Module):
             elif p.ndim < 2:
                 continue                                               # gains and PolyNorm are born with their values
             elif leaf in ("wo", "down"):
-                std = 0.0 if self.config.zero_out else self.config.init_std / math.sqrt(2 * self.config.n_layer)
+                std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
+                std = 0.0 if self.config.zero_out and not self.config.ngpt else std
             else:
                 std = self.config.init_std
             if not p.is_meta:
                 p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, 1, generator=random) * std)
+        if self.config.ngpt:
+            renormalise_(dict(self.named_parameters()))
 
     def attentions(self):
         """name → Attention, in order."""
@@ -530,13 +612,16 @@ class Transformer(nn.Module):
         if self.config.position == "rope":
             rope = rope_table(self.config, past, past + T, x.device, kernels.wide(x.dtype))
         mask = kernels.causal_mask(T, past + T, doc_start, x.device) if past or doc_start is not None else None
+        kv = None
         for layer in self.layers.values():
-            x = layer(x, rope, mask, cache)
+            x, kv = layer(x, rope, mask, cache, kv)
         if cache:
             cache.length += T
         if not self.last:
             return x
         head, x = self.embed if self.config.tie else self.head, self.norm(x)
+        if self.config.ngpt:                                           # logits are cosines times a learned sharpness
+            head = head * (self.s_logits * self.config.d_model ** 0.5)[:, None]          # [2410.01131 eq. 3]
         if targets is None:
             return F.linear(x, head.to(x.dtype))
         loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
@@ -572,7 +657,9 @@ def flops_per_token(config, context=None, training=True):
 
 def cache_per_token(config):
     """Numbers that the KV cache keeps for one token."""
-    return config.n_layer * ((config.kv_rank + config.d_rope) or 2 * config.n_kv_head * config.d_head)
+    if config.kv_rank:
+        return config.n_layer * (config.kv_rank + config.d_rope)
+    return math.ceil(config.n_layer / config.share_kv) * 2 * config.n_kv_head * config.d_head
 
 
 # ---- weights of others: the Hugging Face layouts of DeepSeek-V3, Kimi K2 and Motif-2.6B ---------------------------
@@ -599,9 +686,9 @@ HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value
                    n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor")
 HF_YARN = dict(yarn="factor", yarn_from="original_max_position_embeddings", yarn_fast="beta_fast",
                yarn_slow="beta_slow")
-DEEPSEEK = dict(differential=False, act="silu", gated=True, norm="rms", position="rope")         # what its code fixes
-MOTIF = dict(differential=True, act="polynorm", gated=True, norm="rms", position="rope", lam_delay=1, kv_rank=0,
-             n_expert=0, yarn=0.0)
+PLAIN = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False)     # what their code fixes
+DEEPSEEK = PLAIN | dict(differential=False, act="silu")
+MOTIF = PLAIN | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
 
 
 def turn_rotary(w, rows, rotary, back=False):

@@ -768,8 +768,13 @@ VARIANTS = {
     "learned": replace(MHA, position="learned", norm="layer", act="gelu", gated=False, tie=False),
     "ungated": replace(TINY, gated=False, act="relu2", tie=False), "swiglu": replace(MHA, act="silu"),
     "latent": replace(MHA, act="silu", q_rank=12, kv_rank=10, d_rope=4, d_value=6),
-    "latent, full queries": replace(MHA, kv_rank=10, d_rope=4, d_value=6),
+    "latent, yarn": replace(MHA, kv_rank=10, d_rope=4, d_value=6, yarn=4.0, yarn_from=8, yarn_fast=2.0),
+    "gqa, yarn": replace(MHA, n_kv_head=2, yarn=4.0, yarn_from=8, yarn_fast=2.0),
     "experts": replace(MHA, act="silu", n_expert=6, n_dense=1, n_active=2, d_expert=16, route_scale=1.5),
+    "qk-norm": replace(MHA, qk_norm=True), "differential qk-norm gqa": replace(TINY, qk_norm=True, n_kv_head=2),
+    "shared": replace(MHA, n_layer=4, share_kv=2), "ngpt": replace(MHA, act="silu", ngpt=True, tie=False),
+    "shared differential qk-norm": replace(TINY, qk_norm=True, share_kv=3),
+    "shared differential ngpt gqa": replace(TINY, n_layer=4, ngpt=True, share_kv=2, n_kv_head=2),
     "k2": replace(MHA, act="silu", q_rank=12, kv_rank=10, d_rope=4, d_value=6, n_expert=8, n_dense=1, n_active=2,
                   d_expert=16, n_group=4, top_group=2, route_scale=2.0),
 }
@@ -831,6 +836,10 @@ def test_documents_in_one_window_do_not_see_each_other(config, float64):
 @each_variant
 @pytest.mark.parametrize("cuts", [(1,), (1, 2)])
 def test_ranges_of_layers_make_the_whole(config, cuts, float64):
+    if any(cut % config.share_kv for cut in cuts):
+        with pytest.raises(ValueError, match="another range"):
+            net.Transformer(config, layers=range(1, config.n_layer))
+        cuts = tuple({cut - cut % config.share_kv for cut in cuts} - {0})
     bounds = [0, *cuts, config.n_layer]
     whole = lively(config)
     parts = [lively(config, layers=range(a, b)) for a, b in zip(bounds, bounds[1:])]
@@ -844,6 +853,113 @@ def test_ranges_of_layers_make_the_whole(config, cuts, float64):
         h = part(h)
     torch.testing.assert_close(parts[-1](h), whole(x))
     torch.testing.assert_close(parts[-1](h, targets=y)[0], whole(x, targets=y)[0])
+
+
+def test_shared_keys_and_values_halve_the_cache():
+    """By measure, in bytes; the second layer of a pair has no key and value matrices, and reads the first one's."""
+    sizes = []
+    for share in (1, 2):
+        network = lively(replace(VARIANTS["shared"], share_kv=share))
+        cache = net.Cache(32)
+        network(tokens(1, 8), cache=cache)
+        sizes.append(sum(t.nbytes for kv in cache.store.values() for t in kv))
+        assert net.cache_per_token(network.config) * 32 * 4 == sizes[-1]
+    assert sizes[1] == sizes[0] / 2 and not any(".1.attention.wk" in name for name in network.state_dict())
+    x = tokens(1, 8)
+    before = network(x)
+    with torch.no_grad():
+        network.layers["3"].attention.wq.zero_()                   # even attention over the leader's values
+    assert not torch.equal(network(x), before)
+
+
+def test_qk_norm_forgets_the_size_of_its_weights(float64):
+    """Which is why it is not combined with QK-Clip."""
+    network, x = lively(VARIANTS["qk-norm"]), tokens(1, 12)
+    before, attention = network(x), network.layers["1"].attention
+    with torch.no_grad():
+        attention.wq *= 0.25
+        attention.wk *= 3.0
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)           # up to eps
+    q, k = (torch.randn(1, 4, 12, 8) for _ in range(2))
+    assert attention.query(q, None).square().mean(-1).sqrt().allclose((attention.q_norm.weight * q / q.square().mean(
+        -1, keepdim=True).sqrt()).square().mean(-1).sqrt(), atol=1e-4)
+
+
+def test_ngpt_is_its_definition(float64):
+    """Equations 3, 10, 11, 15, 16, 20, 21 of 2410.01131, for one head at a time, without rotation (a single token)."""
+    config = replace(VARIANTS["ngpt"], n_layer=2)
+    network, x = lively(config), tokens(5, 1)
+    net.renormalise_(dict(network.named_parameters()))
+    C, root, unit = config.d_model, config.d_model ** 0.5, lambda v: v / v.norm(dim=-1, keepdim=True)
+    h = unit(network.embed)[x[:, 0]]
+    for layer in network.layers.values():
+        a, f = layer.attention, layer.ffn
+        v = h @ a.wv.T                                                     # one token: all attention goes to itself
+        h = unit(h + layer.a_attention * root / 2 * (unit(v @ a.wo.T) - h))
+        gate, up = (h @ f.gate.T) * f.s_gate * root * root, (h @ f.up.T) * f.s_up * root
+        h = unit(h + layer.a_ffn * root / 2 * (unit((silu(gate) * up) @ f.down.T) - h))
+    torch.testing.assert_close(network(x)[:, 0], (h @ network.head.T) * network.s_logits * root)
+
+    q, k, s = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), (a.s_qk * root).view(4, 1, 8)
+    logits = a.query(q, None) @ a.key(k, None).mT / math.sqrt(8)
+    torch.testing.assert_close(logits, (unit(q) * s) @ (unit(k) * s).mT * math.sqrt(8))
+    fresh = net.Transformer(config)
+    assert fresh.layers["0"].a_ffn.tolist() == pytest.approx([1 / root] * C)
+    for name, p in fresh.named_parameters():
+        if p.ndim == 2:
+            assert p.norm(dim=0 if name.endswith(("wo", "down")) else 1).allclose(torch.ones(()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muonclip"])
+def test_ngpt_stays_on_the_sphere_and_learns(text, optimizer, tmp_path):
+    """After 50 steps, with averages put back too; and it resumes bit for bit."""
+    optim = muonclip.OptimConfig(name=optimizer, lr=0.02, tau=0, weight_decay=0)
+    config = tiny_run(text, tokens=50 * 8 * 32, optim=optim, out=str(tmp_path / "a"), average_every=12 * 8 * 32,
+                      average_from=0.0)
+    config = replace(config, model=replace(config.model, ngpt=True))
+    history, network = train.train(config, quiet=True)
+    for name, p in network.named_parameters():
+        if p.ndim == 2:
+            norms = p.norm(dim=0 if name.endswith(("wo", "down")) else 1)
+            assert norms.allclose(torch.ones(()), atol=1e-5), name
+    assert history[-1]["val_mine"] < history[0]["val_mine"] - 0.5
+    other = replace(config, out=str(tmp_path / "b"))
+    train.train(replace(other, steps=20), quiet=True)
+    train.train(other, resume=True, quiet=True)
+    assert all(torch.equal(t, weights_of(tmp_path / "b")[name]) for name, t in weights_of(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(qk_norm=True, kv_rank=10, d_rope=4, d_value=6), "qk_norm: not with latent attention"),
+    (dict(share_kv=2, kv_rank=10, d_rope=4, d_value=6), "share_kv: not with latent attention"),
+    (dict(ngpt=True, qk_norm=True), "not with qk_norm=True"), (dict(ngpt=True, gated=False), "gated=False"),
+    (dict(ngpt=True, position="learned"), "position=learned"), (dict(ngpt=True, norm="layer"), "norm=layer"),
+    (dict(ngpt=True, n_expert=4, n_active=1, d_expert=8), "n_expert=4")])
+def test_candidates_that_do_not_go_together_are_refused(config, says):
+    with pytest.raises(ValueError, match=says):
+        replace(MHA, **config)
+
+
+@pytest.mark.parametrize("name", ["qk_norm", "ngpt"])
+def test_candidates_that_undo_the_clip_are_refused_with_it(name):
+    model = replace(MHA, **{name: True})
+    with pytest.raises(ValueError, match=f"model.{name} undoes the clip"):
+        train.Config(model=model)
+    with pytest.raises(ValueError, match="weight_decay=0.1") if name == "ngpt" else contextlib.nullcontext():
+        train.Config(model=model, optim=muonclip.OptimConfig(tau=0))
+    train.Config(model=model, optim=muonclip.OptimConfig(tau=0, weight_decay=0))
+
+
+def test_yarn_slows_the_slow_pairs_alone():
+    """DeepSeek-V3's settings: pairs that turn more than 32 times in 4,096 tokens stay, those below once are 40 times
+    slower, between them it is linear; logits grow by (0.1·ln 40 + 1)².   [2309.00071]"""
+    config = replace(net.PRESETS["deepseek-v3"], yarn=40.0)
+    plain, slow = net.rope_frequencies(replace(config, yarn=0.0)), net.rope_frequencies(config)
+    turns, ratio = plain * 4096 / (2 * math.pi), slow / plain
+    assert (ratio[turns > 42] == 1).all() and ratio[turns < 0.75].allclose(torch.tensor(1 / 40, dtype=torch.float64))
+    between = ratio[(turns < 30) & (turns > 1.3)]
+    assert (between.diff() < 0).all() and torch.allclose(between.diff(), between.diff().mean(), rtol=1e-9)
+    assert config.sharpness == pytest.approx((0.1 * math.log(40) + 1) ** 2)
 
 
 def test_lambda_starts_where_the_paper_says(float64):
@@ -935,10 +1051,10 @@ def test_latent_attention_is_its_definition(float64):
         out.append(scores.softmax(-1) @ (ckv @ wv.T))
     exact = torch.cat(out, -1) @ a.wo.T
     rope = net.rope_table(c, 0, 9, x.device, x.dtype)
-    torch.testing.assert_close(a(x, rope), exact)
+    torch.testing.assert_close(a(x, rope)[0], exact)
     assert a.max_logits.tolist() == pytest.approx(peaks)
     cache = net.Cache(c.context)                                   # the absorbed form: 10 + 4 numbers a token
-    torch.testing.assert_close(a(x, rope, cache=cache), exact)
+    torch.testing.assert_close(a(x, rope, cache=cache)[0], exact)
     assert sum(t[:, :, :1].numel() for t in cache.store[0]) == 2 * (c.kv_rank + c.d_rope)
     assert net.cache_per_token(net.PRESETS["kimi-k2"]) == 61 * 576
 
@@ -1397,8 +1513,8 @@ def explicit_logits(attention, network, x):
     return torch.stack(largest).detach()
 
 
-@pytest.mark.parametrize("config", [MHA, TINY, VARIANTS["gqa"], VARIANTS["differential gqa"]],
-                         ids=["mha", "differential", "gqa", "differential gqa"])
+@pytest.mark.parametrize("config", [MHA, TINY, VARIANTS["gqa"], VARIANTS["differential gqa"], VARIANTS["shared"]],
+                         ids=["mha", "differential", "gqa", "differential gqa", "shared"])
 def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     """Same inputs before and after: a clipped head's largest logit is τ to 1e-5, a calm head's weights are the same
     bits; heads whose largest logit is negative or zero are calm."""
@@ -1408,7 +1524,8 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     finally:
         torch.set_default_dtype(torch.float32)
     attention, d = list(network.attentions().values())[0], config.d_head
-    if config.n_kv_head == config.n_head:
+    own = config.n_kv_head == config.n_head and config.share_kv == 1       # keys that nobody else uses
+    if own:
         with torch.no_grad():
             attention.wk[d:2 * d] *= 1e-3                                  # head 1 is calm
     before = explicit_logits(attention, network, x)
@@ -1422,8 +1539,7 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     torch.testing.assert_close(after[hot], torch.full_like(after[hot], tau), rtol=1e-5, atol=0)
     rows = ~hot.repeat_interleave(d)
     assert torch.equal(attention.wq[rows], weights[0][rows])
-    assert torch.equal(attention.wk[rows], weights[1][rows]) if config.n_kv_head == config.n_head \
-        else torch.equal(attention.wk, weights[1])
+    assert torch.equal(attention.wk[rows], weights[1][rows]) if own else torch.equal(attention.wk, weights[1])
     assert torch.equal(after[~hot], before[~hot])
 
     attention.max_logits.copy_(torch.tensor([-5.0, 0.0, -torch.inf, 1.0]))
@@ -2078,7 +2194,7 @@ def test_bfloat16_trains_float32_weights(text):
             assert b.grad.dtype == torch.float32
             if a.ndim == 2 and a.grad.norm() > 1e-3:
                 cosine = torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
-                assert cosine > 0.98, (name, cosine)
+                assert cosine > (0.95 if "router" in name else 0.98), (name, cosine)       # a choice may flip
 
 
 def test_learning_rates_of_both_reports():

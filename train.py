@@ -33,7 +33,7 @@ import torch
 import parallel
 from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
 from model import (PRESETS, ModelConfig, Transformer, count_parameters, fill_hf_, flops_per_token, generate, hf_config,
-                   load_hf)
+                   load_hf, renormalise_)
 from muonclip import MuonClip, OptimConfig, add_snapshot_, averaging, learning_rate, put_back_, qk_clip_
 from parallel import MeshConfig, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 
@@ -79,6 +79,13 @@ class Config:
         if self.average_every < 0 or self.average_from != -1 and not 0 <= self.average_from <= 1:
             raise ValueError(f"average_every={self.average_every} must not be negative, average_from="
                              f"{self.average_from} must lie in 0..1 (-1: with the decay)")
+        undoes = "model.qk_norm" if self.model.qk_norm else "model.ngpt" if self.model.ngpt else ""
+        if self.optim.tau and undoes:
+            raise ValueError(f"optim.tau={self.optim.tau}: {undoes} undoes the clip, since queries and keys are "
+                             "normalised behind the weights that it shrinks: --optim.tau=0")
+        if self.optim.weight_decay and self.model.ngpt:
+            raise ValueError(f"optim.weight_decay={self.optim.weight_decay}: model.ngpt gives weights norm 1 after "
+                             "each step, there is nothing to decay: --optim.weight_decay=0")
         if self.tokens < self.step_tokens:
             raise ValueError(f"tokens={self.tokens} is less than one step: {self.batch} windows of "
                              f"{self.model.context} = {self.step_tokens} tokens")
@@ -614,6 +621,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
 
         if sound:
             optimizer.step()
+            if config.model.ngpt:
+                renormalise_(model_tensors(model))
             for moe, load in zip(mixtures, loads):
                 moe.balance_(load)
         clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau and sound else 0
@@ -623,6 +632,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             add_snapshot_(mean, model_tensors(model), config.average_of)
         if put_back:
             put_back_(model_tensors(model), mean)
+            if config.model.ngpt:
+                renormalise_(model_tensors(model))
             if config.average_reset:
                 optimizer.state.clear()
 
