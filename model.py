@@ -162,10 +162,11 @@ def linear(name, weights, pre, *x):
 
 
 def local_exchange(tokens, counts):
-    """Carry tokens (M, C), sorted by expert, `counts` (E,) of each, to where their experts are.
+    """Send tokens (M, C), sorted by expert, `counts` (E,) of each, to where their experts are.
 
-    → tokens for the experts here, their counts, and the way back for what they become. On one device: they are here."""
-    return tokens, counts, lambda y: y
+    → arrive() → tokens for the experts here, their counts, and the way back for what they become. What is computed
+    before `arrive` is computed while they travel. On one device they are there already."""
+    return lambda: (tokens, counts, lambda y: y)
 
 
 class Ops(NamedTuple):
@@ -442,13 +443,13 @@ class MoE(nn.Module):
     No token is dropped and none padded. `load` (E,) counts the tokens of each expert over training forwards; after the
     step, `balance_` moves `bias`, which has a say in the choice of experts and none in their weights."""
 
-    def __init__(self, config, ops):
+    def __init__(self, config, ops, here):
         super().__init__()
         c, E = config, config.n_expert
         self.config, self.ops, self.norm = c, ops, make_norm(c)
         self.router = matrix(E, c.d_model)
-        self.gate, self.up = (nn.Parameter(torch.empty(E, c.d_expert, c.d_model)) for _ in range(2))
-        self.down = nn.Parameter(torch.empty(E, c.d_model, c.d_expert))
+        self.gate, self.up = (nn.Parameter(torch.empty(len(here), c.d_expert, c.d_model)) for _ in range(2))
+        self.down = nn.Parameter(torch.empty(len(here), c.d_model, c.d_expert))
         self.act = PolyNorm(c.compile_act) if c.act == "polynorm" else ACTIVATIONS[c.act]
         if c.n_shared:
             self.shared = FeedForward(c, ops, shared=True)
@@ -481,22 +482,23 @@ class MoE(nn.Module):
         return (f * p).sum(-1).mean()
 
     def experts(self, tokens, counts):
-        """tokens (M, C), sorted by expert, and how many each has (E,) → what the experts make of them (M, C)."""
+        """tokens (M, C), sorted by expert, and how many each one here has → what the experts make of them (M, C)."""
         out = []
         weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind())
         for x, (gate, up, down) in zip(tokens.split(counts.tolist()), weights):
             if len(x):
                 a, b = self.ops.linear("expert_up", (gate, up), lambda x: x, x)
                 out += self.ops.linear("expert_down", (down,), lambda a, b: self.act(a) * b, a, b)
-        return torch.cat(out)
+        return torch.cat(out) if out else tokens                       # nobody's tokens
 
     def forward(self, x):
         k, h = self.config.n_active, self.norm(x)
         index, weight = self.route(h)
         order = index.flatten().argsort(stable=True)                   # (N·k,) sorted by expert, once
         counts = index.flatten().bincount(minlength=self.config.n_expert)
-        tokens, counts, back = self.ops.exchange(h.flatten(0, 1)[order // k], counts)
+        arrive = self.ops.exchange(h.flatten(0, 1)[order // k], counts)
         shared = self.shared(h) if self.config.n_shared else 0.0       # while tokens travel
+        tokens, counts, back = arrive()
         y = back(self.experts(tokens, counts)) * weight.flatten()[order, None].to(h.dtype)
         return torch.zeros_like(h.flatten(0, 1)).index_add(0, order // k, y).view_as(h) + shared
 
@@ -507,10 +509,11 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config, layer, ops):
+    def __init__(self, config, layer, ops, experts):
         super().__init__()
         self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
-        self.ffn = MoE(config, ops) if config.n_expert and layer >= config.n_dense else FeedForward(config, ops)
+        moe = config.n_expert and layer >= config.n_dense
+        self.ffn = MoE(config, ops, experts) if moe else FeedForward(config, ops)
         self.rate = config.d_model ** 0.5 / config.n_layer if config.ngpt else 0.0       # α is born as 1/n_layer
         if config.ngpt:
             self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
@@ -546,20 +549,22 @@ class Cache:
 class Transformer(nn.Module):
     """The whole model, or the layers of `layers` (a range): the first holds the embedding, the last the head.
 
-    Parameters have the same names in both, and the same first values for a seed: each is drawn from its own name."""
+    Parameters have the same names in both, and the same first values for a seed: each is drawn from its own name. The
+    same holds for `experts`, the range of them that is here (all by default): ops.exchange has to bring the tokens."""
 
-    def __init__(self, config, ops=Ops(), layers=None, seed=0):
+    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None):
         super().__init__()
         self.config, layers = config, range(config.n_layer) if layers is None else layers
         if layers.start % config.share_kv:
             raise ValueError(f"layers from {layers.start} on: their keys and values are made in another range "
                              f"(share_kv={config.share_kv})")
+        self.experts = range(config.n_expert) if experts is None else experts
         self.first, self.last = layers.start == 0, layers.stop == config.n_layer
         if self.first or self.last and config.tie:
             self.embed = matrix(config.vocab_size, config.d_model)
         if self.first and config.position == "learned":
             self.position = matrix(config.context, config.d_model)
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, ops) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, ops, self.experts) for i in layers})
         if self.last:
             self.norm = make_norm(config)
             if not config.tie:
@@ -572,7 +577,6 @@ class Transformer(nn.Module):
     def reset(self, seed):
         for name, p in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
-            random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             if leaf in ("lq1", "lk1", "lq2", "lk2"):
                 std = 0.1                                                                        # [2410.05258]
             elif p.ndim < 2:
@@ -582,8 +586,10 @@ class Transformer(nn.Module):
                 std = 0.0 if self.config.zero_out and not self.config.ngpt else std
             else:
                 std = self.config.init_std
-            if not p.is_meta:
-                p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, 1, generator=random) * std)
+            units = [(name, p)] if p.ndim < 3 else [(f"{name}.{e}", p[i]) for i, e in enumerate(self.experts)]
+            for unit_name, w in [] if p.is_meta else units:
+                random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{unit_name}".encode()))
+                w.copy_(torch.empty(w.shape, dtype=torch.float32).normal_(0, 1, generator=random) * std)
         if self.config.ngpt:
             renormalise_(dict(self.named_parameters()))
 
@@ -789,7 +795,7 @@ def fill_hf_(model, folder, say=print):
             continue
         read = [dequantised(files[name], files.get(f"{name}_scale_inv")) for name in theirs]
         for name, t in zip(ours, to_ours(*read)):
-            own[name].copy_(t)
+            own[name].copy_(t if t.ndim < 3 else t[model.experts.start:model.experts.stop])
     if beyond:
         say(f"{folder}: {len(beyond)} tensors of layers beyond the last of {config.n_layer} left out")
 

@@ -195,17 +195,19 @@ def adamw_update(gs, ms, vs, step, beta1=0.9, beta2=0.95, eps=1e-8):
 
 
 @torch.no_grad()
-def qk_clip_(attentions, tau):
+def qk_clip_(attentions, tau, master=lambda weight: weight):
     """Shrink the heads whose logits exploded; calm heads keep their weights bit for bit.   [Kimi K2 Algorithm 1]
 
     Each attention says in `max_logits` (H,) how large its logits got, and in `qk_heads` which weights make them.
-    → how many heads were clipped, a tensor: nothing here waits for the device."""
+    `master(weight)` is what is to be shrunk in its place, or None: somebody else's.
+    → how many heads are above tau, a tensor: nothing here waits for the device."""
     clipped = torch.zeros((), dtype=torch.int64)
     for attention in attentions:
         s = attention.max_logits                                                 # (H,) S^h
         gamma = torch.where(s > tau, tau / s, 1.0)                       # (H,) 1 for a calm head, also where S ≤ 0
         for weight, by_head, power in attention.qk_heads():                      # by_head(w): (H, rows, inputs)
-            by_head(weight).mul_(gamma.pow(power).to(weight.dtype)[:, None, None])
+            if (w := master(weight)) is not None:
+                by_head(w).mul_(gamma.pow(power).to(w.dtype)[:, None, None])
         clipped = clipped.to(s.device) + (s > tau).sum()
     return clipped
 
@@ -261,19 +263,21 @@ def put_back_(weights, mean):
 
 # ---- the optimizer ------------------------------------------------------------------------------------------------
 
-def parameter_groups(model, config):
+def kind_of(name, p):
+    if p.ndim >= 2:
+        return "embedding and head" if name.partition("[")[0] in ("embed", "head", "position") else "hidden matrices"
+    return "gains" if "norm.weight" in name else "coefficients"
+
+
+def parameter_groups(named, config):
     """Who is updated how:  hidden matrices → Muon;  embedding, head, positions → AdamW;  vectors → AdamW.
 
     Weight decay: every matrix; the gains of norms too under Muon (Moonlight found it to matter), not under AdamW, as
     is the custom there; never λ or PolyNorm's coefficients, which mean something as they are."""
     muon = config.name == "muonclip"
     kinds = {}
-    for name, p in model.named_parameters():
-        if p.ndim >= 2:
-            kind = "embedding and head" if name in ("embed", "head", "position") else "hidden matrices"
-        else:
-            kind = "gains" if "norm.weight" in name else "coefficients"
-        kinds.setdefault(kind, []).append((name, p))
+    for name, p in named:
+        kinds.setdefault(kind_of(name, p), []).append((name, p))
     rows = []
     for kind, pairs in kinds.items():
         decays = kind in ("hidden matrices", "embedding and head") or kind == "gains" and muon
@@ -281,6 +285,18 @@ def parameter_groups(model, config):
                          rule="muon" if muon and kind == "hidden matrices" else "adamw",
                          weight_decay=config.weight_decay if decays else 0.0))
     return rows
+
+
+def weigh(name, p, config):
+    """(bytes of a parameter's optimizer state, operations of its update): what it costs to own it. 0 operations: it is
+    updated element by element, and may be cut. Hidden matrices may not, not under AdamW: QK-Clip wants whole heads."""
+    muon = config.name == "muonclip"
+    if kind_of(name, p) != "hidden matrices":
+        return 8 * p.numel(), 0
+    if not muon:
+        return 8 * p.numel(), p.numel()
+    small, large = sorted(p.shape[-2:])
+    return 4 * p.numel(), p.shape[:-2].numel() * config.ns_steps * (4 * small ** 2 * large + 2 * small ** 3)
 
 
 def same_shapes(parameters):
@@ -298,22 +314,23 @@ def same_shapes(parameters):
     return [some for of_shape in lists.values() for some in of_shape]
 
 
+def describe(named, config):
+    """One line a group."""
+    for g in parameter_groups(named, config):
+        size = sum(p.numel() for p in g["params"])
+        yield (f"{g['rule']:<6} {g['kind']:<19} {len(g['params']):>4} tensors {size:>12,} parameters  "
+               f"weight decay {g['weight_decay']:g}")
+
+
 class MuonClip(torch.optim.Optimizer):
     """Muon for the groups whose rule is "muon", AdamW for the others; decoupled weight decay in both.
 
     W ← W − lr·(ΔW + weight_decay·W).  `step()` → how many matrices were orthogonalised. The clip is not in here:
     it needs the largest logits of all ranks, and comes after the step (`qk_clip_`)."""
 
-    def __init__(self, model, config):
+    def __init__(self, named, config):
         self.config = config
-        super().__init__(parameter_groups(model, config), dict(lr=config.lr))
-
-    def describe(self):
-        """One line a group."""
-        for g in self.param_groups:
-            size = sum(p.numel() for p in g["params"])
-            yield (f"{g['rule']:<6} {g['kind']:<19} {len(g['params']):>4} tensors {size:>12,} parameters  "
-                   f"weight decay {g['weight_decay']:g}")
+        super().__init__(parameter_groups(named, config), dict(lr=config.lr))
 
     @torch.no_grad()
     def step(self):

@@ -2,12 +2,23 @@
 
 `Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
 It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
+
+  expert parallelism   ranks of an ep group share out the experts; tokens travel to theirs and back     [Kimi K2 §2.4.2]
+  ZeRO-1               each matrix has one owner, with its optimizer state; gradients go there, weights come back
+  checkpoints          written by every rank, read by any layout
+
+World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. What is not an expert is
+the same on all dp ranks; an expert is on dp/ep of them (`edp`).
 """
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,17 +26,32 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from kernels import read_tensors, write_tensors
+from kernels import read_tensors, wide, write_tensors
 
 
 @dataclass(frozen=True)
 class MeshConfig:
+    pp: int = 1                  # pipeline stages
+    ep: int = 1                  # ranks that share out the experts; dp is the rest: world / pp
     timeout: float = 600.0       # seconds after which a collective that waits for a lost rank fails; saving takes less
 
     def __post_init__(self):
         if not self.timeout > 0:
             raise ValueError(f"mesh.timeout={self.timeout}: must be positive, in seconds")
+        for name in ("pp", "ep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
+        if self.pp > 1:
+            raise ValueError(f"mesh.pp={self.pp}: there is no pipeline yet; pp=1")
+
+    def check(self, world, n_expert):
+        """Raise ValueError where so many ranks and experts cannot be laid out so."""
+        if world % (self.pp * self.ep):
+            raise ValueError(f"mesh.pp={self.pp} × ep={self.ep} does not divide the {world} ranks there are")
+        if self.ep > 1 and (n_expert == 0 or n_expert % self.ep):
+            raise ValueError(f"mesh.ep={self.ep} does not divide the model's {n_expert} experts")
 
 
 class Axis(NamedTuple):
@@ -35,10 +61,12 @@ class Axis(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """This process's coordinates: data parallel, pipeline stage, expert group; and the device it computes on."""
+    """This process's coordinates: data parallel, pipeline stage, place in its expert group, replica of its experts; and
+    the device it computes on."""
     dp: Axis = Axis()
     pp: Axis = Axis()
     ep: Axis = Axis()
+    edp: Axis = Axis()
     device: torch.device = torch.device("cpu")
 
 
@@ -68,11 +96,37 @@ def join_mesh(config):
         return Mesh(device=device)
     timeout = timedelta(seconds=config.timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")    # torchrun's store outlives a restart: without names
-    store = dist.PrefixStore(f"attempt-{attempt}", store)          # of its own, a new rank meets a dead one's address
+    store = dist.PrefixStore(meet(store, rank, world, config.timeout), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
-    return Mesh(dp=Axis(this_rank(), world, dist.group.WORLD), device=device)
+    axes, dp = {}, world // config.pp
+    for names, sizes in ((("pp", "dp"), (config.pp, dp)), (("edp", "ep"), (world // config.ep, config.ep))):
+        grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        axes |= {name: Axis(grid.get_local_rank(name), size, grid.get_group(name)) for name, size in zip(names, sizes)}
+    return Mesh(**axes, device=device)
+
+
+def meet(store, rank, world, timeout):
+    """A name that exactly the processes that are here now agree upon.
+
+    torchrun's store outlives a restart: without a name of its own, a new process group reads the addresses of the dead;
+    and agents do not agree on how often they have restarted. So rank 0 calls with a new name; the others answer to what
+    they hear until rank 0 has confirmed them, themselves and not one that died."""
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    if rank == 0:
+        store.set("call", me)
+        answers = [store.get(f"{me}/{r}").decode() for r in range(1, world)]           # waits for each
+        store.set(f"{me}/confirmed", ",".join(answers))
+        return me
+    while time.monotonic() < deadline:
+        call = store.get("call").decode()
+        store.set(f"{call}/{rank}", me)
+        while store.get("call").decode() == call and time.monotonic() < deadline:
+            if store.check([f"{call}/confirmed"]):
+                if me in store.get(f"{call}/confirmed").decode().split(","):
+                    return call
+            time.sleep(0.02)
+    raise LostRank(f"rank {rank} was not called by rank 0 within {timeout:g} seconds")
 
 
 def leave_mesh(mesh):
@@ -114,21 +168,327 @@ def all_sum(t, mesh):
     return t
 
 
-def average_gradients_(parameters, mesh, bucket_bytes=32 << 20):
-    """Replace every gradient by its mean over the ranks. Small ones travel together, in buckets of `bucket_bytes`."""
-    if mesh.dp.size == 1:
-        return
-    bucket, size = [], 0
-    for p in [*parameters, None]:
-        if bucket and (p is None or size + p.grad.nbytes > bucket_bytes or p.grad.dtype != bucket[0].dtype):
-            flat = torch.cat([g.flatten() for g in bucket])
-            all_sum(flat, mesh).div_(mesh.dp.size)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(part.view_as(g))
-            bucket, size = [], 0
-        if p is not None:
-            bucket.append(p.grad)
-            size += p.grad.nbytes
+# ---- expert parallelism -------------------------------------------------------------------------------------------
+
+class Trip:
+    """An all-to-all on its way: `sent[i]` rows go to rank i of ep, `received[i]` come from it. Their gradients take the
+    same way back. Depart starts it and Arrive waits for it, so that what stands between them is computed meanwhile:
+    forwards the shared expert, backwards its gradient."""
+
+    def __init__(self, mesh, sent, received):
+        self.mesh, self.sent, self.received = mesh, sent, received
+
+    def start(self, x, sent, received):
+        out = x.new_empty(sum(received), *x.shape[1:])
+        with talking(self.mesh):
+            self.work = dist.all_to_all_single(out, x.contiguous(), received, sent, self.mesh.ep.group, async_op=True)
+        return out
+
+    def wait(self):
+        with talking(self.mesh):
+            self.work.wait()
+
+
+class Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, trip):
+        ctx.trip = trip
+        return trip.start(x, trip.sent, trip.received)             # not there yet
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.trip.wait()
+        return ctx.trip.gradient, None
+
+
+class Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, trip):
+        ctx.trip = trip
+        trip.wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.trip.gradient = ctx.trip.start(g, ctx.trip.received, ctx.trip.sent)
+        return g, None                                             # a stand-in: Depart has the real one
+
+
+def expert_exchange(mesh):
+    """The `exchange` of a model whose experts are shared out over mesh.ep: rank i has the i-th part of them.
+
+    exchange(tokens (M, C) sorted by expert, counts (E,)) sends them off; `arrive()` → the tokens that came here, sorted
+    by expert, how many each expert here has, and the way back. No token and no expert is padded; any count may be 0."""
+    n = mesh.ep.size
+
+    def exchange(tokens, counts):
+        received = torch.empty_like(counts)                        # (n·E/n,) from each rank, for each expert here
+        with talking(mesh):
+            dist.all_to_all_single(received, counts, group=mesh.ep.group)
+        sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
+        trip = Trip(mesh, sent, got)
+        moving = Depart.apply(tokens, trip)
+
+        def arrive():
+            expert = torch.arange(len(counts) // n, device=counts.device).repeat(n).repeat_interleave(received)
+            order = expert.argsort(stable=True)
+            inverse, home = order.argsort(), Trip(mesh, got, sent)
+            back = lambda y: Arrive.apply(Depart.apply(y[inverse], home), home)
+            return Arrive.apply(moving, trip)[order], received.view(n, -1).sum(0), back
+        return arrive
+    return exchange
+
+
+# ---- ZeRO-1: who owns what ----------------------------------------------------------------------------------------
+
+class Piece(NamedTuple):
+    """Rows start..stop of a parameter that has `rows` of them on all ranks together: what is owned, sent and saved.
+
+    A matrix is one piece, since its update needs all of it; so is each expert of a stack; what is updated element by
+    element (embeddings, vectors) is cut anywhere."""
+    name: str
+    start: int
+    stop: int
+    rows: int
+
+    @property
+    def key(self):
+        return self.name if (self.start, self.stop) == (0, self.rows) else f"{self.name}[{self.start}:{self.stop}]"
+
+
+def share_out(items, n):
+    """[(piece, bytes, operations)] → a list of pieces for each of n owners.
+
+    Whole pieces go, the costliest first, to the owner with the fewest operations so far among those that stay below 1.1
+    times the mean of bytes. Then what has no operations is poured in, to one level of bytes."""
+    bound = 1.1 * sum(size for _, size, _ in items) / n
+    own, size_of, work_of = [[] for _ in range(n)], [0.0] * n, [0.0] * n
+    for piece, size, work in sorted((i for i in items if i[2]), key=lambda i: (-i[2], i[0])):
+        room = [r for r in range(n) if size_of[r] + size <= bound]
+        r = min(room, key=lambda r: (work_of[r], size_of[r])) if room else min(range(n), key=size_of.__getitem__)
+        own[r].append(piece)
+        size_of[r] += size
+        work_of[r] += work
+    liquid = [(piece, size) for piece, size, work in items if not work]
+    left, level = sum(size for _, size in liquid), 0.0
+    for k, size in enumerate(sorted(size_of)):                     # the level at which it fills the lowest k + 1
+        level = (left + sum(sorted(size_of)[:k + 1])) / (k + 1)
+        if k + 1 == n or level <= sorted(size_of)[k + 1]:
+            break
+    r, room = 0, level - size_of[0]
+    for piece, size in liquid:
+        start, row = piece.start, size / (piece.stop - piece.start)
+        while start < piece.stop:
+            while room < row / 2 and r < n - 1:
+                r += 1
+                room = level - size_of[r]
+            stop = piece.stop if r == n - 1 else min(piece.stop, start + max(1, round(room / row)))
+            own[r].append(piece._replace(start=start, stop=stop))
+            room -= (stop - start) * row
+            start = stop
+    return [sorted(pieces) for pieces in own]
+
+
+class Zero1:
+    """Each piece of the model has one owner among the ranks that hold it; only there is its optimizer state [ZeRO §5.1]
+
+    `parameters` {name: parameter}: 3-D ones are stacks of this rank's experts, others are the same on every dp rank.
+    `make([(key, tensor)])` → a torch optimizer for these; `weigh(name, parameter)` → (bytes of its state, operations of
+    its update; 0: element by element). Where parameters are narrower than float32, owners keep a float32 master, and
+    gradients are accumulated in float32 too (`accumulate` after every backward)."""
+
+    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20):
+        self.mesh, self.parameters, self.sums, self.plans, self.works = mesh, parameters, {}, [], {}
+        for stacked, axis in ((False, mesh.dp), (True, mesh.edp)):
+            items = []
+            for name, p in parameters.items():
+                if (p.ndim == 3) != stacked:
+                    continue
+                first = mesh.ep.rank * len(p) if stacked else 0
+                whole = Piece(name, first, first + len(p), len(p) * (mesh.ep.size if stacked else 1))
+                size, work = weigh(name, p)
+                self.works[name] = work
+                alone = stacked and axis.size > 1                  # experts have owners of their own
+                cuts = range(first, first + len(p)) if alone else [None]
+                items += [(whole if e is None else whole._replace(start=e, stop=e + 1), size / len(cuts),
+                           work / len(cuts)) for e in cuts]
+            owners = share_out(items, axis.size) if axis.size > 1 else [[piece for piece, *_ in items]]
+            room = bucket_bytes if axis.size > 1 else float("inf")
+            self.plans.append((axis, [self.buckets(pieces, room) for pieces in owners]))
+        self.masters, self.optimizers = {}, []                     # (axis, own buckets) → optimizers, in one order
+        for axis, plan in self.plans:
+            for bucket in plan[axis.rank]:
+                for piece in bucket:
+                    here = self.rows(piece)
+                    self.masters[piece] = here if here.dtype == wide(here.dtype) else here.float()
+                self.optimizers.append(make([(piece.key, self.masters[piece]) for piece in bucket]))
+
+    def rows(self, piece, of=None):
+        """The rows of a piece in this rank's parameter, or in `of`, a tensor like it."""
+        p = self.parameters[piece.name].detach() if of is None else of
+        first = self.mesh.ep.rank * len(p) if p.ndim == 3 else 0
+        return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
+
+    def buckets(self, pieces, room):
+        """Lists of pieces of one dtype with `room` bytes each; one piece may be larger. Without a limit: one list."""
+        lists, size, dtype = [], 0, lambda piece: str(self.parameters[piece.name].dtype)
+        for piece in sorted(pieces, key=dtype) if room < float("inf") else pieces:
+            nbytes = self.rows(piece).nbytes
+            if not lists or size + nbytes > room or room < float("inf") and dtype(piece) != dtype(lists[-1][0]):
+                lists, size = [*lists, []], 0
+            lists[-1].append(piece)
+            size += nbytes
+        return lists
+
+    def accumulate(self):
+        """Add the gradients of parameters narrower than float32 to float32 sums, and drop them."""
+        for name, p in self.parameters.items():
+            if p.dtype != wide(p.dtype) and p.grad is not None:
+                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad.float()
+                p.grad = None
+
+    def gradient(self, piece):
+        """This rank's own: zeros where no token came by."""
+        p = self.parameters[piece.name]
+        found = self.sums.get(piece.name, p.grad)
+        return torch.zeros_like(self.rows(piece), dtype=wide(p.dtype)) if found is None else self.rows(piece, found)
+
+    def flights(self, start, land):
+        """For each bucket of each owner: `start(axis, r, bucket)` → (request, tensor); `land(axis, r, bucket, tensor)`
+        when it is there. A few are under way at a time; owners take turns, so that all of them have something to do."""
+        flying = []
+
+        def arrive(some):
+            for request, tensor, *where in some:
+                with talking(self.mesh):
+                    request.wait()
+                land(*where, tensor)
+        for axis, plan in self.plans:
+            for k in range(max(map(len, plan))):
+                for r, buckets in enumerate(plan):
+                    if axis.size == 1 and k < len(buckets):
+                        land(axis, r, buckets[k], start(axis, r, buckets[k]))
+                    elif k < len(buckets):
+                        with talking(self.mesh):
+                            flying.append((*start(axis, r, buckets[k]), axis, r, buckets[k]))
+                if len(flying) > 2 * axis.size:
+                    arrive(flying[:-axis.size])
+                    flying = flying[-axis.size:]
+        arrive(flying)
+
+    @torch.no_grad()
+    def reduce(self):
+        """The mean over dp of all gradients, to the owners: into `master.grad`. That of an expert is the sum over its
+        replicas, divided by dp too: its ranks have seen the tokens of all of dp."""
+        n = self.mesh.dp.size
+
+        def start(axis, r, bucket):
+            if axis.size == 1:
+                return None
+            flat = torch.cat([self.gradient(piece).flatten() for piece in bucket])
+            return dist.reduce(flat, group_dst=r, group=axis.group, async_op=True), flat
+
+        def land(axis, r, bucket, flat):
+            if r != axis.rank:
+                return
+            for piece in bucket:
+                master = self.masters[piece]
+                if axis.size == 1:
+                    master.grad = self.gradient(piece) if n == 1 else self.gradient(piece) / n
+                else:
+                    mine, flat = flat[:master.numel()], flat[master.numel():]
+                    master.grad = mine.view_as(master).div_(n)
+        self.flights(start, land)
+        self.sums = {}
+
+    @torch.no_grad()
+    def clip_norm_(self, largest):
+        """Scale the owners' gradients to a norm of at most `largest`. → the norm, float64: squares are summed tensor by
+        tensor, in the order of their names, so that no layout changes it."""
+        index = {name: i for i, name in enumerate(sorted(self.parameters))}
+        squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
+        gradients = [master.grad for master in self.masters.values()]
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
+            where = torch.tensor([index[piece.name] for piece in self.masters], device=norms.device)
+            squares.index_add_(0, where, norms.square())
+        norm = all_sum(squares, self.mesh).sum().sqrt()
+        if gradients and norm > largest:
+            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).item())
+        return norm
+
+    @torch.no_grad()
+    def step(self, update, follow):
+        """Owners update their pieces (if `update`), `follow({key: master})` does what comes after, and everybody gets
+        the new weights: those of one bucket travel while the next is computed."""
+        optimizers = iter(self.optimizers)
+
+        def start(axis, r, bucket):
+            pieces = {piece.key: self.masters[piece] for piece in bucket} if r == axis.rank else {}
+            if r == axis.rank:
+                optimizer = next(optimizers)
+                if update:
+                    optimizer.step()
+                follow(pieces)
+            if axis.size == 1:
+                return None
+            here = [self.rows(piece) for piece in bucket]          # of one dtype; the owner's masters may be wider
+            flat = torch.cat([pieces.get(piece.key, h).to(h.dtype).flatten() for piece, h in zip(bucket, here)])
+            return dist.broadcast(flat, group_src=r, group=axis.group, async_op=True), flat
+
+        def land(axis, r, bucket, flat):
+            for piece in bucket:
+                here = self.rows(piece)
+                if r != axis.rank:
+                    mine, flat = flat[:here.numel()], flat[here.numel():]
+                    here.copy_(mine.view_as(here))
+                elif here.data_ptr() != self.masters[piece].data_ptr():
+                    here.copy_(self.masters[piece])
+        self.flights(start, land)
+
+    def sound(self):
+        """Whether this rank's own gradients are finite, before they are added to those of the others; a tensor."""
+        found = [*self.sums.values(), *(p.grad for p in self.parameters.values() if p.grad is not None)]
+        return torch.nn.utils.get_total_norm(found).isfinite()
+
+    @torch.no_grad()
+    def refresh(self):
+        """Masters from the parameters, which were given new values."""
+        for piece, master in self.masters.items():
+            master.copy_(self.rows(piece))
+
+    def describe(self):
+        """Where ranks have less to do than others, say so."""
+        for axis, plan in self.plans:
+            busy = sum(any(self.works[piece.name] for piece in sum(buckets, [])) for buckets in plan)
+            if axis.size > 1 and any(plan) and busy < axis.size:
+                yield f"{axis.size} ranks, but only {busy} own a matrix: the others wait for its update"
+
+    def tensors(self):
+        """{key: tensor} of what this rank owns: masters, and "KEY:STATE" of its optimizers."""
+        kept = {piece.key: master for piece, master in self.masters.items()}
+        for optimizer in self.optimizers:
+            kept |= optimizer.tensors()
+        return kept
+
+    @torch.no_grad()
+    def load(self, saved, moments=True):
+        """Masters, and the optimizer state that belongs to them, of a checkpoint (`Saved`) of any layout."""
+        states = {}
+        for name in saved:
+            name, colon, state = name.partition(":")
+            if colon and moments:
+                states.setdefault(name, []).append(state)
+        lost = [name for name in states if name not in self.parameters]
+        if lost:
+            raise ValueError(f"the optimizer state is of another model: {', '.join(lost[:8])} unknown")
+        own = {piece.key: piece for piece in self.masters}
+        for piece, master in self.masters.items():
+            master.copy_(saved.rows(piece.name, piece.start, piece.stop))
+        for optimizer in self.optimizers:
+            keys = [key for group in optimizer.param_groups for key in group["names"]]
+            optimizer.load({f"{key}:{state}": saved.rows(f"{own[key].name}:{state}", own[key].start, own[key].stop)
+                            for key in keys for state in states.get(own[key].name, ())})
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
@@ -149,30 +509,46 @@ def sync_folder(path):
     os.close(handle)
 
 
-def save_checkpoint(run, step, tensors, facts, keep):
-    """run/ckpt/step-N: one tensor file a rank and, last, the manifest. Written beside, forced to disk, then renamed: a
-    folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
-    ckpt = run / "ckpt"
+def save_checkpoint(run, step, tensors, facts, keep, mesh=Mesh()):
+    """run/ckpt/step-N: a tensor file of each rank's `tensors` and, last, the manifest. Written beside, forced to disk,
+    then renamed: a folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
+    ckpt, rank = run / "ckpt", mesh.dp.rank
     final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
-    for unfinished in ckpt.glob(".saving-*"):
-        shutil.rmtree(unfinished)
-    beside.mkdir(parents=True)
-    write_tensors(beside / "rank-0.safetensors", tensors)
-    entries = {name: dict(file="rank-0.safetensors", shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
-               for name, t in tensors.items()}
-    manifest = dict(facts, step=step, tensors=entries)
-    with open(beside / "manifest.json", "w") as file:
-        json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(beside)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    sync_folder(ckpt)
-    kept = checkpoints(run)
-    here = kept.index(final) + 1
-    for old in kept[here:] + kept[:here][:-keep]:              # later ones are damaged, or this run began before them
-        shutil.rmtree(old)
+    if rank == 0:
+        for unfinished in ckpt.glob(".saving-*"):
+            shutil.rmtree(unfinished)
+        beside.mkdir(parents=True)
+    barrier(mesh)
+    file = f"rank-{rank}.safetensors"
+    write_tensors(beside / file, tensors)
+    entries = {key: dict(file=file, shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
+               for key, t in tensors.items()}
+    entries = gather(entries, mesh)
+    if rank == 0:
+        manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
+        with open(beside / "manifest.json", "w") as file:
+            json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        sync_folder(ckpt)
+        kept = checkpoints(run)
+        here = kept.index(final) + 1
+        for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
+            shutil.rmtree(old)
+    barrier(mesh)
+
+
+def gather(thing, mesh):
+    """→ the list of every rank's on rank 0, None elsewhere."""
+    if mesh.dp.size == 1:
+        return [thing]
+    things = [None] * mesh.dp.size if mesh.dp.rank == 0 else None
+    with talking(mesh):
+        dist.gather_object(thing, things, group=mesh.dp.group, group_dst=0)
+    return things
 
 
 def checkpoints(run):
@@ -180,8 +556,46 @@ def checkpoints(run):
     return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
 
 
-def read_checkpoint(folder):
-    """→ (manifest, {name: tensor}) with every tensor's shape, type and checksum verified. Raises ValueError."""
+class Saved(Mapping):
+    """What a checkpoint holds, by name, whatever ranks wrote it: `saved[name]`, or some rows of it. Nothing is read
+    from the disk, and nothing put together, before it is asked for."""
+
+    def __init__(self, tensors):
+        self.parts = {}
+        for key, t in tensors.items():
+            name, start, state = re.fullmatch(r"([^\[\]]*?)(?:\[(\d+):\d+\])?(:\w+)?", key).groups()
+            self.parts.setdefault(name + (state or ""), []).append((int(start or 0), t))
+        for parts in self.parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, name):
+        return self.rows(name)
+
+    def shape(self, name):
+        parts = [t for _, t in self.parts[name]]
+        return torch.Size((sum(map(len, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0].shape
+
+    def rows(self, name, start=0, stop=None):
+        """Rows start..stop, put together where they lie in several files. A number (a step) has none: it is itself."""
+        parts = self.parts[name]
+        if not parts[0][1].ndim:
+            return parts[0][1]
+        stop = self.shape(name)[0] if stop is None else stop
+        found = [t[max(start - at, 0):stop - at] for at, t in parts if at < stop and at + len(t) > start]
+        if sum(map(len, found)) != stop - start:
+            raise ValueError(f"the checkpoint has no rows {start} to {stop} of {name}")
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def read_checkpoint(folder, part=0, parts=1):
+    """→ (manifest, Saved), every tensor's shape and type verified, and the checksums of every parts-th. Raises
+    ValueError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest.pop("sha256") != digest(manifest):
@@ -194,18 +608,34 @@ def read_checkpoint(folder):
         tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-    for name, t in tensors.items():
-        if str(t.dtype) != entries[name]["dtype"] or list(t.shape) != entries[name]["shape"] \
-                or checksum(t) != entries[name]["sha256"]:
+    for i, (name, t) in enumerate(tensors.items()):
+        entry = entries[name]
+        if str(t.dtype) != entry["dtype"] or list(t.shape) != entry["shape"] \
+                or i % parts == part and checksum(t) != entry["sha256"]:
             raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
-    return manifest, tensors
+    return manifest, Saved(tensors)
 
 
-def newest_checkpoint(run, say=print):
-    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over."""
-    for folder in reversed(checkpoints(run)):
+def newest_checkpoint(run, say=print, mesh=Mesh()):
+    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over. Ranks verify a part of
+    the checksums each and decide together."""
+    before = float("inf")
+    while True:
+        steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
+        step = max(steps, default=-1)
+        high, low = all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
+        if high != -low:
+            raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
+                             "that all of them see")
+        if step < 0:
+            return None
+        wrong, found = "", None
         try:
-            return read_checkpoint(folder)
+            found = read_checkpoint(run / "ckpt" / f"step-{step:08d}", mesh.dp.rank, mesh.dp.size)
         except ValueError as error:
-            say(f"{error}; trying the one before")
-    return None
+            wrong = str(error)
+        if not all_max(torch.tensor([float(bool(wrong))], device=mesh.device), mesh).item():
+            return found
+        everyone = [text for text in gather(wrong, mesh) or [wrong] if text]
+        say(f"{everyone[0] if everyone else 'damaged'}; trying the one before")
+        before = step

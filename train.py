@@ -32,10 +32,11 @@ import torch
 
 import parallel
 from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
-from model import (PRESETS, ModelConfig, Transformer, count_parameters, fill_hf_, flops_per_token, generate, hf_config,
-                   load_hf, renormalise_)
-from muonclip import MuonClip, OptimConfig, add_snapshot_, averaging, learning_rate, put_back_, qk_clip_
-from parallel import MeshConfig, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
+                   hf_config, load_hf, renormalise_)
+from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
+                      weigh)
+from parallel import MeshConfig, Zero1, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -211,21 +212,24 @@ def from_dict(kind, values):
 
 # ---- weights in ---------------------------------------------------------------------------------------------------
 
-def restore(model, optimizer, tensors):
-    """Copy a checkpoint's tensors into model and optimizer; other names or shapes are refused, all listed at once."""
-    own = model.state_dict()
-    kept = {name: t for name, t in tensors.items() if ":" not in name and "/" not in name}
-    wrong = [f"{name} {tuple(kept[name].shape) if name in kept else 'missing'} for {tuple(own[name].shape)}"
-             for name in own if name not in kept or kept[name].shape != own[name].shape]
-    wrong += [f"{name} unknown" for name in kept if name not in own]
+def restore(model, owners, saved, moments=True):
+    """Copy a checkpoint into a model (whole, or with some of its experts) and what this rank owns of its optimizer, if
+    `owners`; other names or shapes are refused, all listed at once."""
+    with torch.device("meta"):
+        whole = Transformer(model.config).state_dict()
+    kept = [name for name in saved if ":" not in name and "/" not in name]
+    wrong = [f"{name} {tuple(saved.shape(name)) if name in kept else 'missing'} for {tuple(whole[name].shape)}"
+             for name in whole if name not in kept or saved.shape(name) != whole[name].shape]
+    wrong += [f"{name} unknown" for name in kept if name not in whole]
     if wrong:
         raise ValueError(f"the checkpoint is of another architecture: {'; '.join(wrong[:8])}"
                          + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
     with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(kept[name])
-    if optimizer is not None:
-        optimizer.load({name: t for name, t in tensors.items() if ":" in name})
+        for name, p in model.state_dict().items():
+            first = model.experts.start if p.ndim == 3 else 0
+            p.copy_(saved.rows(name, first, first + len(p)))
+    if owners is not None:
+        owners.load(saved, moments)
 
 
 def is_hf(folder):
@@ -241,21 +245,22 @@ def kept_config(run):
             continue                                               # damaged: named when it is read in earnest
 
 
-def begin(config, model, optimizer, facts, say):
+def begin(config, model, owners, facts, mesh, say):
     """The weights of config.init: one of our runs, with its moments where the optimizer is the same, or a Hugging
     Face folder."""
     if is_hf(config.init):
         fill_hf_(model, config.init, say)
+        owners.refresh()
         return say(f"weights of {config.init}")
-    found = newest_checkpoint(Path(config.init), say)
+    found = newest_checkpoint(Path(config.init), say, mesh)
     if not found:
         raise ValueError(f"--init={config.init}: neither a run with a checkpoint nor a Hugging Face folder")
-    manifest, tensors = found
+    manifest, saved = found
     if manifest["tokenizer"] != facts["tokenizer"]:
         raise ValueError(f"--init={config.init} was trained with another tokenizer than --data.tokenizer="
                          f"{config.data.tokenizer}: leave that out to take its own")
     same = manifest["config"]["optim"]["name"] == config.optim.name
-    restore(model, optimizer if same else None, tensors)
+    restore(model, owners, saved, moments=same)
     say(f"weights{' and moments' if same else ''} of {config.init} at step {manifest['step']}")
 
 
@@ -280,10 +285,11 @@ def load_run(folder, average=1):
     if len(kept) < average:
         raise SystemExit(f"{folder}: {len(kept)} checkpoints here, not {average}; train first (torchrun train.py "
                          f"--out={folder} --keep={average})")
-    for manifest, tensors in map(read_checkpoint, kept) if average > 1 else [newest_checkpoint(run)]:
-        add_snapshot_(mean, tensors, average)
-    model = Transformer(from_dict(Config, manifest["config"]).model)
-    restore(model, None, mean)
+    for manifest, saved in map(read_checkpoint, kept) if average > 1 else [newest_checkpoint(run)]:
+        model = Transformer(from_dict(Config, manifest["config"]).model)
+        restore(model, None, saved)
+        add_snapshot_(mean, model.state_dict(), average)
+    put_back_(model.state_dict(), mean)
     return model, load_tokenizer(run / "tokenizer.json")
 
 
@@ -381,10 +387,13 @@ def evaluate(model, batches, config, mesh, dtype=None):
     for name in batches.corpus.domains:
         x, y, doc_start = batches.val(name, config.eval_windows)
         sums = torch.zeros(3, dtype=torch.float64)                                   # nats, tokens, bytes
-        for at in range(mesh.dp.rank * config.micro, len(x), mesh.dp.size * config.micro):
-            part = slice(at, at + config.micro)
+        for at in range(mesh.dp.rank * config.micro, math.ceil(len(x) / config.micro / mesh.dp.size)
+                        * mesh.dp.size * config.micro, mesh.dp.size * config.micro):
+            part = slice(at, at + config.micro) if at < len(x) else slice(0, 1)
             xs, ys, starts = (None if t is None else t[part].to(mesh.device) for t in (x, y, doc_start))
             _, nll = model(xs, ys, starts, dtype=dtype)
+            if at >= len(x):                                       # only so that tokens of other ranks meet experts
+                continue
             sums += torch.tensor([nll.double().sum().item(), ys.numel(), token_bytes[ys.cpu()].sum().item()])
         nats, tokens, size = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
         results[name] = nats / tokens, nats / math.log(2) / size
@@ -455,8 +464,9 @@ class Status:
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
-def forward_backward(model, batch, config, mesh, domains, dtype=None):
-    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches into p.grad.
+def forward_backward(model, batch, config, mesh, domains, dtype=None, after=lambda: None):
+    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches into p.grad; `after` each of
+    them is called.
 
     → (domains, 2) float64 on the CPU: summed loss in nats/token, and number, of each domain's windows."""
     sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
@@ -465,6 +475,7 @@ def forward_backward(model, batch, config, mesh, domains, dtype=None):
         x, y, doc_start = (None if t is None else t[part].to(mesh.device) for t in (batch.x, batch.y, batch.doc_start))
         loss, nll = model(x, y, doc_start, dtype=dtype)
         (loss * (len(x) / share)).backward()
+        after()
         of_window = nll.double().view(len(x), -1).mean(1).cpu()
         sums.index_add_(0, batch.domain[part], torch.stack([of_window, torch.ones_like(of_window)], 1))
     return sums
@@ -479,6 +490,7 @@ def train(config, resume=False, quiet=False, watch=None):
     run, world = None, parallel.world_size()
     if config.batch % world:
         raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
+    config.mesh.check(world, config.model.n_expert)
     if parallel.this_rank() == 0 and config.out:
         if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
             raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
@@ -496,32 +508,31 @@ def train(config, resume=False, quiet=False, watch=None):
             run.close()
 
 
-def take_up(config, resume, model, optimizer, facts, mesh, say):
+def take_up(config, resume, model, owners, facts, mesh, say):
     """Load the newest intact checkpoint of the run, if it is to be resumed, or else what it begins with.
 
     → (the step to go on from, or None; what there is of the mean of snapshots)"""
-    found = newest_checkpoint(Path(config.out), say) if resume else None
-    if found:
-        manifest, tensors = found
-        for what in ("tokenizer", "data"):
-            if manifest[what] != facts[what]:
-                raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
-                                 f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
-        restore(model, optimizer, tensors)
-    elif resume and checkpoints(Path(config.out)):
-        raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
-    step = manifest["step"] if found else -1
-    high, low = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
-    if high != -low:
-        raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: --out={config.out} must be one "
-                         "folder that all of them see")
-    if resume:
-        say(f"resuming {config.out} at step {max(step, 0)}")
+    found = newest_checkpoint(Path(config.out), say, mesh) if resume else None
     if not found:
+        if resume and checkpoints(Path(config.out)):
+            raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
+        if resume:
+            say(f"resuming {config.out} at step 0")
         if config.init:
-            begin(config, model, optimizer, facts, say)
+            begin(config, model, owners, facts, mesh, say)
         return None, {}
-    return step, {name.removeprefix("mean/"): t.to(mesh.device) for name, t in tensors.items() if "/" in name}
+    manifest, saved = found
+    for what in ("tokenizer", "data"):
+        if manifest[what] != facts[what]:
+            raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
+                             f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
+    restore(model, owners, saved)
+    say(f"resuming {config.out} at step {manifest['step']}")
+    mean = {}
+    if any(name.startswith("mean/") for name in saved):
+        mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.masters}
+        mean |= {name: saved[f"mean/{name}"] for name in dict(model.named_buffers()) if f"mean/{name}" in saved}
+    return manifest["step"], {name: t.clone().to(mesh.device) for name, t in mean.items()}
 
 
 def log_columns(names, mixtures):
@@ -534,23 +545,24 @@ def log_columns(names, mixtures):
 
 
 def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
-    model = Transformer(config.model, seed=config.seed).to(mesh.device)
-    optimizer = MuonClip(model, config.optim)
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
+    model = build(config, mesh, dtype)
+    named = dict(model.named_parameters())
+    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim), lambda *p: weigh(*p, config.optim), mesh)
     attentions, mixtures = list(model.attentions().values()), list(model.mixtures().values())
-    parameters = list(model.parameters())
+    parameters, buffers, name_of = list(named.values()), router_biases(model), {p: name for name, p in named.items()}
     for layer in model.layers.values() if config.compile else ():
         layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
     names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    found, mean = take_up(config, resume, model, optimizer, facts, mesh, status.say)
+    found, mean = take_up(config, resume, model, owners, facts, mesh, status.say)
     step, history = found or 0, []
     if run:
         history = run.open_log(log_columns(names, mixtures), -1 if found is None else found)
         corpus.tokenizer.save(run.path / "tokenizer.json")
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
                f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
-    for line in optimizer.describe():
+    for line in (*describe(named.items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
     peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
 
@@ -567,13 +579,16 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
                 draw(history, names, run.path / "loss.png")
 
     def save():
-        if not all(p.isfinite().all() for p in parameters):
+        sick = torch.tensor([float(not all(p.isfinite().all() for p in parameters))], device=mesh.device)
+        if parallel.all_max(sick, mesh).item():
             raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
         if run:
             run.sync_log()
-            kept = model_tensors(model) | optimizer.tensors() | {f"mean/{name}": t for name, t in mean.items()}
-            save_checkpoint(run.path, step, kept, facts, config.keep)
-        parallel.barrier(mesh)
+        if config.out:
+            kept = owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in buffers}
+            if mesh.dp.rank == 0:                                  # all have the same
+                kept |= buffers | {f"mean/{name}": mean[name] for name in buffers if name in mean}
+            save_checkpoint(Path(config.out), step, kept, facts, config.keep, mesh)
 
     def last_good():
         kept = checkpoints(Path(config.out)) if config.out else []
@@ -585,8 +600,10 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     spent, skipped = (history[-1]["seconds"], int(history[-1].get("skipped", 0))) if history else (0.0, 0)
     while step < last:
         begin, tokens = time.perf_counter(), step * config.step_tokens
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(tokens, config)
+        lr = learning_rate(tokens, config)
+        for optimizer in owners.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
         for attention in attentions:
             attention.clear_logits(None if exact else config.optim.tau or math.inf)
@@ -594,10 +611,10 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             moe.load.zero_()
         model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
-        sums = forward_backward(model, batch, config, mesh, len(names), dtype)
+        sums = forward_backward(model, batch, config, mesh, len(names), dtype, owners.accumulate)
 
         flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)  # does anyone ask to stop; which ranks are unwell
-        flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~finite(sums, parameters)
+        flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~(owners.sound() & bool(sums.isfinite().all()))
         peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
         flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
         for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
@@ -606,8 +623,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         counted = parallel.all_sum(counted, mesh)
         sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
         loads = loads.view(-1, config.model.n_expert or 1)         # (mixtures, E) tokens of each expert
-        parallel.average_gradients_(parameters, mesh)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm).item()
+        owners.reduce()
+        norm = owners.clip_norm_(config.optim.clip_norm).item()
         loss = (sums[:, 0].sum() / config.batch).item()
         sound = math.isfinite(loss) and math.isfinite(norm)        # sums over ranks: the same decision everywhere
         if not sound:
@@ -619,23 +636,32 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             skipped += 1
             status.say(f"{what}: skipped")
 
-        if sound:
-            optimizer.step()
-            if config.model.ngpt:
-                renormalise_(model_tensors(model))
-            for moe, load in zip(mixtures, loads):
-                moe.balance_(load)
-        clipped = qk_clip_(attentions, config.optim.tau).item() if config.optim.tau and sound else 0
         step += 1
         snapshot, put_back = averaging(step, config) if config.average_every else (False, False)
+        for moe, load in zip(mixtures, loads) if sound else ():
+            moe.balance_(load)
+
+        def follow(masters):
+            """What comes after an update, on the owner's weights: clip, sphere, snapshot, average."""
+            if sound and config.optim.tau:
+                qk_clip_(attentions, config.optim.tau, lambda weight: masters.get(name_of[weight]))
+            if sound and config.model.ngpt:
+                renormalise_(masters)
+            if snapshot:
+                add_snapshot_(mean, masters, config.average_of)
+            if put_back:
+                put_back_(masters, mean)
+                if config.model.ngpt:
+                    renormalise_(masters)
+        if sound or snapshot:
+            owners.step(sound, follow)
         if snapshot:
-            add_snapshot_(mean, model_tensors(model), config.average_of)
+            add_snapshot_(mean, buffers, config.average_of)
         if put_back:
-            put_back_(model_tensors(model), mean)
-            if config.model.ngpt:
-                renormalise_(model_tensors(model))
-            if config.average_reset:
+            put_back_(buffers, mean)
+            for optimizer in owners.optimizers if config.average_reset else ():
                 optimizer.state.clear()
+        clipped = (peaks > config.optim.tau).sum().item() if config.optim.tau and sound else 0
 
         took = time.perf_counter() - begin
         spent += took
@@ -643,7 +669,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             watch(step, model)
         epochs = batches.epochs(step)
         speed = config.step_tokens / took
-        row = dict(step=step, tokens=step * config.step_tokens, lr=optimizer.param_groups[0]["lr"], loss=loss,
+        row = dict(step=step, tokens=step * config.step_tokens, lr=lr, loss=loss,
                    grad_norm=norm, clipped=clipped, skipped=skipped,
                    tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
         if exact:
@@ -666,14 +692,23 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     return history, model
 
 
-def finite(sums, parameters):
-    """Whether this rank's losses and gradients are, before they are added to those of the others; a tensor."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters]).isfinite() & bool(sums.isfinite().all())
+def build(config, mesh, dtype=None):
+    """The model with this rank's experts. With owners that keep float32 masters, its matrices may be narrower: on many
+    GPUs they are what is computed in."""
+    c, ep, ops = config.model, mesh.ep, Ops()
+    if ep.size > 1:
+        ops = Ops(exchange=parallel.expert_exchange(mesh))
+    experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
+    model = Transformer(c, ops, seed=config.seed, experts=experts).to(mesh.device)
+    for p in model.parameters() if dtype and mesh.dp.size > 1 else ():
+        p.data = p.data.to(dtype) if p.ndim > 1 else p.data
+    return model
 
 
-def model_tensors(model):
-    """{name: tensor}: parameters, and the biases of routers."""
-    return dict(model.state_dict())
+def router_biases(model):
+    """{name: tensor}: what training changes and no gradient does."""
+    own = model.state_dict()
+    return {name: own[name] for name, _ in model.named_buffers() if name in own}
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -766,6 +801,7 @@ def main(argv):
             return dry_run(config)
         history, model = train(config, resume)
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
+            model = model if config.mesh.ep == 1 else load_run(config.out)[0]      # here: some of its experts
             report(config, history, model, prepare(data_of(config), config.model.vocab_size))
     except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
         raise SystemExit(f"train.py: {error}") from None

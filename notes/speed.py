@@ -102,7 +102,7 @@ def optimizer():
     parameters = list(model.parameters())
     momenta = [torch.zeros_like(p) for p in parameters]
     theirs = torch.optim.Muon(parameters, lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    ours, torchs, plain = in_turn(muonclip.MuonClip(model, muonclip.OptimConfig()).step, theirs.step,
+    ours, torchs, plain = in_turn(muonclip.MuonClip(list(model.named_parameters()), muonclip.OptimConfig()).step, theirs.step,
                                   lambda: plain_muon(parameters, momenta), rounds=7)
     yield "Muon step, 25.2M parameters", "ours (float32)", "torch.optim.Muon (bfloat16)", ours, torchs, "≤ 0.4"
     yield "Muon step, 25.2M parameters", "ours (float32)", "plain float32 loop", ours, plain, "≤ 0.7"
@@ -114,7 +114,7 @@ def step_of(recipe, batch):
     """A model and one training step of it, as a list of functions: data, forward, backward, optimizer, clip."""
     config = train.RECIPES[recipe]
     model, state = Transformer(config.model), {}
-    optim = muonclip.MuonClip(model, replace(config.optim, lr=1e-3))
+    optim = muonclip.MuonClip(list(model.named_parameters()), replace(config.optim, lr=1e-3))
     data = replace(train.RECIPES["laptop"].data, horizon=config.tokens)              # the embedded corpus for all
     corpus = train.prepare(replace(data, tokenizer=config.data.tokenizer), config.model.vocab_size)
     batches, attentions = train.Batches(corpus, data, 0, batch, config.model.context), list(model.attentions().values())

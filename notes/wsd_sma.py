@@ -40,11 +40,11 @@ def run(arm, seed, config):
     def watch(step, model):
         weights["model"] = model
         if any((last_step - step) % s == 0 and (last_step - step) // s < OF for s in SPACINGS):
-            last[step] = {name: w.clone() for name, w in train.model_tensors(model).items()}
+            last[step] = {name: w.clone() for name, w in model.state_dict().items()}
         if arm == APART and step % PERIOD == 0:                    # the other reading of the report
-            ends.append({name: w.clone() for name, w in train.model_tensors(model).items()})
+            ends.append({name: w.clone() for name, w in model.state_dict().items()})
             if len(ends) == OF:
-                train.put_back_(train.model_tensors(model), mean_of(ends))
+                train.put_back_(model.state_dict(), mean_of(ends))
     for row in _note.trained(config, seed, watch):
         bits = [v for k, v in row.items() if k.startswith("bpb_")]
         if bits:
@@ -53,7 +53,7 @@ def run(arm, seed, config):
                             replace(config.data, horizon=config.tokens), seed, config.batch, config.model.context)
     for spacing in SPACINGS:
         steps = [step for step in range(last_step, 0, -spacing) if step in last][:OF]
-        train.put_back_(train.model_tensors(weights["model"]), mean_of([last[step] for step in steps]))
+        train.put_back_(weights["model"].state_dict(), mean_of([last[step] for step in steps]))
         bits = [bits for _, bits in train.evaluate(weights["model"], batches, config, Mesh()).values()]
         yield dict(spacing=spacing, bpb=statistics.mean(bits))
 
