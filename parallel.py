@@ -43,11 +43,11 @@ class MeshConfig:
         for name in ("pp", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
-        if self.pp > 1:
-            raise ValueError(f"mesh.pp={self.pp}: there is no pipeline yet; pp=1")
 
     def check(self, world, n_expert):
         """Raise ValueError where so many ranks and experts cannot be laid out so."""
+        if self.pp > 1:
+            raise ValueError(f"mesh.pp={self.pp}: there is no pipeline yet; pp=1")
         if world % (self.pp * self.ep):
             raise ValueError(f"mesh.pp={self.pp} × ep={self.ep} does not divide the {world} ranks there are")
         if self.ep > 1 and (n_expert == 0 or n_expert % self.ep):

@@ -1739,6 +1739,34 @@ def test_optimizer_state_and_work_are_shared_out_evenly(preset, n, optimizer):
     assert few and "500 ranks, but only" in few[0]
 
 
+def test_memory_is_what_the_ranks_hold():
+    """Bytes of every rank of dp 4, ep 2, in bfloat16, against the function; and Kimi K2: 6.16 TB of bfloat16 weights
+    and float32 gradients by its configuration, 24.1 GB on each of 256 if nothing were held twice, 28.2 as in §2.4."""
+    config = replace(train.RECIPES["laptop-k2"], mesh=parallel.MeshConfig(ep=2))
+    held = dict.fromkeys(("weights", "gradients", "masters", "states"), 0)
+    for rank in range(4):
+        mesh = parallel.Mesh(dp=parallel.Axis(rank, 4), ep=parallel.Axis(rank % 2, 2), edp=parallel.Axis(rank // 2, 2))
+        network = train.build(config, mesh, torch.bfloat16)
+        owners = owners_of(network, config, mesh)
+        held["weights"] += sum(p.nbytes for p in network.parameters()) / 4
+        held["gradients"] += sum(4 * p.numel() for p in network.parameters()) / 4
+        held["masters"] += sum(m.nbytes for m in owners.masters.values()) / 4
+        for master in owners.masters.values():
+            master.grad = torch.ones_like(master)
+        for optimizer in owners.optimizers:
+            optimizer.step()
+            held["states"] += sum(t.nbytes for t in optimizer.tensors().values() if t.ndim) / 4
+    counted = train.memory(config, 4)
+    assert held == pytest.approx(counted, rel=0.005)
+
+    k2 = train.RECIPES["kimi-k2"]
+    for mesh, world, size in ((dict(), 1, 6.16e12), (dict(pp=256), 256, 24.1e9), (dict(pp=16, ep=16), 256, 28.2e9)):
+        parts = train.memory(replace(k2, mesh=parallel.MeshConfig(**mesh)), world)
+        assert parts["weights"] + parts["gradients"] == pytest.approx(size, rel=2e-3)
+    parts = train.memory(replace(k2, mesh=parallel.MeshConfig(pp=16, ep=16)), 4096)
+    assert 28.2e9 < sum(parts.values()) < 31e9, "the report's 30 GB or so, with states shared by 16 groups"
+
+
 @pytest.mark.parametrize("mesh, world, experts, says", [
     (dict(ep=3), 4, 6, "ep=3 does not divide the 4 ranks"), (dict(ep=4), 8, 6, "does not divide the model.s 6 experts"),
     (dict(ep=2), 2, 0, "model's 0 experts"), (dict(pp=2), 2, 8, "no pipeline yet")])

@@ -730,6 +730,19 @@ def report(config, history, model, corpus):
     print(f"\nsample more: python model.py --sample {config.out} --prompt \"...\"     curves: {config.out}/loss.png")
 
 
+def memory(config, world, width=2):
+    """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights of `width` bytes a
+    number, float32 gradients, float32 masters (where weights are narrower), optimizer state. Activations come on top."""
+    with torch.device("meta"):
+        named = dict(Transformer(config.model).named_parameters())
+    total = sum(p.numel() for p in named.values())
+    experts = sum(p.numel() for p in named.values() if p.ndim == 3)
+    here = ((total - experts) + experts / config.mesh.ep) / config.mesh.pp
+    states = sum(weigh(name, p, config.optim)[0] for name, p in named.items())
+    return dict(weights=width * here, gradients=4 * here, masters=4 * total * (width < 4) / world,
+                states=states / world)
+
+
 def dry_run(config):
     counts, step_tokens = count_parameters(config.model), config.step_tokens
     print(f"{config.recipe}: {counts['total']:,} parameters ({counts['embedding']:,} embedding), "
@@ -738,6 +751,10 @@ def dry_run(config):
           f"{flops_per_token(config.model) * config.tokens:.3e} FLOPs in all")
     if config.init:
         print(f"begins with the weights of {config.init}")
+    world = max(parallel.world_size(), config.mesh.pp * config.mesh.ep)
+    parts = memory(config, world, 2 if world > 1 else 4)
+    print(f"{sum(parts.values()) / 1e9:.1f} GB a GPU on {world} (pp {config.mesh.pp}, ep {config.mesh.ep}), before "
+          "activations: " + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
     c = config.optim
     for what, part in (("start", 0), ("warm-up ends", c.warmup), ("decay begins", c.decay_start),
                        ("half of the decay", (1 + c.decay_start) / 2), ("end", 1)):

@@ -29,7 +29,7 @@ def cells(quick):
 def by_position(model, config):
     """Mean nats/byte on the same validation windows of LONG bytes, for each BIN of positions."""
     corpus = prepare(config.data, config.model.vocab_size)
-    x, y, _ = Batches(corpus, replace(config.data, horizon=1), 0, 1, LONG).val("code", 384)
+    x, y, _ = Batches(corpus, replace(config.data, horizon=1), 0, 1, LONG).val("code", min(384, config.tokens // 8192))
     model.eval()
     nll = torch.cat([model(a, b)[1].view(a.shape) for a, b in zip(x.split(32), y.split(32))])     # (windows, LONG)
     return nll.double().mean(0).unflatten(0, (-1, BIN)).mean(1).tolist()
@@ -46,8 +46,8 @@ def run(arm, seed, config):
             longer = replace(config.model, context=LONG, **change)
             fresh = Transformer(longer)
             fresh.load_state_dict(model.state_dict())
-            tuned = replace(first, init=first.out, out=f"{folder}/{name}", model=longer, batch=config.batch * SHORT // LONG,
-                            micro=config.micro, tokens=config.tokens // 10,
+            tuned = replace(first, init=first.out, out=f"{folder}/{name}", model=longer, tokens=config.tokens // 10,
+                            batch=config.batch * SHORT // LONG,
                             optim=replace(config.optim, lr=config.optim.lr / 3, decay_start=0.0))
             after = train.train(tuned, quiet=True)[1]
             for when, measured in (("before", fresh), ("after", after)):

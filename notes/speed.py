@@ -2,6 +2,7 @@
 
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
   python -m notes.speed --whole=FILE    # `shakespeare` and its control, in turn, on that text: 10 minutes
+  python -m notes.speed --ranks         # ZeRO-1 on two ranks: half a minute
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
 Every figure is a ratio of two medians, their calls taken in turn: machines differ, and their load changes by the
@@ -9,8 +10,11 @@ minute. Run it with nothing beside it."""
 import argparse
 import csv
 import math
+import os
+import socket
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +25,9 @@ from torch import nn
 
 import kernels
 import muonclip
+import parallel
 import train
+from data import Batch
 from model import Attention, ModelConfig, Ops, Transformer
 from notes import _note
 
@@ -102,8 +108,8 @@ def optimizer():
     parameters = list(model.parameters())
     momenta = [torch.zeros_like(p) for p in parameters]
     theirs = torch.optim.Muon(parameters, lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    ours, torchs, plain = in_turn(muonclip.MuonClip(list(model.named_parameters()), muonclip.OptimConfig()).step, theirs.step,
-                                  lambda: plain_muon(parameters, momenta), rounds=7)
+    ours = muonclip.MuonClip(list(model.named_parameters()), muonclip.OptimConfig())
+    ours, torchs, plain = in_turn(ours.step, theirs.step, lambda: plain_muon(parameters, momenta), rounds=7)
     yield "Muon step, 25.2M parameters", "ours (float32)", "torch.optim.Muon (bfloat16)", ours, torchs, "≤ 0.4"
     yield "Muon step, 25.2M parameters", "ours (float32)", "plain float32 loop", ours, plain, "≤ 0.7"
 
@@ -200,6 +206,60 @@ def split():
             yield f"step of {recipe}, batch {batch}", name, "whole step", t, sum(times), ""
 
 
+# ---- two ranks ------------------------------------------------------------------------------------------------------
+
+def on_a_rank(rank, port, path):
+    """A whole step of `laptop` on each of two ranks with a thread each, by three optimizers in turn → a CSV, by rank 0."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    mesh, config = parallel.join_mesh(parallel.MeshConfig()), train.RECIPES["laptop"]
+    x = torch.randint(config.model.vocab_size, (config.batch // 2, config.model.context + 1))
+    batch = Batch(x[:, :-1], x[:, 1:], None, torch.zeros(len(x), dtype=torch.int64))
+
+    def ours(name):
+        optim = muonclip.OptimConfig(name=name, lr=1e-3, tau=0.0)
+        model = Transformer(config.model)
+        owners = parallel.Zero1(dict(model.named_parameters()), lambda named: muonclip.MuonClip(named, optim),
+                                lambda *p: muonclip.weigh(*p, optim), mesh)
+
+        def step():
+            model.zero_grad()
+            train.forward_backward(model, batch, config, mesh, 1)
+            owners.reduce()
+            owners.clip_norm_(1.0)
+            owners.step(True, lambda masters: None)
+        return step
+
+    def theirs():
+        model = DistributedDataParallel(Transformer(config.model), broadcast_buffers=False)
+        optim = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+
+        def step():
+            model.zero_grad()
+            train.forward_backward(model, batch, config, mesh, 1)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optim.step()
+        return step
+    adamw, muon, zero = in_turn(ours("adamw"), ours("muonclip"), theirs(), rounds=25)
+    if rank == 0:
+        Path(path).write_text(f"{adamw} {muon} {zero}")
+    parallel.leave_mesh(mesh)
+
+
+def ranks():
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port, path = str(free.getsockname()[1]), f"{folder}/times"
+        free.close()
+        torch.multiprocessing.spawn(on_a_rank, (port, path), nprocs=2)
+        adamw, muon, zero = map(float, Path(path).read_text().split())
+    theirs = "DDP and ZeroRedundancyOptimizer, AdamW"
+    yield "laptop step, two ranks of one thread", "ZeRO-1 with AdamW", theirs, adamw, zero, "≤ 1"
+    yield "laptop step, two ranks of one thread", "ZeRO-1 with MuonClip", theirs, muon, zero, ""
+
+
 # ---- the whole: a loss, and the time to it --------------------------------------------------------------------------
 
 def control(path):
@@ -279,8 +339,10 @@ def whole(path):
 
 # ---- table and figure -----------------------------------------------------------------------------------------------
 
-def measured(path):
-    """Rows of the whole on the text at `path`, or of the parts where there is none."""
+def measured(path, two_ranks):
+    """Rows of the whole on the text at `path`, of two ranks, or of the parts."""
+    if two_ranks:
+        return (yield from ranks())
     parts = (against_plain, whole) if path else (poly_norm, attention, optimizer, bounds, logits, split, compiled)
     for part in parts:
         yield from part(path) if path else part()
@@ -318,6 +380,7 @@ def show():
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", metavar="FILE", help="Tiny Shakespeare, as a text file")
+    parser.add_argument("--ranks", action="store_true")
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args(argv)
     if args.plot:
@@ -329,7 +392,7 @@ def main(argv):
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for what, case, baseline, ms, baseline_ms, target in measured(args.whole):
+        for what, case, baseline, ms, baseline_ms, target in measured(args.whole, args.ranks):
             ratio = ms / baseline_ms
             writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
                                                f"{ratio:.3f}", target))))
