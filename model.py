@@ -496,7 +496,7 @@ class MoE(nn.Module):
         index, weight = self.route(h)
         order = index.flatten().argsort(stable=True)                   # (N·k,) sorted by expert, once
         counts = index.flatten().bincount(minlength=self.config.n_expert)
-        arrive = self.ops.exchange(h.flatten(0, 1)[order // k], counts)
+        arrive = self.ops.exchange(h.flatten(0, 1).index_select(0, order // k), counts)
         shared = self.shared(h) if self.config.n_shared else 0.0       # while tokens travel
         tokens, counts, back = arrive()
         y = back(self.experts(tokens, counts)) * weight.flatten()[order, None].to(h.dtype)

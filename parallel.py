@@ -198,7 +198,8 @@ class Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         ctx.trip.wait()
-        return ctx.trip.gradient, None
+        gradient, ctx.trip.gradient = ctx.trip.gradient, None
+        return gradient, None
 
 
 class Arrive(torch.autograd.Function):
@@ -312,9 +313,11 @@ class Zero1:
                 cuts = range(first, first + len(p)) if alone else [None]
                 items += [(whole if e is None else whole._replace(start=e, stop=e + 1), size / len(cuts),
                            work / len(cuts)) for e in cuts]
-            owners = share_out(items, axis.size) if axis.size > 1 else [[piece for piece, *_ in items]]
-            room = bucket_bytes if axis.size > 1 else float("inf")
-            self.plans.append((axis, [self.buckets(pieces, room) for pieces in owners]))
+            if axis.size > 1:
+                plan = [self.buckets(pieces, bucket_bytes) for pieces in share_out(items, axis.size)]
+            else:                                                  # nothing to be sent: all at once
+                plan = [[[piece for piece, *_ in items]] if items else []]
+            self.plans.append((axis, plan))
         self.masters, self.optimizers = {}, []                     # (axis, own buckets) → optimizers, in one order
         for axis, plan in self.plans:
             for bucket in plan[axis.rank]:
@@ -330,11 +333,11 @@ class Zero1:
         return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
 
     def buckets(self, pieces, room):
-        """Lists of pieces of one dtype with `room` bytes each; one piece may be larger. Without a limit: one list."""
+        """Lists of pieces of one dtype with `room` bytes each; one piece may be larger."""
         lists, size, dtype = [], 0, lambda piece: str(self.parameters[piece.name].dtype)
-        for piece in sorted(pieces, key=dtype) if room < float("inf") else pieces:
+        for piece in sorted(pieces, key=dtype):
             nbytes = self.rows(piece).nbytes
-            if not lists or size + nbytes > room or room < float("inf") and dtype(piece) != dtype(lists[-1][0]):
+            if not lists or size + nbytes > room or dtype(piece) != dtype(lists[-1][0]):
                 lists, size = [*lists, []], 0
             lists[-1].append(piece)
             size += nbytes

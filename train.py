@@ -732,7 +732,7 @@ def report(config, history, model, corpus):
 
 def memory(config, world, width=2):
     """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights of `width` bytes a
-    number, float32 gradients, float32 masters (where weights are narrower), optimizer state. Activations come on top."""
+    number, float32 gradients, float32 masters (where weights are narrower), optimizer state. Activations are extra."""
     with torch.device("meta"):
         named = dict(Transformer(config.model).named_parameters())
     total = sum(p.numel() for p in named.values())

@@ -47,8 +47,8 @@ def run(arm, seed, config):
 
 
 def flops_at(points, loss):
-    """FLOPs for a loss: ln C as the parabola in ln L through the three budgets' points [(C, L)]; a power law, which is a
-    line there, misses the middle one by 0.03 nats."""
+    """FLOPs for a loss: ln C as the parabola in ln L through the three budgets' points [(C, L)]; a power law, a line
+    there, misses the middle one by 0.03 nats."""
     x = math.log(loss)
     xs, ys = zip(*((math.log(l), math.log(c)) for c, l in points))
     return math.exp(sum(y * math.prod((x - other) / (at - other) for other in xs if other != at)

@@ -28,7 +28,7 @@ import muonclip
 import parallel
 import train
 from data import Batch
-from model import Attention, ModelConfig, Ops, Transformer
+from model import Attention, FeedForward, ModelConfig, MoE, Ops, Transformer
 from notes import _note
 
 CSV = Path(__file__).with_suffix(".csv")
@@ -74,7 +74,8 @@ def attention():
             module = Attention(replace(config, differential=differential), 0, Ops()).eval()
             for p in module.parameters():
                 nn.init.normal_(p, 0, 0.05)
-            calls.append(there_and_back(module, torch.randn(B, T, 256, requires_grad=True)))
+            calls.append(there_and_back(lambda x, module=module: module(x)[0],
+                                        torch.randn(B, T, 256, requires_grad=True)))
         ours, mha = in_turn(*calls)
         yield "attention module, forward + backward", f"differential, {B}×{T}", "MHA, as many maps", ours, mha, target
 
@@ -101,6 +102,21 @@ def plain_muon(parameters, momenta):
         g = p.grad + 0.95 * m
         o = muonclip.newton_schulz_ref(g.mT).mT if g.shape[0] > g.shape[1] else muonclip.newton_schulz_ref(g)
         p.mul_(1 - 1e-4).sub_(o, alpha=1e-3 * 0.2 * max(p.shape) ** 0.5)
+
+
+def mixture():
+    """A layer of experts beside a dense one that multiplies a token with as many weights; 2,048 tokens."""
+    base = replace(train.RECIPES["laptop-k2"].model, zero_out=False)
+    for width, wide, experts in ((128, 128, 16), (256, 256, 16), (256, 512, 8)):
+        config = replace(base, d_model=width, d_expert=wide, d_ff=3 * wide, n_expert=experts)
+        moe, dense = MoE(config, Ops(), range(experts)), FeedForward(config, Ops())
+        with torch.no_grad():
+            for p in (*moe.parameters(), *dense.parameters()):
+                p.normal_(0, 0.1)
+        x = torch.randn(8, 256, width, requires_grad=True)
+        ours, theirs = in_turn(there_and_back(moe, x), there_and_back(dense, x))
+        yield "experts, forward + backward", f"{experts} of width {wide}, 2 and a shared one, model {width}", \
+            "dense, as many multiplications", ours, theirs, "≤ 1.5"
 
 
 def optimizer():
@@ -209,7 +225,7 @@ def split():
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 def on_a_rank(rank, port, path):
-    """A whole step of `laptop` on each of two ranks with a thread each, by three optimizers in turn → a CSV, by rank 0."""
+    """A whole step of `laptop` on each of two ranks with a thread each, three optimizers in turn; rank 0 writes it."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -343,7 +359,8 @@ def measured(path, two_ranks):
     """Rows of the whole on the text at `path`, of two ranks, or of the parts."""
     if two_ranks:
         return (yield from ranks())
-    parts = (against_plain, whole) if path else (poly_norm, attention, optimizer, bounds, logits, split, compiled)
+    parts = (poly_norm, attention, mixture, optimizer, bounds, logits, split, compiled)
+    parts = (against_plain, whole) if path else parts
     for part in parts:
         yield from part(path) if path else part()
 
