@@ -14,6 +14,7 @@ Try:     python model.py                                             # every pre
          python model.py --sample out/laptop-k2 --export FOLDER      # as Hugging Face's DeepseekV3ForCausalLM
 """
 import argparse
+import functools
 import json
 import math
 import sys
@@ -636,6 +637,7 @@ class Transformer(nn.Module):
 
 # ---- counting -----------------------------------------------------------------------------------------------------
 
+@functools.cache
 def count_parameters(config):
     """Parameters, counted on a model without storage: total; active (those that a token meets: its own experts, and of
     the look-up tables the head alone); embedding (head and positions too); matmul (those that a token is multiplied
