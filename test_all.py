@@ -1808,7 +1808,8 @@ def every_layout(rank, path, out):
     torch.set_default_dtype(torch.float64)
     base = tiny_run(path, micro=1, mesh=parallel.MeshConfig(timeout=50), average_every=4 * 8 * 32, average_of=4,
                     average_from=0.0, save_every=100)
-    base = replace(base, model=replace(K2, vocab_size=261, tie=False, balance_loss=0.01))
+    base = replace(base, model=replace(K2, vocab_size=261, tie=False, balance_loss=0.01),
+                   optim=replace(base.optim, tau=0.01))
     corpus = data.prepare(base.data, 261)
     batches = data.Batches(corpus, base.data, 0, base.batch, base.model.context)
     alone = lively(base.model)
@@ -1835,9 +1836,13 @@ def test_every_layout_trains_as_one_process_and_goes_on_from_any_other(text, tmp
     spawn(4, every_layout, text, str(tmp_path))
     one = parallel.newest_checkpoint(tmp_path / "1-1")[1]
     assert any(":momentum" in name for name in one) and any("mean/" in name for name in one)
+    assert sum(float(row["clipped"] or 0) for row in log_of(tmp_path / "1-1")) > 10
     for dp, ep in LAYOUTS[1:]:
         many = parallel.newest_checkpoint(tmp_path / f"{dp}-{ep}")[1]
         assert len(list((tmp_path / f"{dp}-{ep}" / "ckpt").glob("*5/rank*"))) == dp and set(many) == set(one)
+        for a, b in zip(log_of(tmp_path / f"{dp}-{ep}"), log_of(tmp_path / "1-1"), strict=True):
+            for key in ("loss", "grad_norm", "val_mine", "load"):
+                assert float(a[key] or 0) == pytest.approx(float(b[key] or 0), rel=1e-9), (dp, ep, key)
         for name in one:
             torch.testing.assert_close(many[name], one[name], rtol=0, atol=1e-9,
                                        msg=lambda text: f"{dp}-{ep} {name}: {text}")

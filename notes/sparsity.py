@@ -65,7 +65,6 @@ def cost(sparsity):
 
 
 def show(rows):
-    middle = BUDGETS[1][0]
     of = lambda arm: [row for row in rows if row["arm"] == arm]
     curves = {s: [(statistics.mean(row["flops"] for row in some), statistics.mean(row["val"] for row in some))
                   for some in (of(f"S = {s}, width {BUDGETS[0][0]}"), of(f"S = {s}"),
