@@ -2,7 +2,7 @@
 
   rms_norm              x / √(mean x²), with gains
   poly_norm             Motif's activation: a cubic of its input, each power normalised       [Motif §2.1, PolyCom]
-  attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential form      [2410.05258 eq. 1-3]
+  attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential forms     [2410.05258 eq. 1-3]
   max_logits            largest q·k·scale of every head, without a T×T matrix                 [Kimi K2 §2.1]
   cross_entropy         loss and gradient in chunks of tokens, so that all logits never exist at once
   tensor files          safetensors, read and written; here because every other file may import this one
@@ -135,11 +135,17 @@ def causal_mask(T, S, doc_start=None, device=None):
     return mask if doc_start is None else mask & (key >= doc_start[:, None, -T:, None])
 
 
-def spread(k, H, pairs=1):
+def spread(k, H, maps=1):
     """Key or value heads repeated for H query heads: head h meets h // (H/Hk). (B, Hk, S, d) → (B, H, S, d).
 
-    pairs=2: sub-heads stay in pairs, first with first and second with second, as differential attention needs."""
-    return k if k.shape[1] == H else k.unflatten(1, (-1, pairs)).repeat_interleave(H // k.shape[1], 1).flatten(1, 2)
+    maps > 1: keys come in pairs for groups of so many query heads, as differential attention needs; the last one of a
+    group meets the second key of its pair, all others the first."""
+    if k.shape[1] == H:
+        return k
+    if maps == 1:
+        return k.repeat_interleave(H // k.shape[1], 1)
+    h = torch.arange(H, device=k.device)
+    return k[:, h // maps // (H // maps * 2 // k.shape[1]) * 2 + (h % maps == maps - 1)]
 
 
 def attention_ref(q, k, v, mask=None, scale=None):
@@ -158,37 +164,41 @@ def attention(q, k, v, mask=None, scale=None):
                                           enable_gqa=q.shape[1] != k.shape[1])
 
 
-def diff_attention_ref(q, k, v, lam, mask=None):
+def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
     """(softmax(q1·k1ᵀ/√d) − λ·softmax(q2·k2ᵀ/√d)) v, per pair of adjacent sub-heads.   [2410.05258 eq. 1]
 
     q (B, 2H, T, d), k (B, 2Hk, S, d): sub-heads 2h and 2h+1 form head h; v (B, Hk, S, dv); λ a scalar tensor.
-    Queries of head h use the pair of keys h // (H/Hk), first with first. → (B, H, T, dv)"""
-    first, second = (attention_ref(q[:, i::2], k[:, i::2], v, mask) for i in (0, 1))
-    return first - lam * second                       # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
+    Queries of head h use the pair of keys h // (H/Hk), first with first. → (B, H, T, dv)
+
+    maps = g + 1: grouped, g signal maps for each noise map that is subtracted from all of them.   [2510.06949]
+    q (B, n·(g+1), T, d) holds n groups, the noise last in each; g = 1 is the pair above. → (B, n·g, T, dv)"""
+    groups = q.unflatten(1, (-1, maps))                                                           # (B, n, g+1, T, d)
+    first = attend(groups[:, :, :-1].flatten(1, 2), k[:, 0::2], v, mask)
+    second = attend(groups[:, :, -1], k[:, 1::2], v, mask)
+    return first - lam * spread(second, first.shape[1])          # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
 
 
-def diff_attention(q, k, v, lam, mask=None, block=128):
+def diff_attention(q, k, v, lam, mask=None, maps=2, block=128):
     """diff_attention_ref. On a CPU: explicit maps for a block of queries at a time, against the keys they can see; on a
     GPU: two calls of torch's fused kernel, whose maps are never written.
 
     Blocks of 128 beat every other form at 64, 256 and 1,024 tokens (two fused calls, values halved or padded to the
     width that torch's CPU kernel wants, whole maps): 1.1 to 1.5 times plain attention with as many maps."""
     if q.device.type != "cpu":
-        first, second = (attention(q[:, i::2], k[:, i::2], v, mask) for i in (0, 1))
-        return first - lam * second
-    (B, H2, T, d), S = q.shape, k.shape[2]
-    H = H2 // 2
-    q, k, v = q.flatten(0, 1), spread(k, H2, 2).flatten(0, 1), spread(v, H)                       # (B·2H, T, d)
+        return diff_attention_ref(q, k, v, lam, mask, maps, attention)
+    (B, H, T, d), S = q.shape, k.shape[2]
+    n = H // maps
+    q, k, v = q.flatten(0, 1), spread(k, H, maps).flatten(0, 1), spread(v, H - n)                 # (B·H, T, d)
     out = []
     for start in range(0, T, block):
         stop = min(start + block, T)
         seen = S - T + stop                                        # keys that the block's last query sees
         bias = mask_bias(q, stop - start, seen, None if mask is None else mask[..., start:stop, :seen])
         if bias.ndim == 4:
-            bias = bias.expand(B, H2, -1, -1).flatten(0, 1)
-        maps = torch.baddbmm(bias, q[:, start:stop], k[:, :seen].mT, alpha=d ** -0.5).softmax(-1)
-        first, second = maps.view(B, H, 2, stop - start, seen).unbind(2)
-        out.append((first - lam * second) @ v[:, :, :seen])        # (B, H, block, dv)
+            bias = bias.expand(B, H, -1, -1).flatten(0, 1)
+        probs = torch.baddbmm(bias, q[:, start:stop], k[:, :seen].mT, alpha=d ** -0.5).softmax(-1)
+        signal, noise = probs.view(B, n, maps, stop - start, seen).split((maps - 1, 1), 2)
+        out.append((signal - lam * noise).flatten(1, 2) @ v[:, :, :seen])              # (B, n·g, block, dv)
     return torch.cat(out, 2)
 
 

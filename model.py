@@ -2,7 +2,8 @@
 
   Motif-2.6B   differential attention (two softmax maps, one subtracted) · gated PolyNorm · tied embedding
   Kimi K2      multi-head latent attention (keys and values from one short vector) · sparse mixture of experts
-  candidates   what Motif tried beside it: QK-Norm, keys and values shared by layers, nGPT
+  candidates   what Motif tried beside it: QK-Norm, keys and values shared by layers, nGPT; and what its successor
+               took up, fewer maps that are subtracted than those they are subtracted from
   the control  GPT-2's block: LayerNorm, learned positions, GELU
 
 Two seams carry what comes with many devices. The model is handed its operations (`Ops`), so that what happens to
@@ -44,6 +45,7 @@ class ModelConfig:
     vocab_size: int = 4096
     context: int = 256           # tokens
     differential: bool = True
+    n_noise: int = 0             # maps that are subtracted: half of them (0), or fewer, each from a group  [2510.06949]
     lam_delay: int = 0           # layers by which λ_init lags; 1 in Motif's own code, for which its weights were made
     qk_norm: bool = False        # queries and keys of a head normalised, with gains                [2010.04245]
     share_kv: int = 1            # adjacent layers that use the keys and values of the first of them   [2405.12981]
@@ -83,7 +85,7 @@ class ModelConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
         zero = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", "n_active", "n_shared", "d_expert",
-                "balance_rate", "balance_loss", "yarn", "lam_delay")
+                "balance_rate", "balance_loss", "yarn", "lam_delay", "n_noise")
         for name, value in vars(self).items():
             if type(value) is int and value < (name not in zero):
                 raise ValueError(f"model.{name}={value}: must be at least {int(name not in zero)}")
@@ -108,11 +110,16 @@ class ModelConfig:
             raise ValueError(f"model.n_expert={self.n_expert}: needs gated=true, d_expert={self.d_expert} above 0, "
                              f"groups of equal size (n_group={self.n_group}), and n_active={self.n_active} experts in "
                              f"top_group={self.top_group} of them")
-        if self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head and not self.n_noise:
             raise ValueError(f"model.n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if self.differential and (self.n_head % 2 or self.n_kv_head % 2):
+        if self.differential and not self.n_noise and (self.n_head % 2 or self.n_kv_head % 2):
             raise ValueError(f"differential attention pairs heads: n_head={self.n_head} and "
                              f"n_kv_head={self.n_kv_head} must be even")
+        if self.n_noise and (not self.differential or self.n_head % self.n_noise or self.n_head < 2 * self.n_noise
+                             or 2 * self.n_noise % self.n_kv_head or self.n_kv_head % 2):
+            raise ValueError(f"model.n_noise={self.n_noise}: needs differential=true, n_head={self.n_head} a multiple "
+                             f"of it and at least twice it, and an even n_kv_head={self.n_kv_head} that divides "
+                             f"{2 * self.n_noise}: a pair of keys, signal's and noise's, for so many groups")
         if self.position == "rope" and self.rotary % 2:
             raise ValueError(f"model.d_{'rope' if self.kv_rank else 'head'}={self.rotary}: rotary positions need an "
                              "even width")
@@ -121,6 +128,11 @@ class ModelConfig:
     def rotary(self):
         """The width of a head that is rotated."""
         return self.d_rope if self.kv_rank else self.d_head
+
+    @property
+    def maps(self):
+        """Softmax maps of a group: those from which one is subtracted, and that one. 1 where none is."""
+        return (self.n_head // self.n_noise if self.n_noise else 2) if self.differential else 1
 
     @property
     def sharpness(self):
@@ -282,13 +294,19 @@ class Heads(nn.Module):
 
 
 class Attention(Heads):
-    """Multi-head or grouped attention, plain or differential."""
+    """Multi-head or grouped attention, plain or differential.
+
+    share_kv: the first of so many adjacent layers makes keys and values, the others read them (CLA, 2405.12981): the
+    cache shrinks, each layer still has maps of its own. LiSA [2408.01890], which Motif cites, shares the maps instead:
+    a trained model's layers take over the attention of a neighbour, its heads aligned by a small network and corrected
+    by queries and keys of low rank. That is fitted to a model that exists; this one is trained as it is."""
 
     def __init__(self, config, layer, ops):
         super().__init__(config, layer, ops)
         H, Hk, d, C = config.n_head, config.n_kv_head, config.d_head, config.d_model
         self.norm = make_norm(config)
-        self.wq, self.wo, self.leads = matrix(H * d, C), matrix(C, H * d), layer % config.share_kv == 0
+        out = H * d if config.maps == 1 else (H - H // config.maps) * 2 * d            # a noise map puts nothing out
+        self.wq, self.wo, self.leads = matrix(H * d, C), matrix(C, out), layer % config.share_kv == 0
         if self.leads:
             self.wk, self.wv = matrix(Hk * d, C), matrix(Hk * d, C)
         if config.qk_norm:
@@ -330,9 +348,9 @@ class Attention(Heads):
             q, = self.ops.linear("q", (self.wq,), self.norm, x)
         q, (k, v) = self.query(heads(q, c.d_head), rope), kv
         if self.training:
-            self.record(q, kernels.spread(k.detach(), self.config.n_head, 2 if self.config.differential else 1), mask)
-        if self.config.differential:
-            y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask)
+            self.record(q, kernels.spread(k.detach(), c.n_head, c.maps), mask)
+        if c.differential:
+            y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask, c.maps)
         else:
             y = kernels.attention(q, k, v, mask)
         return self.ops.linear("out", (self.wo,), self.join, y)[0], kv
@@ -694,7 +712,7 @@ HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value
                    n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor")
 HF_YARN = dict(yarn="factor", yarn_from="original_max_position_embeddings", yarn_fast="beta_fast",
                yarn_slow="beta_slow")
-PLAIN = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False)     # what their code fixes
+PLAIN = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False, n_noise=0)    # as theirs
 DEEPSEEK = PLAIN | dict(differential=False, act="silu")
 MOTIF = PLAIN | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
 

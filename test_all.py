@@ -155,31 +155,33 @@ def test_poly_norm_ignores_the_scale_of_its_input(float64):
     assert (x * dx).sum(-1).abs().max() < 1e-9
 
 
-def explicit_maps(q, k, v, lam, mask):
-    """Differential attention as its paper writes it, one query at a time: two softmax maps, one subtracted."""
-    B, H2, T, d = q.shape
-    rep, out = H2 // k.shape[1], torch.zeros(B, H2 // 2, T, v.shape[-1])
-    for n, h, i in itertools.product(range(B), range(H2 // 2), range(T)):
-        see = mask[n, 0, i].nonzero().flatten()
-        maps = []
-        for part in (0, 1):
-            keys = k[n, 2 * (h // rep) + part, see]
-            maps.append((keys @ q[n, 2 * h + part, i] / math.sqrt(d)).softmax(0))
-        out[n, h, i] = (maps[0] - lam * maps[1]) @ v[n, h // rep, see]
+def explicit_maps(q, k, v, lam, mask, maps=2):
+    """Differential attention as its paper writes it, one query at a time: two softmax maps, one subtracted; grouped:
+    the last map of each group from all others."""
+    B, H, T, d = q.shape
+    signals, pair = maps - 1, lambda group: group * k.shape[1] // 2 // (H // maps)
+    out = torch.zeros(B, H // maps * signals, T, v.shape[-1])
+    for n, h, i in itertools.product(range(B), range(out.shape[1]), range(T)):
+        group, see = h // signals, mask[n, 0, i].nonzero().flatten()
+        a1, a2 = ((k[n, 2 * pair(group) + part, see] @ q[n, group * maps + at, i] / math.sqrt(d)).softmax(0)
+                  for part, at in ((0, h % signals), (1, maps - 1)))
+        out[n, h, i] = (a1 - lam * a2) @ v[n, pair(group), see]
     return out
 
 
-@pytest.mark.parametrize("T, kv, documents", [(9, 4, False), (17, 2, False), (13, 4, True)])
-def test_differential_attention_is_two_explicit_maps(T, kv, documents, float64):
-    q, k, v, lam = torch.randn(2, 4, T, 6), torch.randn(2, kv, T, 6), torch.randn(2, kv // 2, T, 12), torch.tensor(0.3)
+@pytest.mark.parametrize("T, H, kv, maps, documents", [(9, 4, 4, 2, False), (17, 4, 2, 2, False), (13, 4, 4, 2, True),
+                                                       (9, 6, 4, 3, False), (11, 8, 2, 4, True)])
+def test_differential_attention_is_two_explicit_maps(T, H, kv, maps, documents, float64):
+    q, k, v, lam = torch.randn(2, H, T, 6), torch.randn(2, kv, T, 6), torch.randn(2, kv // 2, T, 12), torch.tensor(0.3)
     starts = torch.where(torch.arange(T) < 5, 0, 5).expand(2, T)
     mask = kernels.causal_mask(T, T, starts if documents else torch.zeros(2, T, dtype=torch.int64))
-    exact, given = explicit_maps(q, k, v, lam, mask), mask if documents else None
+    exact, given = explicit_maps(q, k, v, lam, mask, maps), mask if documents else None
     weight = torch.randn_like(exact)
-    want = gradients(lambda *a: (explicit_maps(*a, mask) * weight).sum(), q, k, v, lam)
-    for f in (kernels.diff_attention_ref, kernels.diff_attention, functools.partial(kernels.diff_attention, block=4)):
-        torch.testing.assert_close(f(q, k, v, lam, given), exact)
-        for ours, theirs in zip(gradients(lambda *a: (f(*a, given) * weight).sum(), q, k, v, lam), want):
+    want = gradients(lambda *a: (explicit_maps(*a, mask, maps) * weight).sum(), q, k, v, lam)
+    for f in (kernels.diff_attention_ref, functools.partial(kernels.diff_attention_ref, attend=kernels.attention),
+              kernels.diff_attention, functools.partial(kernels.diff_attention, block=4)):
+        torch.testing.assert_close(f(q, k, v, lam, given, maps), exact)
+        for ours, theirs in zip(gradients(lambda *a: (f(*a, given, maps) * weight).sum(), q, k, v, lam), want):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -766,6 +768,7 @@ def test_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
 
 VARIANTS = {
     "motif": TINY, "mha": MHA, "gqa": replace(MHA, n_kv_head=2), "differential gqa": replace(TINY, n_kv_head=2),
+    "grouped": replace(TINY, n_head=6, n_noise=2), "grouped gqa": replace(TINY, n_head=6, n_noise=2, n_kv_head=2),
     "learned": replace(MHA, position="learned", norm="layer", act="gelu", gated=False, tie=False),
     "ungated": replace(TINY, gated=False, act="relu2", tie=False), "swiglu": replace(MHA, act="silu"),
     "latent": replace(MHA, act="silu", q_rank=12, kv_rank=10, d_rope=4, d_value=6),
@@ -935,7 +938,11 @@ def test_ngpt_stays_on_the_sphere_and_learns(text, optimizer, tmp_path):
     (dict(share_kv=2, kv_rank=10, d_rope=4, d_value=6), "share_kv: not with latent attention"),
     (dict(ngpt=True, qk_norm=True), "not with qk_norm=True"), (dict(ngpt=True, gated=False), "gated=False"),
     (dict(ngpt=True, position="learned"), "position=learned"), (dict(ngpt=True, norm="layer"), "norm=layer"),
-    (dict(ngpt=True, n_expert=4, n_active=1, d_expert=8), "n_expert=4")])
+    (dict(ngpt=True, n_expert=4, n_active=1, d_expert=8), "n_expert=4"),
+    (dict(n_noise=2), "n_noise=2: needs differential=true"),
+    (dict(n_noise=3, differential=True), "n_head=4 a multiple"),
+    (dict(n_noise=1, differential=True), "even n_kv_head=4 that divides 2"),
+    (dict(n_noise=4, differential=True), "at least twice it")])
 def test_candidates_that_do_not_go_together_are_refused(config, says):
     with pytest.raises(ValueError, match=says):
         replace(MHA, **config)
@@ -949,6 +956,58 @@ def test_candidates_that_undo_the_clip_are_refused_with_it(name):
     with pytest.raises(ValueError, match="weight_decay=0.1") if name == "ngpt" else contextlib.nullcontext():
         train.Config(model=model, optim=muonclip.OptimConfig(tau=0))
     train.Config(model=model, optim=muonclip.OptimConfig(tau=0, weight_decay=0))
+
+
+MIXES = dict(
+    attention=dict(mha={}, gqa=dict(n_kv_head=2), differential=dict(differential=True),
+                   grouped=dict(differential=True, n_head=6, n_noise=2, n_kv_head=2),
+                   latent=dict(q_rank=12, kv_rank=10, d_rope=4, d_value=6)),
+    norm={"": {}, "qk-norm": dict(qk_norm=True), "ngpt": dict(ngpt=True)}, share={"": {}, "shared": dict(share_kv=2)},
+    ffn=dict(polynorm={}, ungated=dict(act="gelu", gated=False),
+             experts=dict(act="silu", n_expert=4, n_dense=1, n_active=2, d_expert=16)))
+
+
+@pytest.mark.parametrize("mix", list(itertools.product(*MIXES.values())), ids=lambda mix: " ".join(filter(None, mix)))
+def test_every_combination_works_or_is_refused(mix, tmp_path, float64):
+    """Causal, decoded as it was trained, every parameter learning, its heads brought to τ, and back from a checkpoint;
+    or an error that says why."""
+    changes, (attention, norm, share, ffn) = {}, mix
+    for part, choice in zip(MIXES.values(), mix):
+        changes |= part[choice]
+    base = replace(MHA, n_layer=2)
+    if attention == "latent" and (norm or share) or norm == "ngpt" and ffn != "polynorm":
+        with pytest.raises(ValueError, match="with latent attention" if attention == "latent" else "not with qk_norm"):
+            replace(base, **changes)
+        return
+    config = replace(base, **changes)
+    network, x = lively(config), tokens(4, 12)
+    other = x.clone()
+    other[:, 7:] = (x[:, 7:] + 1) % 61
+    whole, cache = network(x), net.Cache(32)
+    torch.testing.assert_close(network(other)[:, :7], whole[:, :7], rtol=0, atol=1e-12)
+    pieces = [network(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 12))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    network(x, targets=other)[0].backward()
+    assert all(p.grad.any() for p in network.parameters())
+
+    parallel.save_checkpoint(tmp_path, 0, network.state_dict(), {}, 1)
+    again = net.Transformer(config, seed=1)
+    train.restore(again, None, train.newest_checkpoint(tmp_path)[1])
+    assert torch.equal(again(x), whole)
+
+    if norm:
+        with pytest.raises(ValueError, match="undoes the clip"):
+            train.Config(model=config)
+        return
+    first = list(network.attentions().values())[0]
+    first.clear_logits()
+    network(x)
+    largest = first.max_logits.clone()
+    tau = largest.sort().values[1:3].mean().item()
+    assert muonclip.qk_clip_([first], tau) == (largest > tau).sum() > 0
+    first.clear_logits()
+    network(x)
+    torch.testing.assert_close(first.max_logits, largest.clamp(max=tau))
 
 
 def test_yarn_slows_the_slow_pairs_alone():
@@ -1506,16 +1565,20 @@ def explicit_logits(attention, network, x):
     rope = net.rope_table(config, 0, x.shape[1], x.device, h.dtype)
     q, k = (net.rotate((h @ w.T).unflatten(-1, (-1, config.d_head)).transpose(1, 2), *rope)
             for w in (attention.wq, attention.wk))
-    group = config.n_head // config.n_kv_head
     for i in range(config.n_head):
-        j = i // 2 // group * 2 + i % 2 if config.differential else i // group
+        j = i * config.n_kv_head // config.n_head
+        if config.differential:                                            # the pair of the group; the noise map's key
+            pair = i // config.maps * config.n_kv_head // 2 // (config.n_head // config.maps)
+            j = 2 * pair + (i % config.maps == config.maps - 1)
         scores = torch.einsum("btd,bsd->bts", q[:, i], k[:, j]) / math.sqrt(config.d_head)
         largest.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf).max())
     return torch.stack(largest).detach()
 
 
-@pytest.mark.parametrize("config", [MHA, TINY, VARIANTS["gqa"], VARIANTS["differential gqa"], VARIANTS["shared"]],
-                         ids=["mha", "differential", "gqa", "differential gqa", "shared"])
+ATTENTIONS = "mha", "motif", "gqa", "differential gqa", "shared", "grouped gqa"
+
+
+@pytest.mark.parametrize("config", [VARIANTS[name] for name in ATTENTIONS], ids=ATTENTIONS)
 def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     """Same inputs before and after: a clipped head's largest logit is τ to 1e-5, a calm head's weights are the same
     bits; heads whose largest logit is negative or zero are calm."""
@@ -1531,11 +1594,11 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
             attention.wk[d:2 * d] *= 1e-3                                  # head 1 is calm
     before = explicit_logits(attention, network, x)
     torch.testing.assert_close(attention.max_logits, before)
-    tau = before.sort().values[1:3].mean().item()                          # two heads are above, two below
+    tau = before.sort().values[1:3].mean().item()                          # two heads are below
     weights = attention.wq.detach().clone(), attention.wk.detach().clone()
     count = muonclip.qk_clip_([attention], tau)
     hot = before > tau
-    assert count == hot.sum() == 2
+    assert count == hot.sum() == config.n_head - 2
     after = explicit_logits(attention, network, x)
     torch.testing.assert_close(after[hot], torch.full_like(after[hot], tau), rtol=1e-5, atol=0)
     rows = ~hot.repeat_interleave(d)
@@ -1543,7 +1606,7 @@ def test_qk_clip_brings_a_head_to_tau_and_leaves_calm_heads_alone(config):
     assert torch.equal(attention.wk[rows], weights[1][rows]) if own else torch.equal(attention.wk, weights[1])
     assert torch.equal(after[~hot], before[~hot])
 
-    attention.max_logits.copy_(torch.tensor([-5.0, 0.0, -torch.inf, 1.0]))
+    attention.max_logits.copy_(torch.tensor([-5.0, 0.0, -torch.inf, 1.0, 1.0, 1.0][:config.n_head]))
     weights = attention.wq.detach().clone(), attention.wk.detach().clone()
     assert muonclip.qk_clip_([attention], 1.0) == 0
     assert torch.equal(attention.wq, weights[0]) and torch.equal(attention.wk, weights[1])

@@ -97,10 +97,10 @@ def trained(config, seed, watch=None):
     return rows
 
 
-def history(arm, seed, config):
+def history(arm, seed, config, watch=None):
     """A `run` that trains: a row for each evaluation. bpb: bits/byte, the mean over domains; the last has `seconds` of
     training, evaluation not counted."""
-    for row in trained(config, seed):
+    for row in trained(config, seed, watch):
         bits = [v for k, v in row.items() if k.startswith("bpb_")]
         if bits:
             yield dict(tokens=row["tokens"], seconds=row["seconds"], bpb=statistics.mean(bits),

@@ -1,0 +1,168 @@
+"""Differential attention beside plain: loss, needles, largest logits and activations, λ, without the head norm."""
+import contextlib
+import statistics
+from dataclasses import replace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from data import Batches, prepare
+from model import Attention, Transformer
+from muonclip import MuonClip, learning_rate
+from notes import _note
+from notes.candidates import BASE, config, like
+
+RATE = 3e-3
+NO_NORM = "differential, no head norm"
+CHANGES = {"plain": {}, "differential": dict(differential=True), NO_NORM: dict(differential=True),
+           "grouped, 2 to 1": dict(differential=True, n_head=6, n_noise=2)}
+NEEDLES = 6                      # in a window that is asked, as in the paper
+KEYS, ITEMS, STRAW = 16, 16, 16 + 16 * 16
+SIZE = 128                       # tokens of a window that is trained on
+
+
+def cells(quick):
+    runs = [(arm, seed, config(change, RATE)) for seed in range(3) for arm, change in CHANGES.items()]
+    runs += [(f"needles: {arm}", seed, needle_config(CHANGES[arm])) for seed in range(3)
+             for arm in ("plain", "differential")]
+    return [(arm, seed, _note.toy(c)) for arm, seed, c in runs if not seed] if quick else runs
+
+
+def run(arm, seed, config):
+    config = replace(config, optim=replace(config.optim, exact_logits=True))
+    with contextlib.ExitStack() as stack:
+        if arm == NO_NORM:       # the gains stay; 1 − λ_init only makes up for what the norm takes away
+            gains = lambda self, y: (y * self.head_norm.weight).transpose(1, 2).flatten(2)
+            stack.enter_context(mock.patch.object(Attention, "join", gains))
+        yield from (find if arm.startswith("needles") else language)(arm, seed, config)
+
+
+# ---- a language model -----------------------------------------------------------------------------------------------
+
+def language(arm, seed, config):
+    """Bits/byte over the run; λ of each layer; at the end, the largest logit and activation on validation text."""
+    lams, end = [], {}
+
+    def watch(step, model):
+        if config.model.differential and step % config.eval_every == 0:
+            lams.append(dict(step=step, **{f"lam_{i}": a.lam().item() for i, a in enumerate(
+                model.attentions().values(), 1)}))
+        if step == config.total_steps:
+            end.update(outliers(model, config))
+    yield from _note.history(arm, seed, config, watch)
+    yield from lams
+    yield end
+
+
+@torch.no_grad()
+def outliers(model, config):
+    """On the validation windows of the run: the largest logit of any head; of the residual stream behind each layer,
+    the largest entry and the kurtosis E[h⁴]/E[h²]² (3 for a Gaussian), both the worst of all layers."""
+    batches = Batches(prepare(config.data, config.model.vocab_size), replace(config.data, horizon=1), 0, 1,
+                      config.model.context)
+    largest, kurtosis = [], []
+
+    def look(module, inputs, outputs):
+        h = outputs[0].double()
+        largest.append(h.abs().max().item())
+        kurtosis.append((h.pow(4).mean() / h.square().mean().square()).item())
+    hooks = [layer.register_forward_hook(look) for layer in model.layers.values()]
+    for a in model.attentions().values():
+        a.clear_logits()
+    model(batches.val("code", config.eval_windows)[0])
+    for hook in hooks:
+        hook.remove()
+    return dict(max_logit=max(a.max_logits.max().item() for a in model.attentions().values()),
+                max_activation=max(largest), kurtosis=max(kurtosis))
+
+
+# ---- needles in a haystack ------------------------------------------------------------------------------------------
+
+def needle_config(change, steps=400):
+    """As the language model, for windows of `needles`."""
+    base = replace(BASE, vocab_size=STRAW + 64, context=SIZE)
+    c = config(change, RATE, base=base, steps=steps)
+    return replace(c, batch=32, micro=32, tokens=steps * 32 * SIZE)
+
+
+def needles(B, n, size, random):
+    """B windows of straw with n needles somewhere in it, each a token that says its key (one of 16) and its item (one
+    of 16); the last 2n tokens ask for all of them, in another order: key, needle, key, needle.
+
+    → x (B, size), and where the needle of each question lies (B, n)."""
+    first = size - 2 * n
+    x = torch.randint(STRAW, STRAW + 64, (B, size), generator=random)
+    shuffled = lambda m: torch.rand(B, m, generator=random).argsort(1)[:, :n]
+    key, at = shuffled(KEYS), shuffled(first)
+    x[:, first::2], x[:, first + 1::2] = key, KEYS + key * ITEMS + torch.randint(ITEMS, (B, n), generator=random)
+    return x.scatter_(1, at, x[:, first + 1::2]), at       # places are in no order, so questions are in another
+
+
+@contextlib.contextmanager
+def watched(maps):
+    """Within it, each attention appends its map (B, heads, T, T) to `maps`: for differential attention A1 − λ·A2."""
+    def plain(q, k, v, mask=None):
+        bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
+        maps.append((q @ kernels.spread(k, q.shape[1]).mT * q.shape[-1] ** -0.5 + bias).softmax(-1))
+        return maps[-1] @ v
+
+    def differential(q, k, v, lam, mask=None, group=2):
+        bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
+        a = (q @ kernels.spread(k, q.shape[1], group).mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        a = a.unflatten(1, (-1, group))
+        maps.append((a[:, :, :-1] - lam * a[:, :, -1:]).flatten(1, 2))
+        return maps[-1] @ kernels.spread(v, maps[-1].shape[1])
+    with mock.patch.multiple(kernels, attention=plain, diff_attention=differential):
+        yield
+
+
+def find(arm, seed, config):
+    """Accuracy over the run; at the end, also in longer windows, where a question looks: shares of Σ|attention|, their
+    mean over layers and heads, and those of the head that looks most at the answer."""
+    model = Transformer(config.model, seed=seed)
+    optimizer, random = MuonClip(model.named_parameters(), config.optim), torch.Generator().manual_seed(seed)
+    size = config.model.context
+    for step in range(1, config.total_steps + 1):
+        n = int(torch.randint(1, 2 * NEEDLES + 1, (), generator=random))
+        x, _ = needles(config.batch, n, size, random)
+        model.zero_grad()
+        F.cross_entropy(model(x)[:, -2 * n::2].flatten(0, 1), x[:, 1 - 2 * n::2].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate((step - 1) * config.step_tokens, config)
+        optimizer.step()
+        if step % (config.total_steps // 12) == 0:
+            yield dict(step=step, right=asked(model, size)["right"])
+    yield from (dict(size=times * size) | asked(model, times * size, look=True) for times in (1, 2, 4))
+
+
+@torch.no_grad()
+def asked(model, size, look=False, B=64, n=NEEDLES):
+    """How many of the answers of B new windows are right, and, if asked to look, what their questions look at."""
+    x, answer = needles(B, n, size, torch.Generator().manual_seed(size))
+    maps, model = [], model.eval()
+    with watched(maps) if look else contextlib.nullcontext():
+        logits = model(x)[:, -2 * n::2]
+    model.train()
+    found = dict(right=(logits.argmax(-1) == x[:, 1 - 2 * n::2]).double().mean().item())
+    if not look:
+        return found
+    a = torch.stack([m[:, :, -2 * n::2] for m in maps], 1).abs()                       # (B, L, H, n questions, T)
+    a = a / a.sum(-1, keepdim=True)
+    on_value = a.gather(-1, answer[:, None, None, :, None].expand(*a.shape[:4], 1)).squeeze(-1)
+    straw = (a * (x >= STRAW)[:, None, None, None]).sum(-1)
+    before = a[..., :size - 2 * n].sum(-1) - straw - on_value              # keys, and the values of other needles
+    best = on_value.mean((0, 3)).flatten().argmax()
+    of_head = lambda share: share.mean((0, 3)).flatten()[best].item()
+    return found | dict(on_answer=on_value.mean().item(), on_others=before.mean().item(), on_straw=straw.mean().item(),
+                        best_answer=of_head(on_value), best_others=of_head(before), best_straw=of_head(straw))
+
+
+def show(rows):
+    raise SystemExit("not yet")
+
+
+if __name__ == "__main__":
+    _note.main("differential_attention", cells, run, show)
