@@ -252,7 +252,7 @@ def matrix(rows, columns):
 
 # nGPT [2410.01131]: vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual
 # stream, columns of those that write to it, and the stream itself. Scales are kept as s/√C, the size of a unit vector's
-# entries, so that the optimizer's steps suit both (§2.5).
+# entries, so that the optimizer's steps suit both (§2.5); only those inside feed-forward layers as s.
 
 def unit(x, dim=-1):
     return F.normalize(x, dim=dim)
@@ -440,12 +440,12 @@ class FeedForward(nn.Module):
         self.up, self.down = matrix(d_ff, config.d_model), matrix(config.d_model, d_ff)
         self.root = config.d_model ** 0.5 if config.ngpt else 0.0
         if config.ngpt:
-            self.s_gate, self.s_up = scales(d_ff, config.d_model), scales(d_ff, config.d_model)
+            self.s_gate, self.s_up = scales(d_ff, 1), scales(d_ff, 1)
 
     def inner(self, gate, up):
         """What `down` multiplies.  For nGPT: act(s_v·√C·gate)·(s_u·up).   [2410.01131 eq. 20, 21]"""
         if self.root:
-            gate, up = gate * (self.s_gate * self.root ** 2).to(gate.dtype), up * (self.s_up * self.root).to(up.dtype)
+            gate, up = gate * (self.s_gate * self.root).to(gate.dtype), up * self.s_up.to(up.dtype)
         return self.act(gate) * up
 
     def forward(self, x):

@@ -900,7 +900,7 @@ def test_ngpt_is_its_definition(float64):
         a, f = layer.attention, layer.ffn
         v = h @ a.wv.T                                                     # one token: all attention goes to itself
         h = unit(h + layer.a_attention * root / 2 * (unit(v @ a.wo.T) - h))
-        gate, up = (h @ f.gate.T) * f.s_gate * root * root, (h @ f.up.T) * f.s_up * root
+        gate, up = (h @ f.gate.T) * f.s_gate * root, (h @ f.up.T) * f.s_up
         h = unit(h + layer.a_ffn * root / 2 * (unit((silu(gate) * up) @ f.down.T) - h))
     torch.testing.assert_close(network(x)[:, 0], (h @ network.head.T) * network.s_logits * root)
 
@@ -908,7 +908,9 @@ def test_ngpt_is_its_definition(float64):
     logits = a.query(q, None) @ a.key(k, None).mT / math.sqrt(8)
     torch.testing.assert_close(logits, (unit(q) * s) @ (unit(k) * s).mT * math.sqrt(8))
     fresh = net.Transformer(config)
-    assert fresh.layers["0"].a_ffn.tolist() == pytest.approx([1 / root] * C)
+    first = fresh.layers["0"]
+    for kept, size in ((first.a_ffn, 1 / root), (first.attention.s_qk, 1 / root), (first.ffn.s_gate, 1)):
+        assert kept.tolist() == pytest.approx([size] * len(kept))          # what the optimizer's steps are measured by
     for name, p in fresh.named_parameters():
         if p.ndim == 2:
             assert p.norm(dim=0 if name.endswith(("wo", "down")) else 1).allclose(torch.ones(()))
@@ -1051,7 +1053,7 @@ def test_flops_are_what_torch_counts(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
     monkeypatch.setattr(kernels, "attention", kernels.attention_ref)
     monkeypatch.setattr(kernels, "diff_attention", kernels.diff_attention_ref)
-    for config in (TINY, replace(MHA, gated=False, tie=False)):
+    for config in (TINY, replace(MHA, gated=False, tie=False), VARIANTS["grouped gqa"]):
         network = net.Transformer(config).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(tokens(1, config.context))

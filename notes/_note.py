@@ -107,11 +107,34 @@ def history(arm, seed, config, watch=None):
                        **{k: v for k, v in row.items() if k.startswith("bpb_") and len(bits) > 1})
 
 
+SPEED = "speed, "
+
+
+def speed_cells(configs, rounds=5):
+    """Cells of 30 steps that time {arm: configuration} in turn: only the ratios of a round mean something. They come
+    last, and want the machine for themselves."""
+    return [(SPEED + arm, i, replace(c, tokens=30 * c.step_tokens, eval_windows=1, eval_every=10 ** 9))
+            for i in range(rounds) for arm, c in configs.items()]
+
+
+def timed(arm, seed, config):
+    """A `run` of such a cell: tokens/s, the median over its steps."""
+    yield dict(tokens_per_s=statistics.median(row["tokens_per_s"] for row in trained(config, seed)[3:]))
+
+
+def pace(rows, arm, base):
+    """'1.00': tokens/s of an arm beside those of `base`, the median over rounds and, in brackets, all of them."""
+    speed = {(row["arm"], row["seed"]): row["tokens_per_s"] for row in rows if row["arm"].startswith(SPEED)}
+    ratios = [speed[SPEED + arm, i] / speed[SPEED + base, i] for i in range(5) if (SPEED + arm, i) in speed]
+    return spread(ratios, 2) if ratios else "not yet measured"
+
+
 def toy(config):
     """A configuration that trains in a second, on this repository's own text."""
     names = [item.split(":")[0] for item in config.data.domains.split(",")]
     files = ",".join(f"{name}={HERE.parent / file}" for name, file in zip(names, ("README.md", "train.py", "model.py")))
     small = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_head=16, d_ff=32, vocab_size=261, context=32)
+    small |= dict(n_head=3, n_noise=1) if config.model.n_noise else {}
     return replace(config, model=replace(config.model, **small), batch=4, micro=4, tokens=12 * 4 * 32, eval_every=4,
                    eval_windows=2, average_every=6 * 4 * 32 if config.average_every else 0,
                    data=replace(config.data, tokenizer="bytes", files=files, cache="out/quick/cache"))

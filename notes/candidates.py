@@ -1,8 +1,9 @@
-"""Motif's choices: every candidate beside the same base, with AdamW as in Motif and the winners with MuonClip too."""
+"""Motif's choices: every candidate beside the same base, with AdamW as in Motif, and some again with MuonClip."""
+import statistics
 from dataclasses import replace
 
 import train
-from model import ModelConfig, count_parameters
+from model import ModelConfig, cache_per_token, count_parameters
 from notes import _note
 
 STEPS = 800                                                        # of 2,048 bytes
@@ -12,6 +13,11 @@ BASE = ModelConfig(n_layer=4, n_head=4, n_kv_head=4, d_model=64, d_head=16, d_ff
 CHANGES = {"base": {}, "QK-Norm": dict(qk_norm=True), "differential": dict(differential=True),
            "shared K/V": dict(share_kv=2), "nGPT": dict(ngpt=True), "PolyNorm": dict(act="polynorm"),
            "differential + PolyNorm": dict(differential=True, act="polynorm")}
+BOTH = "differential + PolyNorm"                                   # what Motif chose
+SEEDS = {("base", "adamw"): 5, ("QK-Norm", "adamw"): 5, ("PolyNorm", "adamw"): 5, (BOTH, "adamw"): 5,
+         ("differential", "adamw"): 3, ("base", "muonclip"): 3, ("QK-Norm", "muonclip"): 3,
+         ("PolyNorm", "muonclip"): 3, (BOTH, "muonclip"): 3}       # those with MuonClip are all there are of it
+BEST = {"adamw": 3e-3, "muonclip": 1e-2}                           # of the three, for all with more than one seed
 
 
 def hidden(model):
@@ -38,14 +44,76 @@ def config(changes, lr, rule="adamw", base=BASE, steps=STEPS):
                    data=replace(recipe.data, domains="code:1:1", tokenizer="bytes"))
 
 
+def name(arm, rule, lr):
+    return f"{arm}, {dict(adamw='AdamW', muonclip='MuonClip')[rule]}, {lr:g}"
+
+
 def cells(quick):
-    runs = [(f"{arm}, {lr:g}", 0, config(change, lr)) for lr in RATES["adamw"] for arm, change in CHANGES.items()]
-    return [(arm, seed, _note.toy(c)) for arm, seed, c in runs if not seed] if quick else runs
+    grid = [(arm, rule, lr, 0) for rule in RATES for lr in RATES[rule] for arm in CHANGES
+            if rule == "adamw" or (arm, rule) in SEEDS]
+    if quick:
+        return [(name(arm, rule, lr), 0, _note.toy(config(CHANGES[arm], lr, rule))) for arm, rule, lr, _ in grid
+                if lr == BEST[rule]]
+    grid += [(arm, rule, BEST[rule], seed) for (arm, rule), n in SEEDS.items() for seed in range(1, n)]
+    runs = [(name(arm, rule, lr), seed, config(CHANGES[arm], lr, rule)) for arm, rule, lr, seed in grid]
+    return runs + _note.speed_cells({name(arm, rule, 3e-3): config(CHANGES[arm], 3e-3, rule) for arm in CHANGES
+                                     for rule in RATES if rule == "adamw" or (arm, rule) in SEEDS})
+
+
+def run(arm, seed, config):
+    yield from (_note.timed if arm.startswith(_note.SPEED) else _note.history)(arm, seed, config)
 
 
 def show(rows):
-    raise SystemExit("not yet")
+    ends = {}                                                      # {(arm, rule): {rate: {seed: bits/byte}}}
+    for arm in CHANGES:
+        for rule in RATES:
+            for lr in RATES[rule]:
+                found = {seed: some[-1]["bpb"] for seed, some in _note.of_arm(rows, name(arm, rule, lr)).items()}
+                if found:
+                    ends.setdefault((arm, rule), {})[lr] = found
+    best = {cell: min(of_rate, key=lambda lr: of_rate[lr][0]) for cell, of_rate in ends.items()}
+    more = {cell: [100 * (bits / ends["base", cell[1]][best["base", cell[1]]][seed] - 1)
+                   for seed, bits in ends[cell][best[cell]].items()] for cell in ends}
+
+    figure, [(rates, beside)] = _note.panels(1, 2, width=12, height=4.2)
+    for (arm, rule), colour in zip([cell for cell in ends if cell[1] == "adamw"], _note.COLOURS):
+        rates.plot(list(ends[arm, rule]), [of_seed[0] for of_seed in ends[arm, rule].values()], "o-", ms=4,
+                   color=colour, label=arm)
+    rates.set(xscale="log", xlabel="learning rate", title="AdamW, seed 0: bits/byte", xticks=RATES["adamw"],
+              xticklabels=[f"{lr:g}" for lr in RATES["adamw"]])
+    rates.minorticks_off()
+    rates.legend()
+    for i, arm in enumerate(CHANGES):
+        for j, rule in enumerate(RATES):
+            if (arm, rule) in more and arm != "base":
+                beside.plot(more[arm, rule], [-i + 0.15 - 0.3 * j] * len(more[arm, rule]), "os"[j], ms=5,
+                            color=_note.COLOURS[j], alpha=0.8)
+    for j, label in enumerate(("AdamW", "MuonClip")):
+        beside.plot([], [], "os"[j], color=_note.COLOURS[j], label=label)
+    beside.axvline(0, color="0.4", lw=0.8)
+    beside.set(title="bits/byte beside base, %, each seed", yticks=[-i for i in range(1, len(CHANGES))],
+               yticklabels=list(CHANGES)[1:])
+    beside.legend()
+
+    base = config({}, 1e-3).model
+    lines = []
+    for rule, label in (("adamw", "AdamW"), ("muonclip", "MuonClip")):
+        lines += ["", *_note.table(
+            (label, *(f"seed 0, rate {lr:g}" for lr in RATES[rule]), "at the best, all seeds",
+             "beside base, %, same seeds", "hidden parameters", "KV cache", "tokens/s, beside"),
+            *((arm, *(f"{of_rate[lr][0]:.3f}" if lr in of_rate else "–" for lr in RATES[rule]),
+               _note.spread(list(of_rate[best[arm, rule]].values())),
+               "–" if arm == "base" else _note.spread(more[arm, rule], 2), f"{hidden(model):,}",
+               f"{cache_per_token(model) / cache_per_token(base):.2f}",
+               _note.pace(rows, name(arm, rule, 3e-3), name("base", "adamw", 3e-3)))
+              for (arm, r), of_rate in ends.items() if r == rule
+              for model in (like(base, **CHANGES[arm]),)))]
+    of_base = list(ends["base", "adamw"][best["base", "adamw"]].values())
+    deviation = 100 * statistics.stdev(of_base) / statistics.mean(of_base) if len(of_base) > 1 else 0.0
+    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%."]
+    return figure, lines[1:]
 
 
 if __name__ == "__main__":
-    _note.main("candidates", cells, _note.history, show)
+    _note.main("candidates", cells, run, show)

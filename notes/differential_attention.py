@@ -12,7 +12,7 @@ from data import Batches, prepare
 from model import Attention, Transformer
 from muonclip import MuonClip, learning_rate
 from notes import _note
-from notes.candidates import BASE, config, like
+from notes.candidates import BASE, config, hidden, like
 
 RATE = 3e-3
 NO_NORM = "differential, no head norm"
@@ -27,7 +27,10 @@ def cells(quick):
     runs = [(arm, seed, config(change, RATE)) for seed in range(3) for arm, change in CHANGES.items()]
     runs += [(f"needles: {arm}", seed, needle_config(CHANGES[arm])) for seed in range(3)
              for arm in ("plain", "differential")]
-    return [(arm, seed, _note.toy(c)) for arm, seed, c in runs if not seed] if quick else runs
+    if not quick:
+        return runs
+    toys = [(arm, _note.toy(c)) for arm, seed, c in runs if not seed]
+    return [(arm, 0, replace(c, model=replace(c.model, vocab_size=STRAW + 64))) for arm, c in toys]
 
 
 def run(arm, seed, config):
@@ -125,7 +128,7 @@ def find(arm, seed, config):
     optimizer, random = MuonClip(model.named_parameters(), config.optim), torch.Generator().manual_seed(seed)
     size = config.model.context
     for step in range(1, config.total_steps + 1):
-        n = int(torch.randint(1, 2 * NEEDLES + 1, (), generator=random))
+        n = int(torch.randint(1, min(2 * NEEDLES, size // 4) + 1, (), generator=random))
         x, _ = needles(config.batch, n, size, random)
         model.zero_grad()
         F.cross_entropy(model(x)[:, -2 * n::2].flatten(0, 1), x[:, 1 - 2 * n::2].flatten()).backward()
@@ -160,8 +163,60 @@ def asked(model, size, look=False, B=64, n=NEEDLES):
                         best_answer=of_head(on_value), best_others=of_head(before), best_straw=of_head(straw))
 
 
+# ---- figure and table -----------------------------------------------------------------------------------------------
+
 def show(rows):
-    raise SystemExit("not yet")
+    bits = {arm: {seed: [row for row in some if "bpb" in row][-1]["bpb"]
+                  for seed, some in _note.of_arm(rows, arm).items()} for arm in CHANGES}
+    more = {arm: [100 * (b / bits["plain"][seed] - 1) for seed, b in of_seed.items()] for arm, of_seed in bits.items()}
+    of = lambda arm, what, **where: [row[what] for row in rows if row["arm"] == arm and what in row
+                                     and all(row.get(k) == v for k, v in where.items())]
+    figure, [(loss, largest, lam), (learning, longer, looks)] = _note.panels(2, 3, width=13, height=3.6)
+    for i, (arm, colour) in enumerate(zip(CHANGES, _note.COLOURS)):
+        loss.plot(more[arm], [-i] * len(more[arm]), "o", ms=5, color=colour, alpha=0.8)
+        for j, what in enumerate(("max_logit", "max_activation", "kurtosis")):
+            values = [v / statistics.mean(of("plain", what)) for v in of(arm, what)]
+            largest.plot([j + 0.15 * (i - 1.5)] * len(values), values, "o", ms=5, color=colour, alpha=0.8,
+                         label=None if j else arm)
+    for i, colour in zip(range(1, BASE.n_layer + 1), _note.COLOURS):
+        _note.band(lam, rows, "differential", "step", f"lam_{i}", color=colour, label=f"layer {i}")
+    needle_arms = {arm: f"needles: {arm}" for arm in ("plain", "differential")}
+    sizes = sorted({row["size"] for row in rows if "size" in row})
+    for (label, arm), colour in zip(needle_arms.items(), _note.COLOURS):
+        style = dict(color=colour, marker="o", ms=4)
+        _note.band(learning, rows, arm, "step", "right", color=colour, label=label)
+        _note.band(longer, rows, arm, "size", "right", label=label, **style)
+        _note.band(looks, rows, arm, "size", "best_answer", label=f"{label}, best head", **style)
+        _note.band(looks, rows, arm, "size", "on_answer", ls="--", label="mean of heads", **style)
+    loss.axvline(0, color="0.4", lw=0.8)
+    loss.set(title="bits/byte beside plain, %, each seed", yticks=[-i for i in range(len(CHANGES))],
+             yticklabels=list(CHANGES))
+    largest.set(title="outliers beside plain", xticks=range(3), xticklabels=("logit", "activation", "kurtosis"),
+                ylim=(0, None))
+    lam.set(title="λ of the differential arm", xlabel="step")
+    learning.set(title="needles found", xlabel="step", ylim=(0, 1.02))
+    longer.set(title="needles found, at the end", xlabel="tokens of a window (trained on the shortest)", ylim=(0, 1.02))
+    looks.set(title="share of attention on the answer", xlabel="tokens of a window", ylim=(0, None))
+    for axis in (longer, looks):
+        axis.set(xscale="log", xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes])
+        axis.minorticks_off()
+    for axis in (largest, lam, learning, longer, looks):
+        axis.legend(fontsize=8)
+
+    take = lambda arm, what, digits=2, **where: _note.spread(of(arm, what, **where), digits)
+    lines = _note.table(
+        ("arm", "hidden parameters", "bits/byte", "beside plain, %, same seeds", "largest logit", "largest activation",
+         "kurtosis"),
+        *((arm, f"{hidden(like(BASE, **change)):,}", _note.spread(list(bits[arm].values())),
+           "–" if arm == "plain" else _note.spread(more[arm], 2), take(arm, "max_logit", 1),
+           take(arm, "max_activation", 1), take(arm, "kurtosis", 1)) for arm, change in CHANGES.items()))
+    lines += ["", *_note.table(
+        ("needles", "tokens", "found", "attention on the answer", "on other needles and keys", "on straw",
+         "best head: answer", "others", "straw"),
+        *((label, f"{size:.0f}", *(take(arm, what, size=size) for what in (
+            "right", "on_answer", "on_others", "on_straw", "best_answer", "best_others", "best_straw")))
+          for size in sizes for label, arm in needle_arms.items()))]
+    return figure, lines
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 
 from notes import _note
 from notes.appendix_e import svd_entropy
-from notes.candidates import config
+from notes.candidates import BASE, config, hidden, like
 
 RATE = 3e-3
 CHANGES = {"SwiGLU": {}, "PolyNorm, gated": dict(act="polynorm"), "PolyNorm": dict(act="polynorm", gated=False),
@@ -13,7 +13,8 @@ CHANGES = {"SwiGLU": {}, "PolyNorm, gated": dict(act="polynorm"), "PolyNorm": di
 
 
 def cells(quick):
-    runs = [(arm, seed, config(change, RATE)) for seed in range(5) for arm, change in CHANGES.items()]
+    configs = {arm: config(change, RATE) for arm, change in CHANGES.items()}
+    runs = [(arm, seed, c) for seed in range(5) for arm, c in configs.items()] + _note.speed_cells(configs)
     return [(arm, seed, _note.toy(c)) for arm, seed, c in runs if not seed] if quick else runs
 
 
@@ -31,6 +32,9 @@ def layers(model):
 
 
 def run(arm, seed, config):
+    if arm.startswith(_note.SPEED):
+        yield from _note.timed(arm, seed, config)
+        return
     ends = []
     yield from _note.history(arm, seed, config, lambda step, model: step < config.total_steps
                              or ends.extend(layers(model)))
@@ -38,7 +42,41 @@ def run(arm, seed, config):
 
 
 def show(rows):
-    raise SystemExit("not yet")
+    ends = {arm: {seed: [row for row in some if "bpb" in row][-1]["bpb"]
+                  for seed, some in _note.of_arm(rows, arm).items()} for arm in CHANGES}
+    base = ends["SwiGLU"]
+    more = {arm: [100 * (bits / base[seed] - 1) for seed, bits in of_seed.items()] for arm, of_seed in ends.items()}
+    figure, [(loss, learned, rank)] = _note.panels(1, 3, width=13, height=3.8)
+    for i, (arm, colour) in enumerate(zip(CHANGES, _note.COLOURS)):
+        loss.plot(more[arm], [-i] * len(more[arm]), "o", ms=5, color=colour, alpha=0.8)
+        _note.band(rank, rows, arm, "layer", "inward", color=colour)
+        _note.band(rank, rows, arm, "layer", "outward", color=colour, ls="--", label=None)
+    for arm, style in (("PolyNorm, gated", "-"), ("PolyNorm", "--")):
+        for what, colour in zip(("cube", "square", "linear", "bias"), _note.COLOURS):
+            _note.band(learned, rows, arm, "layer", what, color=colour, ls=style, label=what if style == "-" else None)
+    _note.reported(learned, 1 / 3, None)
+    loss.axvline(0, color="0.4", lw=0.8)
+    loss.set(title="bits/byte beside SwiGLU, %, each seed", yticks=[-i for i in range(len(CHANGES))],
+             yticklabels=list(CHANGES))
+    learned.set(title="coefficients (dashed: not gated; dotted: at birth)", xlabel="layer")
+    rank.set(title="SVD entropy of gate, up (dashed: down)", xlabel="layer")
+    learned.legend(ncols=2)
+    rank.legend(fontsize=7)
+    layers = sorted({row["layer"] for row in rows if "layer" in row})
+    of = lambda arm, what, layer: [row[what] for row in rows if row["arm"] == arm and row.get("layer") == layer]
+    mean = lambda arm, what: [statistics.mean(values) for values in zip(*(of(arm, what, i) for i in layers))]
+    lines = _note.table(
+        ("arm", "width", "hidden parameters", "bits/byte", "beside SwiGLU, %, same seeds", "entropy of gate, up",
+         "of down", "tokens/s, beside"),
+        *((arm, model.d_ff, f"{hidden(model):,}", _note.spread(list(ends[arm].values())),
+           "–" if arm == "SwiGLU" else _note.spread(more[arm], 2), _note.spread(mean(arm, "inward")),
+           _note.spread(mean(arm, "outward")), _note.pace(rows, arm, "SwiGLU"))
+          for arm, change in CHANGES.items() for model in (like(BASE, **change),)))
+    lines += ["", *_note.table(
+        ("learned coefficients", *(f"layer {i:.0f}" for i in layers)),
+        *((f"{arm}: {what}", *(_note.spread(of(arm, what, i), 2) for i in layers))
+          for arm in ("PolyNorm, gated", "PolyNorm") for what in ("cube", "square", "linear", "bias")))]
+    return figure, lines
 
 
 if __name__ == "__main__":
