@@ -110,7 +110,7 @@ def history(arm, seed, config, watch=None):
 SPEED = "speed, "
 
 
-def speed_cells(configs, rounds=5):
+def speed_cells(configs, rounds=3):
     """Cells of 30 steps that time {arm: configuration} in turn: only the ratios of a round mean something. They come
     last, and want the machine for themselves."""
     return [(SPEED + arm, i, replace(c, tokens=30 * c.step_tokens, eval_windows=1, eval_every=10 ** 9))
@@ -125,7 +125,7 @@ def timed(arm, seed, config):
 def pace(rows, arm, base):
     """'1.00': tokens/s of an arm beside those of `base`, the median over rounds and, in brackets, all of them."""
     speed = {(row["arm"], row["seed"]): row["tokens_per_s"] for row in rows if row["arm"].startswith(SPEED)}
-    ratios = [speed[SPEED + arm, i] / speed[SPEED + base, i] for i in range(5) if (SPEED + arm, i) in speed]
+    ratios = [v / speed[SPEED + base, i] for (of, i), v in speed.items() if of == SPEED + arm]
     return spread(ratios, 2) if ratios else "not yet measured"
 
 

@@ -193,14 +193,15 @@ def show(rows):
              yticklabels=list(CHANGES))
     largest.set(title="outliers beside plain", xticks=range(3), xticklabels=("logit", "activation", "kurtosis"),
                 ylim=(0, None))
-    lam.set(title="λ of the differential arm", xlabel="step")
+    lam.set(title="λ of the differential arm", xlabel="step", ylim=(0, 1.3))
     learning.set(title="needles found", xlabel="step", ylim=(0, 1.02))
     longer.set(title="needles found, at the end", xlabel="tokens of a window (trained on the shortest)", ylim=(0, 1.02))
     looks.set(title="share of attention on the answer", xlabel="tokens of a window", ylim=(0, None))
     for axis in (longer, looks):
         axis.set(xscale="log", xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes])
         axis.minorticks_off()
-    for axis in (largest, lam, learning, longer, looks):
+    lam.legend(fontsize=8, ncols=2, loc="upper left")
+    for axis in (largest, learning, longer, looks):
         axis.legend(fontsize=8)
 
     take = lambda arm, what, digits=2, **where: _note.spread(of(arm, what, **where), digits)

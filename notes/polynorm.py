@@ -58,11 +58,11 @@ def show(rows):
     loss.axvline(0, color="0.4", lw=0.8)
     loss.set(title="bits/byte beside SwiGLU, %, each seed", yticks=[-i for i in range(len(CHANGES))],
              yticklabels=list(CHANGES))
-    learned.set(title="coefficients (dashed: not gated; dotted: at birth)", xlabel="layer")
-    rank.set(title="SVD entropy of gate, up (dashed: down)", xlabel="layer")
+    layers = sorted({row["layer"] for row in rows if "layer" in row})
+    learned.set(title="coefficients (dashed: not gated; dotted: at birth)", xlabel="layer", xticks=layers)
+    rank.set(title="SVD entropy of gate, up (dashed: down)", xlabel="layer", xticks=layers)
     learned.legend(ncols=2)
     rank.legend(fontsize=7)
-    layers = sorted({row["layer"] for row in rows if "layer" in row})
     of = lambda arm, what, layer: [row[what] for row in rows if row["arm"] == arm and row.get("layer") == layer]
     mean = lambda arm, what: [statistics.mean(values) for values in zip(*(of(arm, what, i) for i in layers))]
     lines = _note.table(
