@@ -111,7 +111,12 @@ def show(rows):
               for model in (like(base, **CHANGES[arm]),)))]
     of_base = list(ends["base", "adamw"][best["base", "adamw"]].values())
     deviation = 100 * statistics.stdev(of_base) / statistics.mean(of_base) if len(of_base) > 1 else 0.0
-    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%."]
+    pairs = [values for (arm, _), values in more.items() if arm != "base" and len(values) > 1]
+    pooled = (sum((len(v) - 1) * statistics.variance(v) for v in pairs)
+              / max(1, sum(len(v) - 1 for v in pairs))) ** 0.5
+    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%; of differences at "
+              f"the same seed, pooled over all arms: {pooled:.2f}%, so that two standard errors of a mean of three seeds "
+              f"are {2 * pooled / 3 ** 0.5:.1f}%, of five {2 * pooled / 5 ** 0.5:.1f}%."]
     return figure, lines[1:]
 
 
