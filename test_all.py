@@ -2534,14 +2534,17 @@ def test_options_are_checked_together():
 def test_bfloat16_trains_float32_weights(text):
     """As on a GPU: what is computed is bfloat16, weights and gradients are float32 and near those of float32."""
     for config in VARIANTS.values():
+        torch.manual_seed(0)                                               # inputs that other variants do not shift
         networks, x = [lively(config), lively(config)], tokens(2, 16)
         for network, dtype in zip(networks, (None, torch.bfloat16)):
+            for moe in network.mixtures().values():
+                moe.bias[:config.n_active] += 10                           # a choice that rounding cannot flip
             network(x, x, dtype=dtype)[0].backward()
         for (name, a), b in zip(networks[0].named_parameters(), networks[1].parameters()):
             assert b.grad.dtype == torch.float32
             if a.ndim == 2 and a.grad.norm() > 1e-3:
                 cosine = torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
-                assert cosine > (0.95 if "router" in name else 0.98), (name, cosine)       # a choice may flip
+                assert cosine > 0.97, (name, cosine)
 
 
 def test_learning_rates_of_both_reports():

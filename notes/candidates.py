@@ -114,9 +114,9 @@ def show(rows):
     pairs = [values for (arm, _), values in more.items() if arm != "base" and len(values) > 1]
     pooled = (sum((len(v) - 1) * statistics.variance(v) for v in pairs)
               / max(1, sum(len(v) - 1 for v in pairs))) ** 0.5
-    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%; of differences at "
-              f"the same seed, pooled over all arms: {pooled:.2f}%, so that two standard errors of a mean of three seeds "
-              f"are {2 * pooled / 3 ** 0.5:.1f}%, of five {2 * pooled / 5 ** 0.5:.1f}%."]
+    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%; of differences "
+              f"at the same seed, pooled over all arms: {pooled:.2f}%, so that two standard errors of a mean of three "
+              f"seeds are {2 * pooled / 3 ** 0.5:.1f}%, of five {2 * pooled / 5 ** 0.5:.1f}%."]
     return figure, lines[1:]
 
 
