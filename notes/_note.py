@@ -156,7 +156,9 @@ def main(name, cells, run, show, argv=None):
     if not rows:
         raise SystemExit(f"{path}: nothing to plot; run python -m notes.{name} first")
     figure, lines = show([row | dict(seed=int(row["seed"])) for row in rows])
+    from matplotlib.pyplot import close                            # here: panels() has chosen what draws
     figure.savefig(path.with_suffix(".png"), dpi=110)
+    close(figure)
     first = [row for row in rows if "minutes" in row]
     machines = "; ".join(dict.fromkeys(row["machine"] for row in first))
     took = f"*{sum(row['minutes'] for row in first):.0f} minutes on {machines}; [raw numbers]({path.name}).*"
