@@ -894,7 +894,7 @@ def test_ngpt_is_its_definition(float64):
     config = replace(VARIANTS["ngpt"], n_layer=2)
     network, x = lively(config), tokens(5, 1)
     net.renormalise_(dict(network.named_parameters()))
-    C, root, unit = config.d_model, config.d_model ** 0.5, lambda v: v / v.norm(dim=-1, keepdim=True)
+    root, unit = config.d_model ** 0.5, lambda v: v / v.norm(dim=-1, keepdim=True)
     h = unit(network.embed)[x[:, 0]]
     for layer in network.layers.values():
         a, f = layer.attention, layer.ffn

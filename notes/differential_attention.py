@@ -34,7 +34,6 @@ def cells(quick):
 
 
 def run(arm, seed, config):
-    config = replace(config, optim=replace(config.optim, exact_logits=True))
     with contextlib.ExitStack() as stack:
         if arm == NO_NORM:       # the gains stay; 1 − λ_init only makes up for what the norm takes away
             gains = lambda self, y: (y * self.head_norm.weight).transpose(1, 2).flatten(2)
@@ -154,13 +153,13 @@ def asked(model, size, look=False, B=64, n=NEEDLES):
         return found
     a = torch.stack([m[:, :, -2 * n::2] for m in maps], 1).abs()                       # (B, L, H, n questions, T)
     a = a / a.sum(-1, keepdim=True)
-    on_value = a.gather(-1, answer[:, None, None, :, None].expand(*a.shape[:4], 1)).squeeze(-1)
+    right = a.gather(-1, answer[:, None, None, :, None].expand(*a.shape[:4], 1)).squeeze(-1)
     straw = (a * (x >= STRAW)[:, None, None, None]).sum(-1)
-    before = a[..., :size - 2 * n].sum(-1) - straw - on_value              # keys, and the values of other needles
-    best = on_value.mean((0, 3)).flatten().argmax()
+    others = a[..., :size - 2 * n].sum(-1) - straw - right                 # what is left lies on earlier questions
+    best = right.mean((0, 3)).flatten().argmax()
     of_head = lambda share: share.mean((0, 3)).flatten()[best].item()
-    return found | dict(on_answer=on_value.mean().item(), on_others=before.mean().item(), on_straw=straw.mean().item(),
-                        best_answer=of_head(on_value), best_others=of_head(before), best_straw=of_head(straw))
+    return found | dict(on_answer=right.mean().item(), on_others=others.mean().item(), on_straw=straw.mean().item(),
+                        best_answer=of_head(right), best_others=of_head(others), best_straw=of_head(straw))
 
 
 # ---- figure and table -----------------------------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def show(rows):
            "–" if arm == "plain" else _note.spread(more[arm], 2), take(arm, "max_logit", 1),
            take(arm, "max_activation", 1), take(arm, "kurtosis", 1)) for arm, change in CHANGES.items()))
     lines += ["", *_note.table(
-        ("needles", "tokens", "found", "attention on the answer", "on other needles and keys", "on straw",
+        ("needles", "tokens", "found", "attention on the answer", "on other needles", "on straw",
          "best head: answer", "others", "straw"),
         *((label, f"{size:.0f}", *(take(arm, what, size=size) for what in (
             "right", "on_answer", "on_others", "on_straw", "best_answer", "best_others", "best_straw")))
