@@ -474,12 +474,16 @@ class MoE(nn.Module):
             self.shared = FeedForward(c, ops, shared=True)
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)
-        self.aux = 0.0                                                 # balance loss of the last training forward
+        self.aux = 0.0                                                 # balance loss, from this forward to its sum
 
     def route(self, h):
-        """h (B, T, C) → a token's experts (N, k) and their weights (N, k)."""
+        """h (B, T, C) → a token's experts (N, k) and their weights (N, k).
+
+        Scores are computed in float32 whatever h is: one step of bfloat16 is larger than the bias's, and among hundreds
+        of experts every tenth token would have a tie at its last place."""
         c = self.config
-        s = F.linear(h, self.router.to(h.dtype)).to(kernels.wide(h.dtype)).sigmoid().flatten(0, 1)           # (N, E)
+        exact = kernels.wide(h.dtype)
+        s = F.linear(h.to(exact), self.router.to(exact)).sigmoid().flatten(0, 1)                              # (N, E)
         choice = s.detach() + self.bias
         if c.n_group > 1:                                              # the groups whose best two sum up highest
             groups = choice.unflatten(-1, (c.n_group, -1))                                       # (N, G, E/G)
@@ -490,13 +494,16 @@ class MoE(nn.Module):
         weight = s.gather(1, index)
         if self.training:
             self.load += index.flatten().bincount(minlength=c.n_expert)
-            self.aux = c.balance_loss * self.imbalance(s, index, h.shape[0]) if c.balance_loss else 0.0
+            self.aux = c.balance_loss * self.imbalance(s, h.shape[0]) if c.balance_loss else 0.0
         return index, weight / weight.sum(-1, keepdim=True) * c.route_scale
 
-    def imbalance(self, s, index, B):
-        """Mean over sequences of Σ_i f_i·P_i: 1 where every expert is chosen alike.   [DeepSeek-V3 eq. 17-20]"""
+    def imbalance(self, s, B):
+        """Scores s (N, E) of B sequences → mean over sequences of Σ_i f_i·P_i, 1 where every expert is scored alike.
+        f counts each token's k best scores, without bias and groups, which have a say in the dispatch alone.
+        [DeepSeek-V3 eq. 17-20]"""
         E, k = self.config.n_expert, self.config.n_active
-        f = torch.zeros_like(s).scatter(1, index, 1.0).unflatten(0, (B, -1)).mean(1) * E / k                 # (B, E)
+        best = s.topk(k, -1).indices
+        f = torch.zeros_like(s).scatter(1, best, 1.0).unflatten(0, (B, -1)).mean(1) * E / k                  # (B, E)
         p = (s / s.sum(-1, keepdim=True)).unflatten(0, (B, -1)).mean(1)
         return (f * p).sum(-1).mean()
 
@@ -520,6 +527,11 @@ class MoE(nn.Module):
         tokens, counts, back = arrive()
         y = back(self.experts(tokens, counts)) * weight.flatten()[order, None].to(h.dtype)
         return torch.zeros_like(h.flatten(0, 1)).index_add(0, order // k, y).view_as(h) + shared
+
+    def take_aux(self):
+        """The balance loss of this forward, once: kept any longer, its graph would be part of the module."""
+        aux, self.aux = self.aux, 0.0
+        return aux
 
     @torch.no_grad()
     def balance_(self, load):
@@ -650,7 +662,7 @@ class Transformer(nn.Module):
         if targets is None:
             return F.linear(x, head.to(x.dtype))
         loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
-        return loss + sum(m.aux for m in self.mixtures().values() if self.training), nll
+        return loss + sum(m.take_aux() for m in self.mixtures().values() if self.training), nll
 
 
 # ---- counting -----------------------------------------------------------------------------------------------------

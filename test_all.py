@@ -5,6 +5,7 @@ on a CPU: several ranks are processes that talk over gloo. A tolerance stands be
 """
 import ast
 import contextlib
+import copy
 import csv
 import functools
 import gzip
@@ -1172,16 +1173,53 @@ def test_the_bias_moves_the_choice_and_never_the_weight(float64):
 
 def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(float64):
     moe = lively(replace(EXPERTS, balance_loss=0.5)).layers["1"].ffn
-    index = torch.arange(24).view(12, 2) % 6
-    assert moe.imbalance(torch.full((12, 6), 0.3), index, 2) == pytest.approx(1.0)
+    even = torch.full((12, 6), 0.3)
+    even.flatten()[(torch.arange(24).view(12, 2) % 6 + torch.arange(12)[:, None] * 6).flatten()] += 1e-9
+    assert moe.imbalance(even, 2).item() == pytest.approx(1.0, abs=1e-6)
     skewed = torch.full((12, 6), 0.1)
-    skewed[:, 0] = 0.9
-    assert moe.imbalance(skewed, torch.tensor([[0, 1]]).repeat(12, 1), 2) > 1.5
+    skewed[:, 0], skewed[:, 1] = 0.9, 0.2
+    assert moe.imbalance(skewed, 2) > 1.5
     network, x = lively(replace(EXPERTS, balance_loss=0.5)), tokens(2, 16)
     loss, nll = network(x, x)
     assert loss > nll.mean() + 0.5 * 2 * 0.9, "two layers of experts, each at least about 1"
+    copy.deepcopy(network)                                         # a graph kept as state could not be copied
     network.eval()
     assert network(x, x)[0].item() == pytest.approx(network(x, x)[1].mean().item())
+
+
+@pytest.mark.parametrize("config", [EXPERTS, K2], ids=["experts", "groups"])
+def test_the_balance_loss_counts_the_best_scores_whatever_bias_and_groups_say(config, float64):
+    """DeepSeek-V3 eq. 17-20, token by token: its value, and the router's gradient, under a bias that moves the choice."""
+    config = replace(config, balance_loss=1.0)
+    moe, h = lively(config).layers["1"].ffn, torch.randn(2, 9, config.d_model)
+    E, k = config.n_expert, config.n_active
+    with torch.no_grad():
+        moe.bias[:2] -= 0.4
+    moe.route(h)
+    found, = torch.autograd.grad(moe.take_aux(), moe.router)
+    exact = 0.0
+    for sequence in h:
+        s = (sequence @ moe.router.T).sigmoid()                    # (T, E)
+        chosen = [set(row.topk(k).indices.tolist()) for row in s]
+        f = torch.tensor([sum(i in row for row in chosen) * E / k / len(s) for i in range(E)])
+        p = (s / s.sum(1, keepdim=True)).mean(0)
+        exact = exact + (f * p).sum() / len(h)
+    torch.testing.assert_close(found, torch.autograd.grad(exact, moe.router)[0])
+
+
+def test_the_router_chooses_in_float32_whatever_the_rest_is_computed_in():
+    """On the same bfloat16 inputs the experts are those of float64, and on ranks that hold bfloat16 weights the
+    router's stay float32; in bfloat16 every twentieth token of Kimi K2's size would get others."""
+    config = replace(MHA, n_layer=1, d_model=256, act="silu", n_expert=384, n_active=8, d_expert=1, n_head=1,
+                     n_kv_head=1)
+    moe = lively(config, std=0.02).layers["0"].ffn
+    h = torch.randn(1, 2000, 256).bfloat16()
+    exact = (h[0].double() @ moe.router.double().T).sigmoid().topk(8).indices
+    index, weight = moe.route(h)
+    assert weight.dtype == torch.float32 and torch.equal(index.sort().values, exact.sort().values)
+    mesh = parallel.Mesh(dp=parallel.Axis(0, 2))
+    narrow = train.build(train.Config(model=config), mesh, torch.bfloat16).layers["0"].ffn
+    assert narrow.router.dtype == torch.float32 and narrow.up.dtype == torch.bfloat16
 
 
 def test_the_router_keeps_the_load_even_at_equal_loss(text):
@@ -2532,19 +2570,19 @@ def test_options_are_checked_together():
 
 
 def test_bfloat16_trains_float32_weights(text):
-    """As on a GPU: what is computed is bfloat16, weights and gradients are float32 and near those of float32."""
+    """As on a GPU: what is computed is bfloat16, weights and gradients are float32 and near those of float32. With
+    experts less so: the activations that reach a router are rounded, which sends some token elsewhere."""
     for config in VARIANTS.values():
+        near = 0.85 if config.n_expert else 0.97
         torch.manual_seed(0)                                               # inputs that other variants do not shift
         networks, x = [lively(config), lively(config)], tokens(2, 16)
         for network, dtype in zip(networks, (None, torch.bfloat16)):
-            for moe in network.mixtures().values():
-                moe.bias[:config.n_active] += 10                           # a choice that rounding cannot flip
             network(x, x, dtype=dtype)[0].backward()
         for (name, a), b in zip(networks[0].named_parameters(), networks[1].parameters()):
             assert b.grad.dtype == torch.float32
             if a.ndim == 2 and a.grad.norm() > 1e-3:
                 cosine = torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
-                assert cosine > 0.97, (name, cosine)
+                assert cosine > near, (name, cosine)
 
 
 def test_learning_rates_of_both_reports():

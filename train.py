@@ -700,9 +700,15 @@ def build(config, mesh, dtype=None):
         ops = Ops(exchange=parallel.expert_exchange(mesh))
     experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
     model = Transformer(c, ops, seed=config.seed, experts=experts).to(mesh.device)
-    for p in model.parameters() if dtype and mesh.dp.size > 1 else ():
-        p.data = p.data.to(dtype) if p.ndim > 1 else p.data
+    for name, p in model.named_parameters():
+        if dtype and mesh.dp.size > 1 and may_be_narrow(name, p):
+            p.data = p.data.to(dtype)
     return model
+
+
+def may_be_narrow(name, p):
+    """Whether ranks may hold a parameter in bfloat16: matrices, but not the router, whose scores are float32's."""
+    return p.ndim > 1 and not name.endswith("router")
 
 
 def router_biases(model):
