@@ -1189,7 +1189,7 @@ def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(floa
 
 @pytest.mark.parametrize("config", [EXPERTS, K2], ids=["experts", "groups"])
 def test_the_balance_loss_counts_the_best_scores_whatever_bias_and_groups_say(config, float64):
-    """DeepSeek-V3 eq. 17-20, token by token: its value, and the router's gradient, under a bias that moves the choice."""
+    """DeepSeek-V3 eq. 17-20, token by token: the router's gradient, under a bias that moves the choice."""
     config = replace(config, balance_loss=1.0)
     moe, h = lively(config).layers["1"].ffn, torch.randn(2, 9, config.d_model)
     E, k = config.n_expert, config.n_active
@@ -2448,6 +2448,212 @@ def test_training_learns_and_counts(text):
     assert sum(row["clipped"] for row in history[1:]) > 5, "QK-Clip is at work"
     assert all(row["max_logit"] <= 0.6 for row in history[1:]), "τ = 0.3 holds, up to what one step adds"
     assert history[-1]["tokens"] == 30 * 8 * 32 and all(torch.isfinite(p).all() for p in network.parameters())
+
+
+# A training step from its definitions alone: weights by name, autograd for the gradient. Of the code under test
+# it takes the first weights and the batches, no more.     B windows  T tokens  C width  H maps  E experts
+
+def inside(weights, at):
+    return {name.removeprefix(at): w for name, w in weights.items() if name.startswith(at)}
+
+
+def plain_norm(c, x, gain, eps=1e-6):
+    x = x - x.mean(-1, keepdim=True) if c.norm == "layer" else x
+    return gain * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def plain_turn(c, x):
+    """x (B, T, d): the pair (x_j, x_j+d/2) is a complex number, turned by t·theta^(-2j/d)."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None] * c.rope_theta ** (-torch.arange(half) / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return x if c.position == "learned" else torch.cat((turned.real, turned.imag), -1)
+
+
+def plain_attention(c, i, w, h, mask):
+    """Layer i's attention, map by map, with its weights w: h (B, T, C) → (B, T, C), largest logits (H,)."""
+    H, d, turn = c.n_head, c.d_head, functools.partial(plain_turn, c)
+    if c.kv_rank:
+        ckv, shared = (h @ w["wdkv"].T).split((c.kv_rank, c.d_rope), -1)
+        cq, ckv = plain_norm(c, h @ w["wdq"].T, w["q_norm.weight"]), plain_norm(c, ckv, w["kv_norm.weight"])
+        q = [torch.cat((cq @ m[:d].T, turn(cq @ m[d:].T)), -1) for m in w["wuq"].chunk(H)]
+        k = [torch.cat((ckv @ m.T, turn(shared)), -1) for m in w["wuk"].chunk(H)]
+        v = [ckv @ m.T for m in w["wuv"].chunk(H)]
+    else:
+        q, k = ([turn(h @ m.T) for m in w[name].split(d)] for name in ("wq", "wk"))
+        v = [h @ m.T for m in w["wv"].split(2 * d if c.differential else d)]
+        k, v = ([t for t in some for _ in range(H // c.n_kv_head)] for some in (k, v))
+    logits = [(a @ b.mT / a.shape[-1] ** 0.5).masked_fill(~mask, -math.inf) for a, b in zip(q, k)]
+    maps = [each.softmax(-1) for each in logits]
+    if c.differential:
+        start = 0.8 - 0.6 * math.exp(-0.3 * i)
+        lam = (w["lq1"] @ w["lk1"]).exp() - (w["lq2"] @ w["lk2"]).exp() + start
+        heads = [(first - lam * second) @ t for first, second, t in zip(maps[::2], maps[1::2], v)]
+        heads = [(1 - start) * plain_norm(c, t, w["head_norm.weight"], 1e-5) for t in heads]
+    else:
+        heads = [a @ t for a, t in zip(maps, v)]
+    return torch.cat(heads, -1) @ w["wo"].T, torch.stack([each.detach().max() for each in logits])
+
+
+def plain_feed_forward(c, w, h):
+    z = h @ w["gate" if c.gated else "up"].T
+    if c.act == "polynorm":
+        a = w["act.bias"] + sum(by * plain_norm(c, z ** p, 1.0) for by, p in zip(w["act.weight"], (3, 2, 1)))
+    else:
+        a = z * z.sigmoid() if c.act == "silu" else z * (1 + torch.erf(z / 2 ** 0.5)) / 2
+    return (a * (h @ w["up"].T) if c.gated else a) @ w["down"].T
+
+
+def plain_mixture(c, w, h):
+    """Every expert on every token, the choice one token at a time → (B, T, C), balance loss, load (E,)."""
+    E, k, per = c.n_expert, c.n_active, c.n_expert // c.n_group
+    best = lambda values, n, among: sorted(among, key=lambda i: -values[i])[:n]
+    s = (h @ w["router"].T).sigmoid()                                                             # (B, T, E)
+    chosen, top = torch.zeros_like(s), torch.zeros_like(s)
+    for b, t in itertools.product(range(s.shape[0]), range(s.shape[1])):
+        biased = (s[b, t] + w["bias"]).tolist()
+        groups = [sum(sorted(biased[g * per:(g + 1) * per])[-2:]) for g in range(c.n_group)]
+        kept = best(groups, c.top_group, range(c.n_group))
+        chosen[b, t, best(biased, k, [i for i in range(E) if i // per in kept])] = 1.0
+        top[b, t, best(s[b, t].tolist(), k, range(E))] = 1.0
+    weight = c.route_scale * s * chosen / (s * chosen).sum(-1, keepdim=True)
+    y = plain_feed_forward(c, inside(w, "shared."), h)
+    for e in range(E):
+        y = y + weight[..., e:e + 1] * plain_feed_forward(c, {n: w[n][e] for n in ("gate", "up", "down")}, h)
+    f, p = top.mean(1) * E / k, (s / s.sum(-1, keepdim=True)).mean(1)                             # (B, E)
+    return y, (f * p).sum(-1).mean(), chosen.sum((0, 1))
+
+
+def plain_forward(c, weights, x, y, doc_start=None):
+    """→ nats of every token (B, T), balance loss, {layer: largest logits (H,)}, {layer: load (E,)}."""
+    t, h, balance, peaks, loads = torch.arange(x.shape[1]), weights["embed"][x], 0.0, {}, {}
+    mask = t[:, None] >= t if doc_start is None else (t[:, None] >= t) & (t >= doc_start[..., None])
+    h = h + weights["position"][t] if c.position == "learned" else h
+    for i in range(c.n_layer):
+        attention, ffn = inside(weights, f"layers.{i}.attention."), inside(weights, f"layers.{i}.ffn.")
+        change, peaks[i] = plain_attention(c, i, attention, plain_norm(c, h, attention["norm.weight"]), mask)
+        h = h + change
+        normed = plain_norm(c, h, ffn["norm.weight"])
+        if "router" in ffn:
+            change, extra, loads[i] = plain_mixture(c, ffn, normed)
+            balance = balance + c.balance_loss * extra
+        else:
+            change = plain_feed_forward(c, ffn, normed)
+        h = h + change
+    logits = plain_norm(c, h, weights["norm.weight"]) @ weights["embed" if c.tie else "head"].T
+    return logits.logsumexp(-1) - logits.gather(-1, y[..., None])[..., 0], balance, peaks, loads
+
+
+def plain_update(o, name, w, g, state, lr):
+    """Muon for hidden matrices and each expert, AdamW for all else; decoupled weight decay.  → w (new)"""
+    decay = o.weight_decay if w.ndim > 1 or o.name == "muonclip" and "norm.weight" in name else 0.0
+    if o.name == "muonclip" and w.ndim > 1 and "layers." in name:
+        m = state[name] = o.momentum * state.get(name, 0.0) + g
+        x = g + o.momentum * m if o.nesterov else m
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-30)
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+        change = 0.2 * max(w.shape[-2:]) ** 0.5 * x
+    else:
+        m, v, n = state.get(name, (0.0, 0.0, 0))
+        m, v, n = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g.square(), n + 1
+        state[name] = m, v, n
+        change = m / (1 - 0.9 ** n) / ((v / (1 - 0.95 ** n)).sqrt() + 1e-8)
+    return w - lr * (change + decay * w)
+
+
+def plain_clip_(c, w, peaks, tau):
+    """QK-Clip: a head with S > τ shrinks by γ = τ/S; queries and keys by √γ each, or queries by all of it where
+    other heads use the key too.  → heads clipped"""
+    for n in (peaks > tau).nonzero().flatten().tolist():
+        gamma, rows = tau / peaks[n], lambda name: w[name].chunk(c.n_head)[n]
+        rows("wuq" if c.kv_rank else "wq").mul_(gamma if c.n_kv_head < c.n_head else gamma.sqrt())
+        if c.kv_rank:
+            rows("wuq")[c.d_head:] *= gamma.sqrt()         # once more: the rotary key is everybody's
+        if c.n_kv_head == c.n_head:
+            rows("wuk" if c.kv_rank else "wk").mul_(gamma.sqrt())
+    return (peaks > tau).sum().item()
+
+
+def plain_run(config, weights, batches):
+    """12 steps from `weights` {name: tensor, buffers too} → the row of each, and the weights after it."""
+    c, o, state, mean = config.model, config.optim, {}, {}
+    for step in range(12):
+        batch = batches(step)
+        trained = {name: w for name, w in weights.items() if not name.endswith("ffn.bias")}
+        nll, balance, peaks, loads = plain_forward(c, weights, *batch[:3])
+        gradient = torch.autograd.grad(nll.mean() + balance, list(trained.values()))
+        norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+        scale = o.clip_norm / (norm + 1e-6) if norm > o.clip_norm else 1.0
+        u = max(0.0, (step - 6) / 6)                       # 3 steps of warm-up, 3 of plateau, then decay
+        decay = dict(linear=1 - (1 - o.floor) * u, rsqrt=(1 + (o.floor ** -2 - 1) * u) ** -0.5,
+                     cosine=o.floor + (1 - o.floor) * (1 + math.cos(math.pi * u)) / 2)
+        lr = o.lr * ((step + 1) / 4 if step < 3 else decay[o.decay])
+        row = dict(lr=lr, loss=nll.mean().item(), grad_norm=norm)
+        with torch.no_grad():
+            for (name, w), g in zip(trained.items(), gradient):
+                weights[name] = plain_update(o, name, w, scale * g, state, lr)
+            row["clipped"] = sum(plain_clip_(c, inside(weights, f"layers.{i}.attention."), largest, o.tau)
+                                 for i, largest in peaks.items())
+            for i, load in loads.items():
+                weights[f"layers.{i}.ffn.bias"] += c.balance_rate * (load.mean() - load).sign()
+            if step in (5, 7):                             # two snapshots in a period of five steps
+                mean = {name: mean.get(name, 0.0) + w / 2 for name, w in weights.items()}
+            if step == 7:
+                weights = {name: w.clone() for name, w in mean.items()}
+                state = {} if config.average_reset else state
+        row |= {"max_logit": max(p.max().item() for p in peaks.values())} if o.exact_logits else {}
+        row |= {"load": max((load.max() / load.mean()).item() for load in loads.values())} if loads else {}
+        for d, name in enumerate("ab"):
+            mine = nll.detach()[batch.domain == d]
+            row |= {f"loss_{name}": mine.mean().item(), f"share_{name}": len(mine) / 6} if len(mine) else {}
+        yield row, {name: w.clone() for name, w in weights.items()}
+        weights = {name: w.requires_grad_(name in trained) for name, w in weights.items()}
+
+
+OWN = replace(TINY, n_layer=2, d_model=16, d_head=4, d_ff=24, vocab_size=261, context=16, zero_out=False,
+              init_std=0.4)
+BLOCKS = dict(
+    motif=OWN,
+    gpt2=replace(OWN, differential=False, n_kv_head=2, act="gelu", gated=False, norm="layer", tie=False,
+                 position="learned"),
+    k2=replace(OWN, differential=False, act="silu", q_rank=6, kv_rank=5, d_rope=2, d_value=3, n_expert=8,
+               n_dense=1, n_active=3, d_expert=6, n_group=4, top_group=2, route_scale=1.7, tie=False,
+               balance_loss=0.3, balance_rate=0.02))
+
+
+@pytest.mark.parametrize("block, optim, reset, documents", [
+    ("motif", dict(exact_logits=True), False, False), ("motif", dict(nesterov=False), True, False),
+    ("k2", dict(decay="cosine"), False, True), ("k2", dict(name="adamw", decay="rsqrt"), True, False),
+    ("gpt2", dict(name="adamw", exact_logits=True), False, True)])
+def test_a_run_is_its_definition_step_by_step(block, optim, reset, documents, tmp_path, float64):
+    """Twelve steps of two domains, in micro-batches of 4 and 2 windows: warm-up, decay, clipped gradients, clipped
+    heads, one average put back. The log's numbers and the weights of each step, to rounding in float64."""
+    for name in "ab":
+        lines = (json.dumps(dict(text=f"{name}{i * i} is {name * (i % 9)}")) for i in range(300))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    own = data.DataConfig(domains="a:0.8:0.2,b:0.2:0.8", files=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl",
+                          tokenizer="bytes", cache=str(tmp_path), doc_mask=documents, horizon=12 * 6 * 16)
+    optim = dict(lr=0.05, warmup=0.25, decay_start=0.5, tau=2.0, clip_norm=2.0) | optim
+    config = train.Config(model=BLOCKS[block], optim=muonclip.OptimConfig(**optim), data=own, seed=3,
+                          tokens=12 * 6 * 16, batch=6, micro=4, eval_windows=5, average_every=5 * 6 * 16,
+                          average_of=2, average_from=0.25, average_reset=reset)
+    seen = []
+    history, _ = train.train(config, quiet=True, watch=lambda _, network: seen.append(
+        {name: w.clone() for name, w in network.state_dict().items()}))
+    batches = data.Batches(data.prepare(own, 261), own, 3, 6, 16)
+    network = net.Transformer(config.model, seed=3)
+    run = plain_run(config, network.state_dict(keep_vars=True), batches)
+    for (row, weights), ours, found in zip(run, history[1:], seen, strict=True):
+        for key, value in row.items():
+            assert ours[key] == pytest.approx(value, rel=1e-9), f"step {ours['step']}: {key}"
+        for name, w in weights.items():
+            torch.testing.assert_close(found[name], w, rtol=0, atol=1e-9, msg=f"step {ours['step']}: {name}")
+    norms, clipped = ([row[key] for row in history[1:]] for key in ("grad_norm", "clipped"))
+    assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not always"
+    for name in "ab":
+        nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5))
+        assert history[-1][f"val_{name}"] == pytest.approx(nll.mean().item(), rel=1e-9)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(text, float64):
