@@ -1025,6 +1025,29 @@ def test_yarn_slows_the_slow_pairs_alone():
     assert config.sharpness == pytest.approx((0.1 * math.log(40) + 1) ** 2)
 
 
+@pytest.mark.parametrize("name, n_kv_head", [("gqa, yarn", 4), ("gqa, yarn", 2), ("latent, yarn", 4)])
+def test_yarn_sharpens_the_logits_that_are_used_and_those_that_are_recorded(name, n_kv_head, float64):
+    """(0.1·ln s + 1)² times q·k/√d, inside the softmax and in what QK-Clip sees.   [2309.00071 eq. 22]"""
+    c = replace(VARIANTS[name], n_kv_head=n_kv_head)
+    a, x = lively(c, std=0.5).layers["0"].attention, torch.randn(2, 9, c.d_model)
+    rope = net.rope_table(c, 0, 9, x.device, x.dtype)
+    heads = lambda t, n: t.unflatten(-1, (n, -1)).transpose(1, 2)                           # (B, n, T, width)
+    turn, h = lambda t: net.rotate(t, *rope), a.norm(x)
+    if c.kv_rank:
+        ckv, shared = (h @ a.wdkv.T).split((c.kv_rank, c.d_rope), -1)
+        ckv = a.kv_norm(ckv)
+        q, k, v = heads(h @ a.wuq.T, 4), heads(ckv @ a.wuk.T, 4), heads(ckv @ a.wuv.T, 4)
+        q = torch.cat((q[..., :c.d_head], turn(q[..., c.d_head:])), -1)
+        k = torch.cat((k, turn(shared[:, None]).expand(-1, 4, -1, -1)), -1)
+    else:
+        q, k, v = heads(h @ a.wq.T, 4), heads(h @ a.wk.T, n_kv_head), heads(h @ a.wv.T, n_kv_head)
+        q, k, v = turn(q), kernels.spread(turn(k), 4), kernels.spread(v, 4)
+    logits = (0.1 * math.log(4) + 1) ** 2 * q @ k.mT / math.sqrt(q.shape[-1])
+    logits = logits.masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf)
+    torch.testing.assert_close(a(x, rope)[0], (logits.softmax(-1) @ v).transpose(1, 2).flatten(2) @ a.wo.T)
+    torch.testing.assert_close(a.max_logits, logits.amax((0, 2, 3)))
+
+
 def test_lambda_starts_where_the_paper_says(float64):
     starts = [a.lam_init for a in net.Transformer(replace(TINY, n_layer=12)).attentions().values()]
     assert starts[:4] == pytest.approx([0.2, 0.3556, 0.4707, 0.5561], abs=1e-4)
@@ -2450,8 +2473,8 @@ def test_training_learns_and_counts(text):
     assert history[-1]["tokens"] == 30 * 8 * 32 and all(torch.isfinite(p).all() for p in network.parameters())
 
 
-# A training step from its definitions alone: weights by name, autograd for the gradient. Of the code under test
-# it takes the first weights and the batches, no more.     B windows  T tokens  C width  H maps  E experts
+# A training step from its definitions alone: weights by name, autograd for the gradient. Of the code under
+# test it takes the first weights and the batches, no more.    B windows  T tokens  C width  H maps  E experts
 
 def inside(weights, at):
     return {name.removeprefix(at): w for name, w in weights.items() if name.startswith(at)}
@@ -2563,8 +2586,8 @@ def plain_update(o, name, w, g, state, lr):
 
 
 def plain_clip_(c, w, peaks, tau):
-    """QK-Clip: a head with S > τ shrinks by γ = τ/S; queries and keys by √γ each, or queries by all of it where
-    other heads use the key too.  → heads clipped"""
+    """QK-Clip: a head with S > τ shrinks by γ = τ/S; queries and keys by √γ each, or queries by all of it
+    where other heads use the key too.  → heads clipped"""
     for n in (peaks > tau).nonzero().flatten().tolist():
         gamma, rows = tau / peaks[n], lambda name: w[name].chunk(c.n_head)[n]
         rows("wuq" if c.kv_rank else "wq").mul_(gamma if c.n_kv_head < c.n_head else gamma.sqrt())
@@ -2617,7 +2640,7 @@ BLOCKS = dict(
     motif=OWN,
     gpt2=replace(OWN, differential=False, n_kv_head=2, act="gelu", gated=False, norm="layer", tie=False,
                  position="learned"),
-    k2=replace(OWN, differential=False, act="silu", q_rank=6, kv_rank=5, d_rope=2, d_value=3, n_expert=8,
+    k2=replace(OWN, differential=False, act="silu", q_rank=6, kv_rank=5, d_rope=2, d_value=3, n_expert=12,
                n_dense=1, n_active=3, d_expert=6, n_group=4, top_group=2, route_scale=1.7, tie=False,
                balance_loss=0.3, balance_rate=0.02))
 
@@ -2627,8 +2650,8 @@ BLOCKS = dict(
     ("k2", dict(decay="cosine"), False, True), ("k2", dict(name="adamw", decay="rsqrt"), True, False),
     ("gpt2", dict(name="adamw", exact_logits=True), False, True)])
 def test_a_run_is_its_definition_step_by_step(block, optim, reset, documents, tmp_path, float64):
-    """Twelve steps of two domains, in micro-batches of 4 and 2 windows: warm-up, decay, clipped gradients, clipped
-    heads, one average put back. The log's numbers and the weights of each step, to rounding in float64."""
+    """Twelve steps of two domains, in micro-batches of 4 and 2 windows: warm-up, decay, clipped gradients,
+    clipped heads, one average put back. The log's numbers and the weights of each step, in float64."""
     for name in "ab":
         lines = (json.dumps(dict(text=f"{name}{i * i} is {name * (i % 9)}")) for i in range(300))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -2679,6 +2702,50 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(text, tmp_path):
     step = int(re.match(r"step (\d+)", str(error.value))[1])
     assert int(log_of(out)[-1]["step"]) == step - 1
     assert all(t.isfinite().all() for t in weights_of(out).values())
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Watches what is forced to the disk, and what is renamed → ({path: its size when it was synced last}, a list
+    of (old path, new path, what was synced until then, the sizes of its files)). A folder's size is None."""
+    synced, renamed, fsync = {}, [], os.fsync
+    size = lambda path: None if path.is_dir() else path.stat().st_size
+
+    def watched_fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path] = size(path)
+        fsync(handle)
+
+    def watched(rename):
+        def run(old, new):
+            old, new = Path(old), Path(new)
+            files = [old, *old.iterdir()] if old.is_dir() else [old]
+            renamed.append((old, new, dict(synced), {path: size(path) for path in files}))
+            synced.pop(new.parent, None)                           # which does not hold the new name yet
+            return rename(old, new)
+        return run
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    for module, name in itertools.product((os, Path), ("rename", "replace")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return synced, renamed
+
+
+def test_what_is_renamed_is_on_the_disk_before(text, tmp_path, disk):
+    """All files of a checkpoint, whole, and their folder, before it gets its name; then the folder with that
+    name. Of the log, the rows up to a checkpoint. What is not on the disk could be lost behind a name that is."""
+    synced, renamed = disk
+    out, config = tmp_path / "run", tiny_run(text, out=str(tmp_path / "run"), steps=4, save_every=2)
+    train.train(replace(config, data=replace(config.data, cache=str(tmp_path / "cache"))), quiet=True)
+    saved = {new.name: (old, then, sizes) for old, new, then, sizes in renamed if new.parent == out / "ckpt"}
+    assert sorted(saved) == ["step-00000000", "step-00000002", "step-00000004"] and out / "ckpt" in synced
+    for old, then, sizes in saved.values():
+        assert {path.name for path in sizes} == {old.name, "manifest.json", "rank-0.safetensors"}
+        assert then.items() >= sizes.items()
+    assert then[out / "log.csv"] == (out / "log.csv").stat().st_size
+    others = [row for row in renamed if row[1].suffix in (".csv", ".json", ".bin")]
+    assert {row[1].suffix for row in others} == {".csv", ".json", ".bin"}
+    for old, new, then, sizes in others:
+        assert then.items() >= sizes.items(), new
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
