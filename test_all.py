@@ -215,6 +215,16 @@ def test_bounds_on_the_largest_logits_hold_and_settle_heads(T):
     assert is_exact and torch.allclose(largest, exact), "no bound can be used"
 
 
+def test_bounds_on_the_largest_logits_cannot_be_lower(float64):
+    """Both are reached, by a query along the longest key, which is far from the centre of its block."""
+    q, k = torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 16, 4)
+    q[..., 0], k[0, 0, 3, 0] = 3.0, 16.0                           # the centre is 1, the key 15 away from it
+    exact = kernels.max_logits_ref(q, k)
+    assert exact == 3 * 16 / 2
+    for bound in kernels.bound_max_logits(q, k):
+        torch.testing.assert_close(bound, exact)
+
+
 @pytest.mark.parametrize("N, chunk", [(50, 16), (7, 100), (48, 48)])
 def test_cross_entropy_in_chunks(N, chunk, float64):
     h, w, target = torch.randn(N, 8), torch.randn(19, 8), torch.randint(0, 19, (N,))
@@ -740,6 +750,19 @@ def test_batches_of_the_embedded_corpus(corpus):
     assert len(some) == 7 and max(np.diff(where)) - min(np.diff(where)) <= 1
 
 
+def test_validation_windows_are_spread_over_the_text(tmp_path):
+    """Of a domain's windows, those at equal distances from the first on; all where there are no more."""
+    corpus, config = small(tmp_path)
+    batches, ids = data.Batches(corpus, config, 0, 4, 8), corpus.domains["a"].val
+    total = (len(ids) - 1) // 8
+    assert total > 30
+    for limit, n in ((7, 7), (0, total), (total + 9, total)):
+        x, y, _ = batches.val("a", limit)
+        starts = [i * total // n * 8 for i in range(n)]
+        assert x.tolist() == [ids[at:at + 8].tolist() for at in starts]
+        assert y.tolist() == [ids[at + 1:at + 9].tolist() for at in starts]
+
+
 def test_bigram_equals_dense_brute_force():
     """The sparse Witten-Bell bigram gives the bits of the definition, also for a token never followed."""
     rng = np.random.default_rng(0)
@@ -1057,6 +1080,30 @@ def test_lambda_starts_where_the_paper_says(float64):
         assert abs(attention.lam() - attention.lam_init) < 0.8             # exp(λq1·λk1) ± with N(0, 0.1): near 1
 
 
+def test_weights_are_born_with_their_spread_and_each_by_its_name():
+    """N(0, init_std²); what writes to the residual stream 1/√(2·layers) of it, or 0; λ's vectors 0.1; gains 1
+    and PolyNorm's thirds. No matrix is like another, no expert either, and another seed gives other ones."""
+    config = replace(K2, d_model=128, d_expert=128, d_ff=256, q_rank=128, kv_rank=128, tie=False, init_std=0.3,
+                     zero_out=False)
+    one, other = (net.Transformer(config, seed=seed).state_dict() for seed in (0, 1))
+    matrices, begun = {name: w for name, w in one.items() if w.ndim > 1}, []
+    for name, w in matrices.items():
+        std = 0.3 / math.sqrt(2 * 3) if name.endswith(("wo", "down")) else 0.3
+        assert w.std() == pytest.approx(std, rel=0.12) and abs(w.mean()) < 0.1 * std, name
+        assert not torch.equal(w, other[name]), name
+        for part in w if w.ndim == 3 else [w]:                     # experts are drawn one by one
+            begun.append(tuple((part.flatten()[:9] / std).round(decimals=3).tolist()))
+    assert len(set(begun)) == len(begun) == len(matrices) + 2 * 3 * (8 - 1)
+    for name, w in net.Transformer(TINY).named_parameters():
+        if name.endswith(("lq1", "lk1", "lq2", "lk2")):
+            assert 0.03 < w.std() < 0.2, name
+        elif w.ndim == 1:
+            value = dict(weight=1 / 3, bias=0.0)[name.rpartition(".")[2]] if "act" in name else 1.0
+            assert torch.equal(w, torch.full_like(w, value)), name
+        else:
+            assert w.any() != name.endswith(("wo", "down")), name
+
+
 def test_model_is_handed_its_matmuls():
     """Every matmul of a layer goes through Ops.linear, with its input made by `pre` once."""
     seen = []
@@ -1083,6 +1130,19 @@ def test_flops_are_what_torch_counts(monkeypatch):
             network(tokens(1, config.context))
         ours = net.flops_per_token(config, training=False) * config.context
         assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["latent", "experts", "k2"])
+def test_flops_of_latent_attention_and_experts_are_what_torch_counts(name, monkeypatch):
+    """Whatever experts tokens go to: each meets n_active of them. Training is thrice that."""
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(kernels, "attention", kernels.attention_ref)
+    config = VARIANTS[name]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lively(config).eval()(tokens(1, config.context))
+    ours = net.flops_per_token(config, training=False) * config.context
+    assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
+    assert net.flops_per_token(config) == pytest.approx(3 * net.flops_per_token(config, training=False))
 
 
 def test_tensor_files_are_the_safetensors_format(tmp_path):
@@ -1176,6 +1236,13 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(config, float64):
     if config.n_group > 1:
         per = config.n_expert // config.n_group
         assert all(len({i // per for i in row}) <= config.top_group for row in index.tolist())
+
+
+def test_a_mixture_without_a_shared_expert_is_its_experts_alone(float64):
+    with_shared, alone = (lively(replace(EXPERTS, n_shared=n)).layers["1"].ffn for n in (1, 0))
+    x = torch.randn(2, 7, EXPERTS.d_model)
+    assert not any("shared" in name for name, _ in alone.named_parameters())
+    torch.testing.assert_close(alone(x), with_shared(x) - with_shared.shared(with_shared.norm(x)))
 
 
 def test_the_bias_moves_the_choice_and_never_the_weight(float64):
@@ -1555,6 +1622,27 @@ def test_optimizer_updates_what_it_says():
         if group["rule"] == "adamw":
             for name, p in zip(group["names"], group["params"]):
                 torch.testing.assert_close(p, twin[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["muonclip", "adamw"])
+def test_parameters_are_updated_and_decay_by_their_kind(optimizer):
+    """Of both models together, every parameter: matrices inside layers by Muon, all else by AdamW; all matrices
+    decay, and the gains of norms with Muon; λ and PolyNorm's coefficients never."""
+    muon, seen = optimizer == "muonclip", {}
+    for config in (replace(TINY, position="learned"), replace(K2, tie=False)):
+        optim = muonclip.OptimConfig(name=optimizer, weight_decay=0.1)
+        for group in muonclip.parameter_groups(list(net.Transformer(config).named_parameters()), optim):
+            seen |= {re.sub(r"layers.\d+.", "", name): (group["rule"], group["weight_decay"])
+                     for name in group["names"]}
+    gains = {name for name in seen if name.endswith("norm.weight")}
+    outside, coefficients = {"embed", "head", "position"}, {"ffn.act.weight", "ffn.act.bias"}
+    coefficients |= {f"attention.{name}" for name in ("lq1", "lk1", "lq2", "lk2")}
+    hidden = {f"attention.{name}" for name in ("wq", "wk", "wv", "wo", "wdq", "wdkv", "wuq", "wuk", "wuv")}
+    hidden |= {f"ffn.{part}{name}" for part in ("", "shared.") for name in ("gate", "up", "down")} | {"ffn.router"}
+    assert len(gains) == 6 and set(seen) == gains | outside | coefficients | hidden
+    for name, (rule, decay) in seen.items():
+        assert rule == ("muon" if muon and name in hidden else "adamw"), name
+        assert decay == (0.1 if name in hidden | outside or muon and name in gains else 0.0), name
 
 
 def test_adamw_is_that_of_torch():
@@ -2620,10 +2708,10 @@ def plain_run(config, weights, batches):
                                  for i, largest in peaks.items())
             for i, load in loads.items():
                 weights[f"layers.{i}.ffn.bias"] += c.balance_rate * (load.mean() - load).sign()
-            if step in (5, 7):                             # two snapshots in a period of five steps
+            if step in (4, 6, 8, 10):                      # two snapshots in each period of four steps
                 mean = {name: mean.get(name, 0.0) + w / 2 for name, w in weights.items()}
-            if step == 7:
-                weights = {name: w.clone() for name, w in mean.items()}
+            if step in (6, 10):
+                weights, mean = {name: w.clone() for name, w in mean.items()}, {}
                 state = {} if config.average_reset else state
         row |= {"max_logit": max(p.max().item() for p in peaks.values())} if o.exact_logits else {}
         row |= {"load": max((load.max() / load.mean()).item() for load in loads.values())} if loads else {}
@@ -2645,38 +2733,82 @@ BLOCKS = dict(
                balance_loss=0.3, balance_rate=0.02))
 
 
-@pytest.mark.parametrize("block, optim, reset, documents", [
-    ("motif", dict(exact_logits=True), False, False), ("motif", dict(nesterov=False), True, False),
-    ("k2", dict(decay="cosine"), False, True), ("k2", dict(name="adamw", decay="rsqrt"), True, False),
-    ("gpt2", dict(name="adamw", exact_logits=True), False, True)])
-def test_a_run_is_its_definition_step_by_step(block, optim, reset, documents, tmp_path, float64):
-    """Twelve steps of two domains, in micro-batches of 4 and 2 windows: warm-up, decay, clipped gradients,
-    clipped heads, one average put back. The log's numbers and the weights of each step, in float64."""
+def run_to_follow(folder, block, optim, **changes):
+    """Twelve steps of two domains in micro-batches of 4 and 2 windows, with all that happens in a run: warm-up
+    and decay, clipped gradients, clipped heads, two averages put back."""
     for name in "ab":
         lines = (json.dumps(dict(text=f"{name}{i * i} is {name * (i % 9)}")) for i in range(300))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    own = data.DataConfig(domains="a:0.8:0.2,b:0.2:0.8", files=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl",
-                          tokenizer="bytes", cache=str(tmp_path), doc_mask=documents, horizon=12 * 6 * 16)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    own = data.DataConfig(domains="a:0.8:0.2,b:0.2:0.8", files=f"a={folder}/a.jsonl,b={folder}/b.jsonl",
+                          tokenizer="bytes", cache=str(folder), horizon=12 * 6 * 16)
     optim = dict(lr=0.05, warmup=0.25, decay_start=0.5, tau=2.0, clip_norm=2.0) | optim
-    config = train.Config(model=BLOCKS[block], optim=muonclip.OptimConfig(**optim), data=own, seed=3,
-                          tokens=12 * 6 * 16, batch=6, micro=4, eval_windows=5, average_every=5 * 6 * 16,
-                          average_of=2, average_from=0.25, average_reset=reset)
+    config = train.Config(model=BLOCKS[block], optim=muonclip.OptimConfig(**optim), data=own, seed=3, batch=6,
+                          tokens=12 * 6 * 16, micro=4, eval_windows=5, average_every=4 * 6 * 16, average_of=2,
+                          average_from=0.25)
+    return replace(config, **changes)
+
+
+def follow_the_definition(config, rank=0):
+    """Run it: the log's numbers, and the weights that this rank holds after each step, are plain_run's."""
     seen = []
     history, _ = train.train(config, quiet=True, watch=lambda _, network: seen.append(
         {name: w.clone() for name, w in network.state_dict().items()}))
-    batches = data.Batches(data.prepare(own, 261), own, 3, 6, 16)
+    batches = data.Batches(data.prepare(config.data, 261), config.data, 3, 6, 16)
     network = net.Transformer(config.model, seed=3)
     run = plain_run(config, network.state_dict(keep_vars=True), batches)
     for (row, weights), ours, found in zip(run, history[1:], seen, strict=True):
         for key, value in row.items():
             assert ours[key] == pytest.approx(value, rel=1e-9), f"step {ours['step']}: {key}"
         for name, w in weights.items():
-            torch.testing.assert_close(found[name], w, rtol=0, atol=1e-9, msg=f"step {ours['step']}: {name}")
+            first = rank * len(found[name]) % len(w) if w.ndim == 3 else 0            # of this rank's experts
+            here = w[first:first + len(found[name])] if w.ndim == 3 else w
+            msg = f"step {ours['step']}: {name}"
+            torch.testing.assert_close(found[name], here, rtol=0, atol=1e-9, msg=msg)
     norms, clipped = ([row[key] for row in history[1:]] for key in ("grad_norm", "clipped"))
     assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not always"
     for name in "ab":
         nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5))
         assert history[-1][f"val_{name}"] == pytest.approx(nll.mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("block, optim, reset, documents", [
+    ("motif", dict(exact_logits=True), False, False), ("motif", dict(nesterov=False), True, False),
+    ("k2", dict(decay="cosine"), False, True), ("k2", dict(name="adamw", decay="rsqrt"), True, False),
+    ("gpt2", dict(name="adamw", exact_logits=True), False, True)])
+def test_a_run_is_its_definition_step_by_step(block, optim, reset, documents, tmp_path, float64):
+    """To rounding in float64: Motif's, Kimi K2's and GPT-2's blocks, with each optimizer."""
+    config = run_to_follow(tmp_path, block, optim, average_reset=reset)
+    follow_the_definition(replace(config, data=replace(config.data, doc_mask=documents)))
+
+
+def two_ranks_follow(rank, folder):
+    torch.set_default_dtype(torch.float64)
+    for block, ep in (("motif", 1), ("k2", 1), ("k2", 2)):
+        mesh, own = parallel.MeshConfig(ep=ep, timeout=30), Path(folder) / str(rank)
+        own.mkdir(exist_ok=True)
+        follow_the_definition(run_to_follow(own, block, {}, mesh=mesh, micro=2, average_reset=True), rank)
+        next_port()
+
+
+def test_a_run_of_two_ranks_is_the_same_definition(tmp_path):
+    """Three windows each, in micro-batches of 2 and 1; all experts on both, and half of them on each."""
+    spawn(2, two_ranks_follow, str(tmp_path))
+
+
+def test_bits_are_counted_by_byte_and_nats_by_token(text):
+    """With tokens of several bytes, and windows that fill no micro-batch."""
+    own = replace(tiny_run(text).data, tokenizer="bpe")
+    model = replace(tiny_run(text).model, vocab_size=300)
+    config = tiny_run(text, data=own, model=model, steps=1, eval_windows=6)
+    history, network = train.train(config, quiet=True)
+    corpus = data.prepare(own, 300)
+    x, y, _ = data.Batches(corpus, own, 0, 8, 32).val("mine", 6)
+    with torch.no_grad():
+        nats = network.eval()(x, y)[1].sum().item()
+    size = len(corpus.tokenizer.decode(y.flatten().tolist()).encode())
+    assert history[-1]["val_mine"] == pytest.approx(nats / y.numel(), rel=1e-5)
+    assert history[-1]["bpb_mine"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert size > 1.2 * y.numel()
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(text, float64):
@@ -2776,6 +2908,56 @@ def test_damaged_checkpoints_are_named_and_passed_over(text, tmp_path):
     assert train.newest_checkpoint(out, said.append) is None and "outside" in said[-1]
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         train.train(tiny_run(text, out=str(out)), resume=True, quiet=True)
+
+
+def test_rows_of_a_checkpoint_are_put_together_from_any_cut(tmp_path):
+    """All ranges of a tensor that lies in three pieces, its state beside it, and a number, which has no rows."""
+    whole, state = torch.randn(9, 2), torch.randn(9)
+    cuts = {f"[{a}:{b}]": slice(a, b) for a, b in ((0, 3), (3, 4), (4, 9))}
+    kept = {f"w{at}{what}": t[part] for at, part in cuts.items() for what, t in (("", whole), (":m", state))}
+    train.save_checkpoint(tmp_path, 1, kept | {"w:step": torch.tensor(7)}, {}, 1)
+    saved = train.newest_checkpoint(tmp_path)[1]
+    assert sorted(saved) == ["w", "w:m", "w:step"] and torch.equal(saved["w"], whole) and saved["w:step"] == 7
+    for start, stop in itertools.combinations(range(10), 2):
+        assert torch.equal(saved.rows("w", start, stop), whole[start:stop])
+        assert torch.equal(saved.rows("w:m", start, stop), state[start:stop])
+    with pytest.raises(ValueError, match="no rows 5 to 11 of w"):
+        saved.rows("w", 5, 11)
+
+
+def test_a_resumed_log_is_that_of_a_whole_run(text, tmp_path):
+    """Every row once: of the steps before the checkpoint, not of those after it that are computed again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.train(tiny_run(text, out=str(whole), steps=9), quiet=True)
+    train.train(tiny_run(text, out=str(parts), steps=6), quiet=True)
+    shutil.rmtree(train.checkpoints(parts)[-1])
+    train.train(tiny_run(text, out=str(parts), steps=9), resume=True, quiet=True)
+    assert log_of(parts) == log_of(whole) and len(log_of(whole)) == 10
+
+
+def test_a_checkpoint_leaves_no_later_ones_behind(text, tmp_path):
+    """Those are damaged, or of a run that went further: the newest has to be the one to go on from."""
+    out = tmp_path / "run"
+    train.train(tiny_run(text, out=str(out), steps=12), quiet=True)
+    last = train.checkpoints(out)[-1] / "rank-0.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    train.train(tiny_run(text, out=str(out), steps=9), resume=True, quiet=True)
+    assert [folder.name for folder in train.checkpoints(out)] == ["step-00000008", "step-00000009"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole(text):
+    """Its loss is not a number: no weight moves, by update, clip or average, and the run goes on."""
+    seen = {}
+
+    def watch(step, network):
+        seen[step] = {name: w.clone() for name, w in network.state_dict().items()}
+        with torch.no_grad():
+            network.embed[:] = torch.nan if step == 3 else seen[3]["embed"] if step == 4 else network.embed
+    history, _ = train.train(tiny_run(text, steps=5, skip_nonfinite=True), quiet=True, watch=watch)
+    assert [row["skipped"] for row in history[1:]] == [0, 0, 0, 1, 1] and math.isnan(history[4]["loss"])
+    for name, w in seen[4].items():
+        assert name == "embed" or torch.equal(w, seen[3][name]), name
+        assert seen[5][name].isfinite().all() and not torch.equal(seen[5][name], seen[3][name]), name
 
 
 def test_a_torn_log_is_mended(text, tmp_path):
