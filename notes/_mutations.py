@@ -1,0 +1,205 @@
+"""Mistakes made on purpose: each has to be noticed by the test that is named beside it.
+
+    python -m notes._mutations                    all of them, one after the other: some ten minutes
+    python -m notes._mutations parallel disk      those of a file, or with this word in their row
+
+A row is (what is wrong, old text, new text, which tests: an expression for pytest -k). The repository is copied into
+a temporary folder, where the named tests have to pass; then one mistake at a time is put in, and its tests have to
+fail: if they pass, it survives. A row whose old text does not occur exactly once is stale: the code has changed, and
+the row has to follow. Exits with 1 if a row survives or is stale. Not a note: it makes no claim and has no page.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+ONE = "run_is_its_definition_step_by_step"
+TWO = "run_of_two_ranks_is_the_same_definition"
+DISK = "renamed_is_on_the_disk"
+
+TABLE = {
+    "kernels.py": [
+        ("bfloat16 is summed in bfloat16", "return torch.promote_types(dtype, torch.float32)",
+         "return dtype", "poly_norm_in_bfloat16"),
+        ("RMSNorm's gradient along x", "gw.addcmul_(n, c, value=-1).mul_(r)", "gw.mul_(r)",
+         "rms_norm_is_its"),
+        ("PolyNorm's gradient, sign of a term", "dx.addcmul_(c, x, value=-1)", "dx.addcmul_(c, x)",
+         "poly_norm_is_its"),
+        ("a query sees the next key", "mask = key <= query\n", "mask = key <= query + 1\n",
+         "two_explicit_maps or " + ONE),
+        ("a document's first token is out of sight", "(key >= doc_start", "(key > doc_start", ONE),
+        ("differential attention adds its maps", "append((signal - lam * noise)",
+         "append((signal + lam * noise)", "two_explicit_maps"),
+        ("largest logits start from 0", "q.new_full((H,), -torch.inf)", "q.new_zeros(H)", "bounds_on"),
+        ("a bound that is too low", ".norm(dim=-1).amax(3)", ".norm(dim=-1).mean(3)", "bounds_on"),
+        ("cross-entropy's gradient by chunk", "-1.0)).div_(N)", "-1.0)).div_(len(target))",
+         "cross_entropy_in_chunks"),
+        ("tensor files are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
+    ],
+    "data.py": [
+        ("ties of pairs to the largest", "heappush(heap, (-count[p], p))",
+         "heappush(heap, (-count[p], p[::-1]))", "bpe_equals"),
+        ("validation text is trained on", "if h > cut]", "]", "split_is_disjoint"),
+        ("cumulative integral of the mixture", "u * u / (2 * self.horizon)", "u * u / self.horizon",
+         "mixture_of_motif"),
+        ("the permutation goes past its end", "out = x >= n", "out = x > n", "permutation_visits"),
+        ("ranks see each other's windows", "+ rank * b\n", "+ rank\n", "independent_of_world"),
+        ("the seed of the data is not used", "np.full(b, self.seed & 2 ** 64 - 1,", "np.full(b, 0,",
+         "independent_of_world"),
+        ("every epoch in one order", "for part in (domain, j // W)", "for part in (domain,)",
+         "once_an_epoch"),
+        ("targets are the tokens themselves", "(rows[:, :-1], rows[:, 1:])", "(rows[:, :-1], rows[:, :-1])",
+         "independent_of_world"),
+        ("an end of text is of the next document", "np.arange(1, x.shape[1] + 1), 0)",
+         "np.arange(x.shape[1]), 0)", "document_starts"),
+        ("the first windows are evaluated", "np.arange(n) * total // n * T", "np.arange(n) * T",
+         "validation_windows"),
+        ("the bigram's back-off weight", "(both + followers[a] * unigram[b])", "(both + unigram[b])",
+         "bigram_equals"),
+        ("shards are not forced to disk", "os.fsync(f.fileno())", "pass", DISK),
+    ],
+    "model.py": [
+        ("rotated the other way", "torch.cat((-sin, sin), -1)", "torch.cat((sin, -sin), -1)", ONE),
+        ("rotary pairs are neighbours", "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)", ONE),
+        ("YaRN's sharpness is not recorded, MHA", "self.record(q, kernels.spread(",
+         "self.record(q / c.sharpness, kernels.spread(", "yarn_sharpens"),
+        ("YaRN's sharpness is not recorded, MLA", "self.record(q, k, mask)",
+         "self.record(q / c.sharpness, k, mask)", "yarn_sharpens"),
+        ("λ_init counts layers from 1", "(layer - config.lam_delay)", "(layer + 1 - config.lam_delay)",
+         "lambda_starts or " + ONE),
+        ("heads are not scaled by 1 − λ_init", "self.head_norm(y) * (1 - self.lam_init)",
+         "self.head_norm(y)", ONE),
+        ("the head norm's ε is the model's", "RMSNorm(2 * d, eps=1e-5)", "RMSNorm(2 * d, config.norm_eps)",
+         ONE),
+        ("half of γ where keys are shared", "return [(self.wq, by_head, 1.0)]",
+         "return [(self.wq, by_head, 0.5)]", "qk_clip_brings"),
+        ("half of γ for rotary queries", "by_head(w)[:, d:], 1.0)", "by_head(w)[:, d:], 0.5)", ONE),
+        ("logits of the last micro-batch", "torch.maximum(self.max_logits, largest)", "largest", ONE),
+        ("groups by their best expert", "min(2, groups.shape[-1])", "1", ONE),
+        ("the router's bias is in the weights", "weight = s.gather(1, index)",
+         "weight = choice.gather(1, index)", "bias_moves"),
+        ("balance loss of the dispatch", "best = s.topk(k, -1)", "best = (s + self.bias).topk(k, -1)",
+         "balance_loss_counts"),
+        ("balance loss over all sequences", "unflatten(0, (B, -1)).mean(1) * E / k",
+         "mean(0, keepdim=True) * E / k", ONE),
+        ("the balance loss is kept as state", "aux, self.aux = self.aux, 0.0", "aux = self.aux",
+         "balance_loss_is_one"),
+        ("the router's bias the wrong way", "(load.mean() - load).sign()", "(load - load.mean()).sign()",
+         ONE),
+        ("load of the last micro-batch", "self.load += index", "self.load = index", ONE),
+        ("residual projections born too large", "init_std / math.sqrt(2 * self.config.n_layer)", "init_std",
+         "weights_are_born"),
+        ("the seed of the weights is not used", 'f"{seed}/{unit_name}"', "unit_name", "weights_are_born"),
+        ("FLOPs of training", "(6 if training else 2)", "(4 if training else 2)", "flops_of"),
+        ("FLOPs of latent attention", "config.d_head + config.d_rope + config.d_value if",
+         "config.d_head + config.d_value if", "flops_of"),
+    ],
+    "muonclip.py": [
+        ("always Nesterov", "alpha=momentum) if nesterov else ms", "alpha=momentum)", ONE),
+        ("scale by the shorter side", "rms * max(stack.shape[-2:])", "rms * min(stack.shape[-2:])", ONE),
+        ("A is not computed anew", "k % restart == 0", "False", "needs_its_restart"),
+        ("AdamW's β1", "torch._foreach_lerp_(ms, gs, 1 - beta1)", "torch._foreach_lerp_(ms, gs, beta1)", ONE),
+        ("AdamW's ε", "torch._foreach_add_(roots, eps)", "torch._foreach_add_(roots, eps ** 0.5)", ONE),
+        ("negative logits are clipped", "torch.where(s > tau,", "torch.where(s.abs() > tau,",
+         "qk_clip_brings"),
+        ("warm-up starts from 0", "c.lr * (tokens + config.step_tokens) /", "c.lr * tokens /", ONE),
+        ("snapshots a step early", "inside = (done - 1) % period + 1", "inside = done % period + 1",
+         "snapshots_lie"),
+        ("the mean is kept when put back", "w.copy_(mean.pop(name))", "w.copy_(mean[name])", ONE),
+        ("λ and coefficients decay", '"embedding and head") or kind == "gains" and muon',
+         '"embedding and head") or muon', "by_their_kind"),
+        ("gains decay under AdamW", 'or kind == "gains" and muon', 'or kind == "gains"', "by_their_kind"),
+        ("decay without the rate", '1 - group["lr"] * group["weight_decay"]', '1 - group["weight_decay"]',
+         ONE),
+        ("learned positions by Muon", '("embed", "head", "position")', '("embed", "head")', "by_their_kind"),
+    ],
+    "parallel.py": [
+        ("expert gradients take the way out", "start(g, ctx.trip.received, ctx.trip.sent)",
+         "start(g, ctx.trip.sent, ctx.trip.received)", TWO),
+        ("tokens return in order of arrival", "Depart.apply(y[inverse], home)", "Depart.apply(y, home)", TWO),
+        ("all matrices to the first owner", "r = min(room, key=lambda r: (work_of[r], size_of[r])) if room",
+         "r = room[0] if room", "shared_out_evenly"),
+        ("the norm of one rank's gradients", "all_sum(squares, self.mesh).sum().sqrt()",
+         "squares.sum().sqrt()", TWO),
+        ("rows from the wrong place", "t[max(start - at, 0):stop - at]", "t[:stop - at]",
+         "rows_of_a_checkpoint"),
+        ("a checkpoint's names are not on disk", "        sync_folder(beside)\n", "", DISK),
+        ("its own name is not on disk", "        sync_folder(ckpt)\n", "", DISK),
+        ("the manifest is still in memory", "            file.flush()\n", "", DISK),
+        ("later checkpoints stay", "kept[here:] + kept", "kept", "leaves_no_later"),
+        ("checksums are not compared", 'i % parts == part and checksum(t) != entry["sha256"]', "False",
+         "damaged_checkpoints"),
+    ],
+    "train.py": [
+        ("the learning rate is never set", 'group["lr"] = lr\n', "pass\n", ONE),
+        ("gradients are never clipped", "owners.clip_norm_(config.optim.clip_norm)",
+         "owners.clip_norm_(math.inf)", ONE),
+        ("micro-batches count alike", "(loss * (len(x) / share)).backward()",
+         "(loss * config.micro / share).backward()", ONE),
+        ("largest logits of all steps", "attention.clear_logits(None if", "attention.tau = (None if", ONE),
+        ("router's load of all steps", "            moe.load.zero_()\n", "            pass\n", ONE),
+        ("moments stay after an average", "optimizer.state.clear()", "pass", ONE),
+        ("router biases are not averaged", "put_back_(buffers, mean)", "pass", ONE),
+        ("a rank's own load moves the router", "for moe, load in zip(mixtures, loads) if sound",
+         "for moe, load in zip(mixtures, [m.load for m in mixtures]) if sound", TWO),
+        ("bits a token, not a byte", "nats / math.log(2) / size", "nats / math.log(2) / tokens",
+         "bits_are_counted"),
+        ("ranks evaluate the same windows", "range(mesh.dp.rank * config.micro,", "range(0,", TWO),
+        ("losses of another domain", "batch.domain[part],", "batch.domain[:len(x)],", ONE),
+        ("another data set is taken up", 'for what in ("tokenizer", "data"):', 'for what in ("tokenizer",):',
+         "resuming_refuses"),
+        ("the log loses a row", 'int(row["step"]) <= step]', 'int(row["step"]) < step]', "resumed_log"),
+        ("moments of another optimizer", "moments=same)", "moments=True)", "stage_begins"),
+        ("a step that is not finite updates", "owners.step(sound, follow)", "owners.step(True, follow)",
+         "skipped_whole"),
+        ("memory of a rank's experts", "experts / config.mesh.ep) / config.mesh.pp",
+         "experts) / config.mesh.pp", "memory_is_what"),
+    ],
+}
+
+
+def run(folder, tests):
+    """pytest's exit status: 0 all pass, 1 one fails; any other says that they could not be run."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "test_all.py", "-k", tests]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    try:
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=300).returncode
+    except subprocess.TimeoutExpired:
+        return 1                                                   # a mistake may well wait for ever
+
+
+def attempt(folder, file, old, new, tests):
+    """Put one mistake in, run its tests, take it out again.  → what has become of it"""
+    path = folder / file
+    text = path.read_text("utf-8")
+    if text.count(old) != 1:
+        return "stale"
+    path.write_text(text.replace(old, new), "utf-8")
+    status = run(folder, tests)
+    path.write_text(text, "utf-8")
+    return {0: "survives", 1: "caught"}.get(status, "broken")
+
+
+def main(words):
+    rows = [(file, *row) for file, some in TABLE.items() for row in some]
+    rows = [row for row in rows if not words or any(word in " ".join(row) for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "kimotif"
+        shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns(".git", "cache", "out", "__pycache__"))
+        if run(copy, " or ".join(sorted({tests for *_, tests in rows}))) != 0:
+            raise SystemExit("tests of these rows do not pass on the code as it is, or there are none")
+        verdicts = Counter()
+        for file, what, old, new, tests in rows:
+            verdict = attempt(copy, file, old, new, tests)
+            verdicts[verdict] += 1
+            print(f"{verdict:<9} {file:<12} {what:<42} {tests}", flush=True)
+    print(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
+    raise SystemExit(0 if set(verdicts) == {"caught"} else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
