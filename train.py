@@ -31,12 +31,13 @@ from pathlib import Path
 import torch
 
 import parallel
-from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
+from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
                    hf_config, load_hf, renormalise_)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
-from parallel import MeshConfig, Zero1, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from parallel import (MeshConfig, Zero1, checkpoints, newest_checkpoint, read_checkpoint, read_manifest,
+                      save_checkpoint)
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -190,14 +191,24 @@ def override(node, options, prefix=""):
     return replace(node, **new)
 
 
-def changes(old, new, prefix=""):
-    """The fields in which two configurations differ: (dotted name, old, new)."""
-    for f in fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if is_dataclass(a):
-            yield from changes(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            yield prefix + f.name, a, b
+def options_of(node, prefix=""):
+    """(dotted name, value) of every field of a configuration."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from options_of(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+PLACES = "out", "data.files", "data.cache"                  # where things lie: may differ between stops, and between nodes
+
+
+def changes(old, new):
+    """What a resumed run may not change and has: (dotted name, old, new)."""
+    for (name, a), (_, b) in zip(options_of(old), options_of(new)):
+        if a != b and name != "steps" and name not in PLACES and not name.startswith("mesh."):
+            yield name, a, b
 
 
 def from_dict(kind, values):
@@ -237,12 +248,13 @@ def is_hf(folder):
 
 
 def kept_config(run):
-    """The configuration in the newest readable manifest of a run, or None."""
+    """The configuration in the newest intact manifest of a run, or None. ValueError: this version has not all of it."""
     for folder in reversed(checkpoints(Path(run))):
         try:
-            return from_dict(Config, json.loads((folder / "manifest.json").read_text())["config"])
-        except (OSError, KeyError, ValueError):
+            manifest = read_manifest(folder)
+        except ValueError:
             continue                                               # damaged: named when it is read in earnest
+        return from_dict(Config, manifest["config"])
 
 
 def begin(config, model, owners, facts, mesh, say):
@@ -290,6 +302,8 @@ def load_run(folder, average=1):
         restore(model, None, saved)
         add_snapshot_(mean, model.state_dict(), average)
     put_back_(model.state_dict(), mean)
+    if model.config.ngpt:
+        renormalise_(model.state_dict())                           # a mean of unit vectors is shorter than they are
     return model, load_tokenizer(run / "tokenizer.json")
 
 
@@ -331,6 +345,10 @@ class RunFolder:
         self.writer = csv.DictWriter(self.log, columns)
         return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
 
+    def belongs_to(self, launches):
+        """Keep which launches of torchrun may go on with this run by themselves."""
+        write_atomically(self.path / "launch.json", json.dumps(sorted(set(launches) - {""})).encode())
+
     def write_row(self, row):
         self.writer.writerow(row)
         self.log.flush()
@@ -347,11 +365,10 @@ class RunFolder:
 
 def draw(history, domains, path):
     """loss.png: loss by domain, learning rate, mixture, largest logit, all over tokens."""
-    import matplotlib
     import numpy as np
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    from matplotlib.figure import Figure                           # not pyplot: its backend is the caller's affair
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
     steps = [row for row in history if "loss" in row]
     million = [row["tokens"] / 1e6 for row in steps]
     (loss, rate), (mixture, logit) = axes
@@ -373,7 +390,6 @@ def draw(history, domains, path):
     mixture.legend(fontsize=8, loc="lower left")
     beside = path.with_suffix(".part.png")
     figure.savefig(beside, dpi=110)
-    plt.close(figure)
     beside.replace(path)
 
 
@@ -464,9 +480,9 @@ class Status:
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
-def forward_backward(model, batch, config, mesh, domains, dtype=None, after=lambda: None):
-    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches into p.grad; `after` each of
-    them is called.
+def forward_backward(model, batch, config, mesh, domains, dtype=None):
+    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches: into p.grad, or where the
+    owners' hooks put them.
 
     → (domains, 2) float64 on the CPU: summed loss in nats/token, and number, of each domain's windows."""
     sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
@@ -475,7 +491,6 @@ def forward_backward(model, batch, config, mesh, domains, dtype=None, after=lamb
         x, y, doc_start = (None if t is None else t[part].to(mesh.device) for t in (batch.x, batch.y, batch.doc_start))
         loss, nll = model(x, y, doc_start, dtype=dtype)
         (loss * (len(x) / share)).backward()
-        after()
         of_window = nll.double().view(len(x), -1).mean(1).cpu()
         sums.index_add_(0, batch.domain[part], torch.stack([of_window, torch.ones_like(of_window)], 1))
     return sums
@@ -491,27 +506,39 @@ def train(config, resume=False, quiet=False, watch=None):
     if config.batch % world:
         raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
     config.mesh.check(world, config.model.n_expert)
-    if parallel.this_rank() == 0 and config.out:
-        if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
-            raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
-        run = RunFolder(config.out)
-    corpus = prepare(data_of(config), config.model.vocab_size)       # before anyone waits for anyone: may take a while
-    horizon = config.data.horizon or config.tokens
-    batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch, config.model.context)
-    mesh = parallel.join_mesh(config.mesh)
     try:
+        if parallel.this_rank() == 0 and config.out:
+            if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
+                raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another "
+                                 "folder")
+            run = RunFolder(config.out)
+
+        # The text is made ready before anyone waits for anyone: that may take a while.
+        corpus = prepare(data_of(config), config.model.vocab_size)
+        horizon = config.data.horizon or config.tokens
+        batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
+                          config.model.context)
+        mesh = parallel.join_mesh(config.mesh, must_be_alike(config, resume, corpus))
         with Stop() as stop:
-            return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop, watch)
+            return loop(config, resume, Status(quiet or mesh.world.rank > 0), run, corpus, batches, mesh, stop, watch)
     finally:
-        parallel.leave_mesh(mesh)
+        if world > 1:
+            parallel.leave_mesh()
         if run:
             run.close()
+
+
+def must_be_alike(config, resume, corpus):
+    """{what: text} that has to be the same on all ranks. Paths may differ: what they lead to may not."""
+    alike = {name: repr(value) for name, value in options_of(config)
+             if name not in (*PLACES, "init", "data.tokenizer")}
+    return alike | dict(resume=str(resume), text=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
 
 
 def take_up(config, resume, model, owners, facts, mesh, say):
     """Load the newest intact checkpoint of the run, if it is to be resumed, or else what it begins with.
 
-    → (the step to go on from, or None; what there is of the mean of snapshots)"""
+    → (its manifest, or None; what there is of the mean of snapshots)"""
     found = newest_checkpoint(Path(config.out), say, mesh) if resume else None
     if not found:
         if resume and checkpoints(Path(config.out)):
@@ -527,12 +554,15 @@ def take_up(config, resume, model, owners, facts, mesh, say):
             raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
                              f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
     restore(model, owners, saved)
+    if wrong := list(changes(from_dict(Config, manifest["config"]), config)):
+        raise ValueError(f"the checkpoint of step {manifest['step']} in {config.out} was made with "
+                         + "; ".join(f"{name}={old}, not {new}" for name, old, new in wrong))
     say(f"resuming {config.out} at step {manifest['step']}")
     mean = {}
     if any(name.startswith("mean/") for name in saved):
         mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.masters}
         mean |= {name: saved[f"mean/{name}"] for name in dict(model.named_buffers()) if f"mean/{name}" in saved}
-    return manifest["step"], {name: t.clone().to(mesh.device) for name, t in mean.items()}
+    return manifest, {name: t.clone().to(mesh.device) for name, t in mean.items()}
 
 
 def log_columns(names, mixtures):
@@ -555,13 +585,18 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
     names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    found, mean = take_up(config, resume, model, owners, facts, mesh, status.say)
-    step, history = found or 0, []
+    manifest, mean = take_up(config, resume, model, owners, facts, mesh, status.say)
+    parallel.compare_weights(model.state_dict(), mesh)
+    launches = parallel.gather(parallel.launch_id(), mesh)
+    step, history = manifest["step"] if manifest else 0, []
     if run:
-        history = run.open_log(log_columns(names, mixtures), -1 if found is None else found)
+        run.belongs_to(launches)
+        history = run.open_log(log_columns(names, mixtures), step if manifest else -1)
         corpus.tokenizer.save(run.path / "tokenizer.json")
+    before = (history[-1] if history else {}) | (manifest or {})
+    spent, skipped = before.get("seconds", 0.0), int(before.get("skipped", 0))
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
-               f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
+               f"of {config.batch} × {config.model.context} tokens on {mesh.world.size} × {mesh.device.type}")
     for line in (*describe(named.items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
     peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
@@ -588,20 +623,20 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             kept = owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in buffers}
             if mesh.dp.rank == 0:                                  # all have the same
                 kept |= buffers | {f"mean/{name}": mean[name] for name in buffers if name in mean}
-            save_checkpoint(Path(config.out), step, kept, facts, config.keep, mesh)
+            now = dict(seconds=spent, skipped=skipped)
+            save_checkpoint(Path(config.out), step, kept, facts | now, config.keep, mesh)
 
     def last_good():
         kept = checkpoints(Path(config.out)) if config.out else []
         return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
-    if found is None:
+    if not manifest:
         record(dict(step=0, tokens=0, seconds=0.0))
         save()                                                     # from here on the run can be resumed as it was begun
-    spent, skipped = (history[-1]["seconds"], int(history[-1].get("skipped", 0))) if history else (0.0, 0)
     while step < last:
         begin, tokens = time.perf_counter(), step * config.step_tokens
         lr = learning_rate(tokens, config)
-        for optimizer in owners.optimizers:
+        for optimizer in owners.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
         exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
@@ -609,12 +644,13 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             attention.clear_logits(None if exact else config.optim.tau or math.inf)
         for moe in mixtures:
             moe.load.zero_()
-        model.zero_grad()
         batch = batches(step, mesh.dp.rank, mesh.dp.size)
-        sums = forward_backward(model, batch, config, mesh, len(names), dtype, owners.accumulate)
+        sums = forward_backward(model, batch, config, mesh, len(names), dtype)
 
-        flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)  # does anyone ask to stop; which ranks are unwell
-        flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~(owners.sound() & bool(sums.isfinite().all()))
+        # Flags: stop requested; rank r has values that are not finite.
+        flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
+        flags[0] = float(stop.asked())
+        flags[1 + mesh.world.rank] = ~(owners.sound() & bool(sums.isfinite().all()))
         peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
         flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
         for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
@@ -659,8 +695,9 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             add_snapshot_(mean, buffers, config.average_of)
         if put_back:
             put_back_(buffers, mean)
-            for optimizer in owners.optimizers if config.average_reset else ():
+            for optimizer in owners.optimizers.values() if config.average_reset else ():
                 optimizer.state.clear()
+        owners.drop()
         clipped = (peaks > config.optim.tau).sum().item() if config.optim.tau and sound else 0
 
         took = time.perf_counter() - begin
@@ -671,7 +708,7 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         speed = config.step_tokens / took
         row = dict(step=step, tokens=step * config.step_tokens, lr=lr, loss=loss,
                    grad_norm=norm, clipped=clipped, skipped=skipped,
-                   tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
+                   tokens_per_s=speed, mfu=flops * speed / peak / mesh.world.size, seconds=spent)
         if exact:
             row["max_logit"] = peaks.max().item()
         if mixtures:
@@ -736,17 +773,21 @@ def report(config, history, model, corpus):
     print(f"\nsample more: python model.py --sample {config.out} --prompt \"...\"     curves: {config.out}/loss.png")
 
 
-def memory(config, world, width=2):
-    """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights of `width` bytes a
-    number, float32 gradients, float32 masters (where weights are narrower), optimizer state. Activations are extra."""
+def memory(config, world):
+    """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights (bfloat16 where there
+    are several ranks, as on GPUs), float32 gradients, float32 masters of narrower weights, optimizer state. That is
+    what is alive in the backward; activations are extra."""
     with torch.device("meta"):
         named = dict(Transformer(config.model).named_parameters())
-    total = sum(p.numel() for p in named.values())
-    experts = sum(p.numel() for p in named.values() if p.ndim == 3)
-    here = ((total - experts) + experts / config.mesh.ep) / config.mesh.pp
-    states = sum(weigh(name, p, config.optim)[0] for name, p in named.items())
-    return dict(weights=width * here, gradients=4 * here, masters=4 * total * (width < 4) / world,
-                states=states / world)
+    parts = dict.fromkeys(("weights", "gradients", "masters", "states"), 0.0)
+    for name, p in named.items():
+        here = p.numel() / config.mesh.pp / (config.mesh.ep if p.ndim == 3 else 1)
+        narrow = world > 1 and may_be_narrow(name, p)
+        parts["weights"] += here * (2 if narrow else 4)
+        parts["gradients"] += here * 4
+        parts["masters"] += p.numel() / world * 4 * narrow
+        parts["states"] += weigh(name, p, config.optim)[0] / world
+    return parts
 
 
 def dry_run(config):
@@ -758,7 +799,7 @@ def dry_run(config):
     if config.init:
         print(f"begins with the weights of {config.init}")
     world = max(parallel.world_size(), config.mesh.pp * config.mesh.ep)
-    parts = memory(config, world, 2 if world > 1 else 4)
+    parts = memory(config, world)
     print(f"{sum(parts.values()) / 1e9:.1f} GB a GPU on {world} (pp {config.mesh.pp}, ep {config.mesh.ep}), before "
           "activations: " + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
     c = config.optim
@@ -774,7 +815,7 @@ def parse(argv):
     flags, options = set(), {}
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
-        if arg in ("--resume", "--dry-run", "--compile", "--help"):
+        if arg in ("--resume", "--dry-run", "--compile"):
             flags.add(key)
         elif arg.startswith("--"):
             if not equals:
@@ -784,9 +825,6 @@ def parse(argv):
         raise ValueError(f"no recipe {' '.join(words)!r}; have {', '.join(RECIPES)}")
     if "compile" in flags:
         options["compile"] = "true"
-    if "help" in flags:
-        raise SystemExit(__doc__)
-    resume = "resume" in flags or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     config = RECIPES[words[0] if words else "laptop"]
     if (folder := options.get("init")) and not words:
         if not is_hf(folder) and not kept_config(folder):
@@ -794,9 +832,20 @@ def parse(argv):
         config = replace(config, model=hf_config(folder) if is_hf(folder) else kept_config(folder).model)
     config = override(config, options)
     config = config if config.out else replace(config, out=f"out/{config.recipe}")
+    resume = "resume" in flags or begun_by_this_launch(config.out)
     if resume:
         config = resumed(config, options, words, "resume" in flags)
     return config, resume, "dry-run" in flags
+
+
+def begun_by_this_launch(run):
+    """Whether torchrun has started this process again: it goes on with what its own launch began, and with no other
+    run that it finds."""
+    launch = parallel.launch_id()
+    try:
+        return bool(launch) and launch in json.loads((Path(run) / "launch.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def resumed(config, options, words, asked):
@@ -811,13 +860,26 @@ def resumed(config, options, words, asked):
         raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
     wanted = override(kept, options)
     for name, old, new in changes(kept, wanted):
-        if name not in ("steps", "data.files", "data.cache") and not name.startswith("mesh."):
-            raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the "
-                             "data lies may change")
+        raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the data lies "
+                         "may change")
     return wanted
 
 
+def give_up(error):
+    """Leave with one line. torchrun prints thirty more after it: so the line is also put where torchrun looks for the
+    root cause, which it prints last. Of several ranks' it takes the one of the earliest second: a rank that lost
+    another is never the cause."""
+    line = f"train.py: {error}"
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        second = int(time.time()) + 2 * isinstance(error, parallel.LostRank)
+        about = dict(message=line, extraInfo=dict(py_callstack=line, timestamp=str(second)))
+        Path(path).write_text(json.dumps(dict(message=about)))
+    raise SystemExit(line) from None
+
+
 def main(argv):
+    if {"--help", "-h"} & set(argv):
+        return print(__doc__) if parallel.this_rank() == 0 else None
     try:
         config, resume, dry = parse(argv)
         if dry:
@@ -827,7 +889,7 @@ def main(argv):
             model = model if config.mesh.ep == 1 else load_run(config.out)[0]      # here: some of its experts
             report(config, history, model, prepare(data_of(config), config.model.vocab_size))
     except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        give_up(error)
 
 
 if __name__ == "__main__":

@@ -241,11 +241,11 @@ def on_a_rank(rank, port, path):
                                 lambda *p: muonclip.weigh(*p, optim), mesh)
 
         def step():
-            model.zero_grad()
             train.forward_backward(model, batch, config, mesh, 1)
             owners.reduce()
             owners.clip_norm_(1.0)
             owners.step(True, lambda masters: None)
+            owners.drop()
         return step
 
     def theirs():
@@ -261,7 +261,7 @@ def on_a_rank(rank, port, path):
     adamw, muon, zero = in_turn(ours("adamw"), ours("muonclip"), theirs(), rounds=25)
     if rank == 0:
         Path(path).write_text(f"{adamw} {muon} {zero}")
-    parallel.leave_mesh(mesh)
+    parallel.leave_mesh()
 
 
 def ranks():
