@@ -181,11 +181,12 @@ def all_max(t, mesh):
     return t
 
 
-def all_sum(t, mesh):
-    """Elementwise sum over all ranks, in place."""
-    if mesh.world.size > 1:
+def all_sum(t, mesh, axis=None):
+    """Elementwise sum over all ranks, or those of one axis, in place."""
+    axis = axis or mesh.world
+    if axis.size > 1:
         with talking(mesh):
-            dist.all_reduce(t, dist.ReduceOp.SUM, mesh.world.group)
+            dist.all_reduce(t, dist.ReduceOp.SUM, axis.group)
     return t
 
 
@@ -535,8 +536,9 @@ class Zero1:
 
     @torch.no_grad()
     def clip_norm_(self, largest):
-        """Scale the owners' gradients to a norm of at most `largest`. → the norm, float64: squares are summed tensor by
-        tensor, in the order of their names, so that no layout changes it."""
+        """Scale the owners' gradients to a norm of at most `largest`. → the norm over all ranks, float64: squares are
+        summed tensor by tensor, in the order of their names, so that no number of dp ranks changes it; then over the
+        stages, each of which has other tensors."""
         index = {name: i for i, name in enumerate(sorted(self.parameters))}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
         gradients = [master.grad for master in self.masters.values()]
@@ -544,7 +546,7 @@ class Zero1:
             norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
             where = torch.tensor([index[piece.name] for piece in self.masters], device=norms.device)
             squares.index_add_(0, where, norms.square())
-        norm = all_sum(squares, self.mesh).sum().sqrt()
+        norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
         if gradients and norm > largest:
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).item())
         return norm

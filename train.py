@@ -855,7 +855,9 @@ def resumed(config, options, words, asked):
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
     if not (kept := kept_config(run)):
         return config
-    kept = replace(kept, out=config.out, steps=0)
+    # What a run folder says of paths is where its data lay: it is read there, and must be what it was. Where this
+    # process writes is for its own command alone to say.
+    kept = replace(kept, out=config.out, steps=0, data=replace(kept.data, cache=config.data.cache))
     if words and words[0] != kept.recipe:
         raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
     wanted = override(kept, options)
