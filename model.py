@@ -477,7 +477,7 @@ class MoE(nn.Module):
         self.aux = 0.0                                                 # balance loss, from this forward to its sum
 
     def route(self, h):
-        """h (B, T, C) → a token's experts (N, k) and their weights (N, k).
+        """h (B, T, C) → a token's experts (N, k) and their weights (N, k): its scores, in parts of their sum.
 
         Scores are computed in float32 whatever h is: one step of bfloat16 is larger than the bias's, and among hundreds
         of experts every tenth token would have a tie at its last place."""
@@ -495,7 +495,9 @@ class MoE(nn.Module):
         if self.training:
             self.load += index.flatten().bincount(minlength=c.n_expert)
             self.aux = c.balance_loss * self.imbalance(s, h.shape[0]) if c.balance_loss else 0.0
-        return index, weight / weight.sum(-1, keepdim=True) * c.route_scale
+        if c.n_active > 1:                                             # one alone would be s/s = 1, and learn nothing
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)       # not 0/0 where all scores are zero
+        return index, weight * c.route_scale
 
     def imbalance(self, s, B):
         """Scores s (N, E) of B sequences → mean over sequences of Σ_i f_i·P_i, 1 where every expert is scored alike.

@@ -73,8 +73,8 @@ class Mesh(NamedTuple):
 
 
 def this_rank():
-    """This process's rank as torchrun set it; known before the process group is."""
-    return int(os.environ.get("RANK", 0))
+    """This process's rank as torchrun set it; known before the process group is. Where there is one process it is 0."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
@@ -424,7 +424,9 @@ class Zero1:
                 for piece in bucket.pieces:
                     here = self.rows(piece)
                     self.masters[piece] = here if here.dtype == wide(here.dtype) else here.float()
-                self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in bucket.pieces])
+                trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
+                if trained:
+                    self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
         self.places = {}                                           # name → [(bucket, piece, where in its sum)]
         for bucket in self.buckets():
             at = 0
@@ -434,10 +436,15 @@ class Zero1:
                 at += numbers
         if mesh.dp.size > 1:
             for name, p in parameters.items():
-                p.register_post_accumulate_grad_hook(functools.partial(self.take, name))
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(functools.partial(self.take, name))
 
     def buckets(self):
         return [bucket for some in self.rounds for bucket in some]
+
+    def trained(self):
+        """{piece: master} of what is owned here and not frozen."""
+        return {piece: master for piece, master in self.masters.items() if self.parameters[piece.name].requires_grad}
 
     def rows(self, piece, of=None):
         """The rows of a piece in this rank's parameter, or in `of`, a tensor like it."""
@@ -507,7 +514,7 @@ class Zero1:
         replicas, divided by dp too: its ranks have seen the tokens of all of dp."""
         n = self.mesh.dp.size
         if n == 1:
-            for piece, master in self.masters.items():
+            for piece, master in self.trained().items():
                 found = self.parameters[piece.name].grad
                 master.grad = torch.zeros_like(master) if found is None else self.rows(piece, found)
             return
@@ -524,7 +531,8 @@ class Zero1:
                 bucket.gradient.div_(n)
                 sizes = [self.masters[piece].numel() for piece in bucket.pieces]
                 for piece, mine in zip(bucket.pieces, bucket.gradient.split(sizes)):
-                    self.masters[piece].grad = mine.view_as(self.masters[piece])
+                    if self.parameters[piece.name].requires_grad:
+                        self.masters[piece].grad = mine.view_as(self.masters[piece])
             bucket.gradient = None
         self.travel(self.buckets(), start, land)
         self.arrive()
@@ -541,10 +549,11 @@ class Zero1:
         stages, each of which has other tensors."""
         index = {name: i for i, name in enumerate(sorted(self.parameters))}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
-        gradients = [master.grad for master in self.masters.values()]
+        trained = self.trained()
+        gradients = [master.grad for master in trained.values()]
         if gradients:
             norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
-            where = torch.tensor([index[piece.name] for piece in self.masters], device=norms.device)
+            where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
         norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
         if gradients and norm > largest:
@@ -556,12 +565,13 @@ class Zero1:
         """Owners update their pieces (if `update`), `follow({key: master})` does what comes after, and everybody gets
         the new weights. In each round an owner first does its own bucket, then all of that round are sent: they travel
         while the next is computed."""
+        trained = self.trained()
         for some in self.rounds:
             for bucket in some:
                 if bucket.owner == bucket.axis.rank:
-                    if update:
+                    if update and bucket in self.optimizers:
                         self.optimizers[bucket].step()
-                    follow({piece.key: self.masters[piece] for piece in bucket.pieces})
+                    follow({piece.key: trained[piece] for piece in bucket.pieces if piece in trained})
             self.travel(some, self.send_weights, self.take_weights)
         self.arrive()
 
@@ -680,8 +690,10 @@ def save_checkpoint(run, step, tensors, facts, keep, mesh=Mesh()):
 
 
 def checkpoints(run):
-    """Folders of finished checkpoints, oldest first."""
-    return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
+    """Folders of finished checkpoints, oldest first. Only step- and digits are ours: what else lies there, a copy that
+    somebody made, is neither read nor counted nor removed."""
+    ours = [p for p in (run / "ckpt").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name) and p.is_dir()]
+    return sorted(ours, key=lambda p: int(p.name[5:]))
 
 
 class Saved(Mapping):

@@ -1175,6 +1175,24 @@ def test_the_bias_moves_the_choice_and_never_the_weight(float64):
     assert moe.bias.tolist() == [-0.001, 0.001, 0.0, 0.0, -0.001, 0.001]
 
 
+def test_the_router_survives_scores_of_zero_and_learns_with_one_expert(float64):
+    """A token whose every logit is far below zero has weights that are finite, and gradients too. A single active expert
+    has its score as its weight: as a part of the sum it would be 1, with nothing to learn but rounding."""
+    for depth, width in ((-95.0, torch.float32), (-200.0, torch.float32), (-2000.0, torch.float64)):
+        moe, h = lively(EXPERTS).layers["1"].ffn.to(width), torch.ones(1, 2, EXPERTS.d_model, dtype=width)
+        with torch.no_grad():
+            moe.router.fill_(depth / EXPERTS.d_model)
+        _, weight = moe.route(h)
+        gradient, = torch.autograd.grad(weight[:, 0].sum(), moe.router)
+        assert weight.isfinite().all() and gradient.isfinite().all(), depth
+    alone, h = lively(replace(EXPERTS, n_active=1)).layers["1"].ffn, torch.randn(2, 7, EXPERTS.d_model)
+    index, weight = alone.route(h)
+    scores = (h.flatten(0, 1) @ alone.router.T).sigmoid()
+    torch.testing.assert_close(weight, scores.amax(1, keepdim=True) * EXPERTS.route_scale)
+    gradient, = torch.autograd.grad(alone(h).square().sum(), alone.router)
+    assert gradient.norm() > 1e-3
+
+
 def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(float64):
     moe = lively(replace(EXPERTS, balance_loss=0.5)).layers["1"].ffn
     even = torch.full((12, 6), 0.3)
@@ -2146,7 +2164,7 @@ def weights_of(out):
 # A campaign of faults: each befalls a real training process, then one command resumes the run, and it has to end with
 # the weights, optimizer state and log of one that was never stopped.   python test_all.py --faults N
 
-FAULTS = "kill", "kill in save", "kill in average", "flipped byte", "flipped value", "missing file", "full disk", \
+FAULTS = "kill", "kill in save", "kill in average", "kill in evaluation", "flipped byte", "flipped value", "missing file", "full disk", \
     "stop in save", "launcher killed", "rank killed", "layout changed", "node killed"
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
 OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
@@ -2367,8 +2385,9 @@ def befall(kind, path, out, rng):
             raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
             file.write_bytes(raw)
         return last_step(out)
-    process = start(args, log, ("add_snapshot_", "put_back_") if "average" in kind else ("save_checkpoint",),
-                    rng.randrange(1, 400 if "average" in kind else 4000), kind)
+    where, lines = {"kill in average": (("add_snapshot_", "put_back_"), 400),
+                    "kill in evaluation": (("evaluate", "draw"), 400)}.get(kind, (("save_checkpoint",), 4000))
+    process = start(args, log, where, rng.randrange(1, lines), kind)
     process.join(60)
     said = log.read_text() if log.exists() else ""
     assert "Traceback" not in said, said
@@ -2697,6 +2716,99 @@ def test_skipped_steps_and_seconds_belong_to_the_checkpoint(text, tmp_path, monk
     assert history[-1]["skipped"] == 1 and history[-1]["seconds"] > before["seconds"] > history[-2]["seconds"]
 
 
+def test_an_evaluation_comes_after_the_save_and_hears_a_stop(text, tmp_path, monkeypatch):
+    """What fails or is stopped in an evaluation or in the drawing loses no step; the row that it left out is there in
+    the end, as in a run that was never stopped."""
+    config = tiny_run(text, save_every=100, eval_every=5, steps=10)
+    train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
+    whole, evaluate, draw = log_of(tmp_path / "whole"), train.evaluate, train.draw
+
+    def crash(*args):
+        raise KeyError("a fault in an evaluation")
+
+    def stopped(model, batches, config, mesh, dtype, stop_asked):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, batches, config, mesh, dtype, stop_asked)
+    for name, fault in (("crash", crash), ("stop", stopped)):
+        for step in (0, 5, 10):
+            out = tmp_path / f"{name}-{step}"
+            left = itertools.count(-step // 5)
+            monkeypatch.setattr(train, "evaluate", lambda *a: fault(*a) if next(left) == 0 else evaluate(*a))
+            with pytest.raises(KeyError) if name == "crash" else contextlib.nullcontext():
+                train.train(replace(config, out=str(out), save_every=5), quiet=True)
+            assert len(log_of(out)) == step and train.read_manifest(train.checkpoints(out)[-1])["step"] == step
+            train.train(replace(config, out=str(out), save_every=5), resume=True, quiet=True)
+            assert log_of(out) == whole and log_of(out)[-1]["val_mine"]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "draw", crash)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train.train(replace(config, out=str(tmp_path / "undrawn")))
+    assert "loss.png was not drawn: KeyError" in said.getvalue() and log_of(tmp_path / "undrawn") == whole
+    assert "max logit nan" not in said.getvalue()
+
+
+def test_only_step_and_digits_is_a_checkpoint(text, tmp_path):
+    """Copies that somebody made, before or while it trains, are neither read nor counted nor removed."""
+    out = tmp_path / "run"
+    train.train(tiny_run(text, out=str(out), steps=4, keep=1), quiet=True)
+    names = "step-00000004.bak", "step-00000004 (copy)", "step-9x", "step-", "step-00000099.tmp"
+    for name in names:
+        shutil.copytree(train.checkpoints(out)[-1], out / "ckpt" / name)
+    (out / "ckpt/step-00000077").write_text("a file")
+    train.train(tiny_run(text, out=str(out), steps=8, keep=1), resume=True, quiet=True)
+    assert [p.name for p in train.checkpoints(out)] == ["step-00000008"] and train.load_run(out)
+    assert all((out / "ckpt" / name / "manifest.json").exists() for name in names)
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\xff\xfe\0", b"a,b\n1,2\n", b"step,seconds\n1,x\n2\n"])
+def test_a_run_goes_on_without_its_log(text, tmp_path, damage, capsys):
+    """Deleted, or not to be read: set aside under another name; the report does without what was before."""
+    out = tmp_path / "run"
+    train.train(tiny_run(text, out=str(out), steps=8, tokens=12 * 8 * 32), quiet=True)
+    (out / "log.csv").unlink()
+    if damage is not None:
+        (out / "log.csv").write_bytes(damage)
+    train.main([*command(text, out, "--resume", tokens=12 * 8 * 32)[2:], "--data.cache=" + str(text.parent / "cache")])
+    said = capsys.readouterr().out
+    assert len(list(out.glob("log.unreadable-*"))) == bool(damage) == ("cannot be read" in said)
+    assert [row["step"] for row in log_of(out)] == ["8", "9", "10", "11", "12"] and "bits/byte" in said
+
+
+def test_the_mesh_belongs_to_the_launch(text, tmp_path, monkeypatch):
+    """A run of two ranks goes on alone without being told; a rank's number alone makes no second process."""
+    out = tmp_path / "run"
+    config = tiny_run(text, out=str(out), steps=4, model=replace(K2, vocab_size=261, tie=False, context=32))
+    train.train(config, quiet=True)
+    rewritten(train.checkpoints(out)[-1], lambda manifest: manifest["config"]["mesh"].update(ep=2))
+    assert train.parse(["--resume", f"--out={out}"])[0].mesh.ep == 1
+    assert train.parse(["--resume", f"--out={out}", "--mesh.ep=2"])[0].mesh.ep == 2
+    monkeypatch.setenv("RANK", "3")
+    train.train(replace(config, steps=5), resume=True, quiet=True)
+    assert log_of(out)[-1]["step"] == "5" and (out / "lock").read_text() == str(os.getpid())
+
+
+def test_frozen_parameters_stay_as_they_are(text, tmp_path, monkeypatch):
+    """Neither updated, decayed, clipped nor averaged; the others are; and it resumes."""
+    build = train.build
+
+    def frozen(*args):
+        model = build(*args)
+        for name, p in model.named_parameters():
+            p.requires_grad_("layers.0" not in name and name != "embed")
+        return model
+    monkeypatch.setattr(train, "build", frozen)
+    out = tmp_path / "run"
+    config = tiny_run(text, out=str(out), steps=10, **PERIOD)
+    train.train(config, quiet=True)
+    first, kept = net.Transformer(config.model).state_dict(), weights_of(out)
+    for name, t in first.items():
+        assert torch.equal(kept[name], t) == ("layers.0" in name or name == "embed"), name
+    train.train(replace(config, steps=12), resume=True, quiet=True)
+    assert not any(name.startswith(("embed:", "layers.0")) and ":" in name for name in weights_of(out))
+
+
 def test_a_run_that_was_refused_leaves_its_folder_free(text, tmp_path):
     """Whatever fails before the ranks meet: the lock is given back, in this process too."""
     config = tiny_run(text, out=str(tmp_path / "run"))
@@ -2756,7 +2868,9 @@ def test_resuming_refuses_another_architecture_or_configuration(text, tmp_path):
     with pytest.raises(ValueError, match=r"another architecture: .*\(261, 32\) for \(261, 16\)"):
         train.train(replace(config, model=replace(config.model, d_model=16)), resume=True, quiet=True)
     words = ["--resume", f"--out={out}"]
-    assert train.parse(words)[0] == replace(config, steps=0)
+    assert train.parse(words)[0].data.cache == "cache", "a run folder does not say where to write"
+    words += [f"--data.cache={config.data.cache}"]
+    assert train.parse(words)[0] == replace(config, steps=0, mesh=parallel.MeshConfig())
     assert train.parse([*words, "--steps=7", "--mesh.timeout=9"])[0].steps == 7
     for bad, message in (("--optim.lr=1", "optim.lr=0.02, not 1.0"), ("--batch=4", "batch=8, not 4"),
                          ("gpt2", "a run of laptop")):

@@ -326,13 +326,17 @@ class RunFolder:
         self.lock.flush()
         self.log = None
 
-    def open_log(self, columns, step):
-        """Open log.csv for appending, its rows past `step` cut. → the rows that stay."""
+    def open_log(self, columns, step, say=print):
+        """Open log.csv for appending, its rows past `step` cut. → the rows that stay. A log that cannot be read is set
+        aside: the run does not need it."""
         path, rows = self.path / "log.csv", []
         if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file)         # the last may be torn
-                        if row["step"].isdigit() and row["seconds"] and int(row["step"]) <= step]
+            try:
+                rows = self.read_log(path, step)
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                aside = path.with_suffix(f".unreadable-{time.time_ns()}")
+                path.rename(aside)
+                say(f"{path} cannot be read ({type(error).__name__}: {error}): kept as {aside.name}, begun anew")
         beside = path.with_suffix(".part")
         with open(beside, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -345,9 +349,22 @@ class RunFolder:
         self.writer = csv.DictWriter(self.log, columns)
         return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
 
+    @staticmethod
+    def read_log(path, step):
+        """The rows of a log.csv up to `step`, without what is torn at its end."""
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file)
+                    if row["step"].isdigit() and row["seconds"] and int(row["step"]) <= step]
+        for row in rows:
+            for text in row.values():
+                float(text or 0)
+        return rows
+
     def belongs_to(self, launches):
-        """Keep which launches of torchrun may go on with this run by themselves."""
-        write_atomically(self.path / "launch.json", json.dumps(sorted(set(launches) - {""})).encode())
+        """Keep which launches of torchrun may go on with this run by themselves; a plain process may not."""
+        (self.path / "launch.json").unlink(missing_ok=True)
+        if any(launches):
+            write_atomically(self.path / "launch.json", json.dumps(sorted(set(launches))).encode())
 
     def write_row(self, row):
         self.writer.writerow(row)
@@ -375,14 +392,16 @@ def draw(history, domains, path):
     loss.plot(million, [row["loss"] for row in steps], color="0.8", label="training")
     for i, name in enumerate(domains):
         points = [(row["tokens"] / 1e6, row[f"val_{name}"]) for row in history if f"val_{name}" in row]
-        loss.plot(*zip(*points), marker="o", ms=3, color=f"C{i}", label=f"{name}, validation")
+        at, nats = [tokens for tokens, _ in points], [value for _, value in points]
+        loss.plot(at, nats, marker="o", ms=3, color=f"C{i}", label=f"{name}, validation")
     rate.plot(million, [row["lr"] for row in steps], color="C0")
     width = 1 + len(steps) // 40                                   # a step holds few windows: average neighbours
     shares = np.array([[row[f"share_{name}"] for row in steps] for name in domains])
     shares = np.pad(shares, ((0, 0), (width // 2, width - 1 - width // 2)), "edge")
     shares = [np.convolve(share, np.full(width, 1 / width), "valid") for share in shares]
     mixture.stackplot(million, shares, labels=domains, alpha=0.8)
-    logit.plot(*zip(*((row["tokens"] / 1e6, row["max_logit"]) for row in steps if "max_logit" in row)), color="C0")
+    exact = [row for row in steps if "max_logit" in row]
+    logit.plot([row["tokens"] / 1e6 for row in exact], [row["max_logit"] for row in exact], color="C0")
     for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"), (mixture, "mixture (share of windows)"),
                         (logit, "largest logit q·k/√d")):
         axis.set(title=title, xlabel="million tokens")
@@ -396,8 +415,9 @@ def draw(history, domains, path):
 # ---- evaluation, speed, signals -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, batches, config, mesh, dtype=None):
-    """{domain: (nats/token, bits/byte)} over side-by-side validation windows, shared out among the ranks."""
+def evaluate(model, batches, config, mesh, dtype=None, stop_asked=lambda: False):
+    """{domain: (nats/token, bits/byte)} over side-by-side validation windows, shared out among the ranks; None where a
+    stop was requested on any of them meanwhile."""
     model.eval()
     results, token_bytes = {}, torch.as_tensor(batches.corpus.tokenizer.token_bytes)
     for name in batches.corpus.domains:
@@ -405,6 +425,10 @@ def evaluate(model, batches, config, mesh, dtype=None):
         sums = torch.zeros(3, dtype=torch.float64)                                   # nats, tokens, bytes
         for at in range(mesh.dp.rank * config.micro, math.ceil(len(x) / config.micro / mesh.dp.size)
                         * mesh.dp.size * config.micro, mesh.dp.size * config.micro):
+            stop = torch.tensor([float(stop_asked())], device=mesh.device)
+            if parallel.all_max(stop, mesh).item():
+                model.train()
+                return None
             part = slice(at, at + config.micro) if at < len(x) else slice(0, 1)
             xs, ys, starts = (None if t is None else t[part].to(mesh.device) for t in (x, y, doc_start))
             _, nll = model(xs, ys, starts, dtype=dtype)
@@ -461,16 +485,17 @@ class Status:
     """One live line: rewritten in place on a terminal, printed every few seconds elsewhere."""
 
     def __init__(self, quiet):
-        self.quiet, self.live, self.last, self.logit = quiet, sys.stdout.isatty(), 0.0, math.nan
+        self.quiet, self.live, self.last, self.logit = quiet, sys.stdout.isatty(), 0.0, None
 
     def __call__(self, row, config, left, end=False):
         self.logit = row.get("max_logit", self.logit)              # exact in some steps only
         if self.quiet or not end and time.monotonic() - self.last < (0.2 if self.live else 10):
             return
         self.last = time.monotonic()
+        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
         text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  loss {row['loss']:.3f}  "
                 f"lr {row['lr']:.1e}  {row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  "
-                f"max logit {self.logit:.1f}  {clock(left)} left")
+                f"{known}{clock(left)} left")
         print(f"\r{text}\033[K" if self.live else text, end="" if self.live and not end else "\n", flush=True)
 
     def say(self, text):
@@ -560,7 +585,7 @@ def take_up(config, resume, model, owners, facts, mesh, say):
     say(f"resuming {config.out} at step {manifest['step']}")
     mean = {}
     if any(name.startswith("mean/") for name in saved):
-        mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.masters}
+        mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.trained()}
         mean |= {name: saved[f"mean/{name}"] for name in dict(model.named_buffers()) if f"mean/{name}" in saved}
     return manifest, {name: t.clone().to(mesh.device) for name, t in mean.items()}
 
@@ -591,7 +616,8 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     step, history = manifest["step"] if manifest else 0, []
     if run:
         run.belongs_to(launches)
-        history = run.open_log(log_columns(names, mixtures), step if manifest else -1)
+        history = run.open_log(log_columns(names, mixtures), step if manifest else -1, status.say)
+        status.logit = next((old["max_logit"] for old in reversed(history) if "max_logit" in old), None)
         corpus.tokenizer.save(run.path / "tokenizer.json")
     before = (history[-1] if history else {}) | (manifest or {})
     spent, skipped = before.get("seconds", 0.0), int(before.get("skipped", 0))
@@ -602,18 +628,28 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
     peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
 
     def record(row):
+        """Log the row of a step, evaluated where that is due. → False where a stop was requested meanwhile: the row is
+        then left to whoever goes on from here."""
         if row["step"] % config.eval_every == 0 or row["step"] == last:
-            for name, (nats, bits) in evaluate(model, batches, config, mesh, dtype).items():
+            results = evaluate(model, batches, config, mesh, dtype, stop.asked)
+            if results is None:
+                return False
+            for name, (nats, bits) in results.items():
                 row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
         elif row["step"] % config.log_every:
-            return
+            return True
         history.append(row)
         if run:
             run.write_row(row)
             if f"val_{names[0]}" in row and row["step"]:
-                draw(history, names, run.path / "loss.png")
+                try:
+                    draw(history, names, run.path / "loss.png")
+                except Exception as error:                         # a figure is not worth a run
+                    status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
+        return True
 
-    def save():
+    def save(row):
+        """A checkpoint, which holds the row of its step: the log may not have got it yet."""
         sick = torch.tensor([float(not all(p.isfinite().all() for p in parameters))], device=mesh.device)
         if parallel.all_max(sick, mesh).item():
             raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
@@ -623,16 +659,19 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
             kept = owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in buffers}
             if mesh.dp.rank == 0:                                  # all have the same
                 kept |= buffers | {f"mean/{name}": mean[name] for name in buffers if name in mean}
-            now = dict(seconds=spent, skipped=skipped)
+            now = dict(seconds=spent, skipped=skipped, row=row)
             save_checkpoint(Path(config.out), step, kept, facts | now, config.keep, mesh)
 
     def last_good():
         kept = checkpoints(Path(config.out)) if config.out else []
         return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
+    row = manifest.get("row") if manifest else dict(step=0, tokens=0, seconds=0.0)
     if not manifest:
-        record(dict(step=0, tokens=0, seconds=0.0))
-        save()                                                     # from here on the run can be resumed as it was begun
+        save(row)                                                  # from here on the run can be resumed as it was begun
+    logged = torch.tensor([float(bool(history) and history[-1]["step"] == step)], device=mesh.device)
+    if row and not parallel.all_max(logged, mesh).item() and not record(row):
+        return history, model
     while step < last:
         begin, tokens = time.perf_counter(), step * config.step_tokens
         lr = learning_rate(tokens, config)
@@ -716,12 +755,16 @@ def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
         for name, (total, windows) in zip(names, sums.tolist()):
             row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
             row |= {f"loss_{name}": total / windows} if windows else {}
-        record(row)
+        leave = bool(flags[0]) and step < last
+        saved = step % config.save_every == 0 or step == last or leave
+        if saved:
+            save(row)
+        if not record(row):
+            leave = True
+            if not saved:
+                save(row)
         status(row, config, (last - step) * spent / step, end=step == last)
-        leave = bool(flags[0])
-        if step % config.save_every == 0 or step == last or leave:
-            save()
-        if leave and step < last:
+        if leave:
             status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
             break
     for layer in model.layers.values() if config.compile else ():
@@ -757,14 +800,16 @@ def router_biases(model):
 # ---- the command --------------------------------------------------------------------------------------------------
 
 def report(config, history, model, corpus):
-    """What was learned: a table by domain beside a bigram model, and a sample of each."""
+    """What was learned: a table by domain beside a bigram model, and a sample of each. Where the log has lost its first
+    row, what there was before is not known."""
     first, last = history[0], history[-1]
     print(f"\n{'domain':<12}{'windows seen':>14}{'epochs':>9}{'bits/byte':>11}{'':>4}{'after':<9}{'bigram':<9}"
           f"{'nats/token':>10}")
     for name, domain in corpus.domains.items():
         bigram = bigram_bits(domain.train, domain.val, corpus.tokenizer)
         windows = last[f"epochs_{name}"] * ((len(domain.train) - 1) // config.model.context)
-        print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{first[f'bpb_{name}']:>11.3f}{'→':^4}"
+        before = f"{first[f'bpb_{name}']:.3f}" if first["step"] == 0 else ""
+        print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{before:>11}{'→':^4}"
               f"{last[f'bpb_{name}']:<9.3f}{bigram:<9.3f}{last[f'val_{name}']:>10.3f}")
     for name, domain in corpus.domains.items():
         prompt = torch.as_tensor(domain.val[:32].astype("int64"))[None].to(model.embed.device)
@@ -857,7 +902,8 @@ def resumed(config, options, words, asked):
         return config
     # What a run folder says of paths is where its data lay: it is read there, and must be what it was. Where this
     # process writes is for its own command alone to say.
-    kept = replace(kept, out=config.out, steps=0, data=replace(kept.data, cache=config.data.cache))
+    # The mesh, too, belongs to the launch: whoever goes on alone needs no other ranks.
+    kept = replace(kept, out=config.out, steps=0, data=replace(kept.data, cache=config.data.cache), mesh=config.mesh)
     if words and words[0] != kept.recipe:
         raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
     wanted = override(kept, options)
