@@ -201,14 +201,20 @@ def options_of(node, prefix=""):
             yield prefix + f.name, value
 
 
-PLACES = "out", "data.files", "data.cache"                  # where things lie: may differ between stops, and between nodes
-
-
 def changes(old, new):
-    """What a resumed run may not change and has: (dotted name, old, new)."""
+    """The fields in which two configurations differ: (dotted name, old, new)."""
     for (name, a), (_, b) in zip(options_of(old), options_of(new)):
-        if a != b and name != "steps" and name not in PLACES and not name.startswith("mesh."):
+        if a != b:
             yield name, a, b
+
+
+PLACES = "out", "data.files", "data.cache"                 # where things lie: may differ between stops, and between nodes
+
+
+def other_run(old, new):
+    """The changes that make another run: all but those of places, mesh and where to stop."""
+    return [(name, a, b) for name, a, b in changes(old, new)
+            if name != "steps" and name not in PLACES and not name.startswith("mesh.")]
 
 
 def from_dict(kind, values):
@@ -579,7 +585,7 @@ def take_up(config, resume, model, owners, facts, mesh, say):
             raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
                              f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
     restore(model, owners, saved)
-    if wrong := list(changes(from_dict(Config, manifest["config"]), config)):
+    if wrong := other_run(from_dict(Config, manifest["config"]), config):
         raise ValueError(f"the checkpoint of step {manifest['step']} in {config.out} was made with "
                          + "; ".join(f"{name}={old}, not {new}" for name, old, new in wrong))
     say(f"resuming {config.out} at step {manifest['step']}")
@@ -907,7 +913,7 @@ def resumed(config, options, words, asked):
     if words and words[0] != kept.recipe:
         raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
     wanted = override(kept, options)
-    for name, old, new in changes(kept, wanted):
+    for name, old, new in other_run(kept, wanted):
         raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the data lies "
                          "may change")
     return wanted
