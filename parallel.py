@@ -210,44 +210,44 @@ def gather(thing, mesh):
 COMPARED = 512                   # facts at most: a fixed number, so that ranks of another version can be told too
 
 
-def compare(facts, mesh, like=lambda what: 0):
-    """Raise ValueError, on all ranks, where one's `facts` {what: text} are not those of the rank like(what): who
+def compare(facts, mesh, like=0):
+    """Raise ValueError, on all ranks, where one's `facts` {what: text} are not those of the rank that it names: who
     differs from whom, and in what. One collective, of 8 bytes a fact."""
     if mesh.world.size == 1:
         return
-    number = lambda text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     names = ["version", *facts]
-    mine = torch.zeros(COMPARED, 2, dtype=torch.int64)                                   # digest, whose it must be
-    mine[0, 0] = number(" ".join(names))
-    for i, what in enumerate(facts, 1):
-        mine[i] = torch.tensor([number(facts[what]), like(what)])
+    texts = [" ".join(names), *facts.values()]
+    mine = torch.zeros(1 + COMPARED, dtype=torch.int64)
+    mine[0] = like
+    for i, text in enumerate(texts, 1):
+        mine[i] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     mine = mine.to(mesh.device)
     table = [torch.empty_like(mine) for _ in range(mesh.world.size)]
     with talking(mesh):
         dist.all_gather(table, mine, group=mesh.world.group)
-    table = torch.stack(table).tolist()                                                  # (world, COMPARED, 2)
-    others = {}
-    for rank, row in enumerate(table):
-        same_version = row[0] == table[0][0]
-        for i in range(len(names) if same_version else 1):
-            digest, reference = row[i]
-            if digest != table[reference][i][0]:
-                others.setdefault((rank, reference), []).append(names[i])
-    if others:
-        said = [f"rank {rank} has another {', '.join(what)} than rank {reference}"
-                for (rank, reference), what in others.items()]
-        raise ValueError(f"{'; '.join(said[:4])}{f'; and {len(said) - 4} more' * (len(said) > 4)}: start all ranks "
-                         "with the same command, files and software")
+    said = []
+    table = torch.stack(table).tolist()
+    for rank, (reference, *row) in enumerate(table):
+        wanted = table[reference][1:]
+        different = [name for name, a, b in zip(names, row, wanted) if a != b]
+        if row[0] != wanted[0]:                                    # of facts with other names, nothing else can be said
+            different = names[:1]
+        if different:
+            said.append(f"rank {rank} has another {', '.join(different)} than rank {reference}")
+    if len(said) > 4:
+        said = [*said[:4], f"and {len(said) - 4} ranks more"]
+    if said:
+        raise ValueError(f"{'; '.join(said)}: start all ranks with the same command, files and software")
 
 
 def compare_weights(tensors, mesh):
-    """`compare` for {name: weight}: all of a stage have the same, but for experts (3-D) the same part of them."""
+    """`compare` for {name: weight}: all ranks of a stage have the same, but for experts (3-D) the same part of them."""
     if mesh.world.size == 1:
         return
     stage = mesh.pp.rank * mesh.dp.size
-    of = lambda stacked: " ".join(f"{name} {checksum(t)}" for name, t in tensors.items() if (t.ndim == 3) == stacked)
-    compare(dict(weights=of(False), experts=of(True)), mesh,
-            lambda what: stage + mesh.ep.rank * (what == "experts"))
+    for what, stacked, like in (("weights", False, stage), ("experts", True, stage + mesh.ep.rank)):
+        digests = [f"{name} {checksum(t)}" for name, t in tensors.items() if (t.ndim == 3) == stacked]
+        compare({what: " ".join(digests)}, mesh, like)
 
 
 # ---- expert parallelism -------------------------------------------------------------------------------------------

@@ -3085,6 +3085,9 @@ def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NOTES)
 def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
     """Figure and table come from the CSV alone; the page has a verdict, and the index has its row."""
+    cells = {cell[:2]: _note.key(cell[2]) for cell in importlib.import_module(f"notes.{name}").cells(False)}
+    for row in _note.read(HERE / f"notes/{name}.csv"):
+        assert cells[row["arm"], row["seed"]] == row["setting"], "its raw numbers are of the settings it has now"
     for kind in ("csv", "md"):
         shutil.copy(HERE / f"notes/{name}.{kind}", tmp_path)
     page = (tmp_path / f"{name}.md").read_text("utf-8")

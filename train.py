@@ -563,7 +563,8 @@ def must_be_alike(config, resume, corpus):
     """{what: text} that has to be the same on all ranks. Paths may differ: what they lead to may not."""
     alike = {name: repr(value) for name, value in options_of(config)
              if name not in (*PLACES, "init", "data.tokenizer")}
-    return alike | dict(resume=str(resume), text=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
+    return alike | dict(resume=str(resume), text=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint,
+                        torch=torch.__version__)
 
 
 def take_up(config, resume, model, owners, facts, mesh, say):
