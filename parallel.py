@@ -1,11 +1,10 @@
-"""What changes when one device becomes many; and checkpoints, which have to outlive every such change.
+"""What changes when one device becomes many.
 
 `Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
 It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
 
   expert parallelism   ranks of an ep group share out the experts; tokens travel to theirs and back     [Kimi K2 §2.4.2]
   ZeRO-1               each matrix has one owner, with its optimizer state; gradients go there, weights come back
-  checkpoints          written by every rank, read by any layout
 
 World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. What is not an expert is
 the same on all dp ranks; an expert is on dp/ep of them (`edp`).
@@ -15,11 +14,8 @@ import functools
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kernels import read_tensors, wide, write_tensors
+from kernels import wide
 
 
 @dataclass(frozen=True)
@@ -238,6 +234,10 @@ def compare(facts, mesh, like=0):
         said = [*said[:4], f"and {len(said) - 4} ranks more"]
     if said:
         raise ValueError(f"{'; '.join(said)}: start all ranks with the same command, files and software")
+
+
+def checksum(t):
+    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def compare_weights(tensors, mesh):
@@ -637,157 +637,3 @@ class Zero1:
             keys = [key for group in optimizer.param_groups for key in group["names"]]
             optimizer.load({f"{key}:{state}": saved.rows(f"{own[key].name}:{state}", own[key].start, own[key].stop)
                             for key in keys for state in states.get(own[key].name, ())})
-
-
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-def checksum(t):
-    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def digest(manifest):
-    """Of a manifest without its own digest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(path):
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def save_checkpoint(run, step, tensors, facts, keep, mesh=Mesh()):
-    """run/ckpt/step-N: a tensor file of each rank's `tensors` and, last, the manifest. Written beside, forced to disk,
-    then renamed: a folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
-    ckpt, rank = run / "ckpt", mesh.world.rank
-    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
-    if rank == 0:
-        for unfinished in ckpt.glob(".saving-*"):
-            shutil.rmtree(unfinished)
-        beside.mkdir(parents=True)
-    barrier(mesh)
-    file = f"rank-{rank}.safetensors"
-    write_tensors(beside / file, tensors)
-    entries = {key: dict(file=file, shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
-               for key, t in tensors.items()}
-    entries = gather(entries, mesh)
-    if rank == 0:
-        manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
-        with open(beside / "manifest.json", "w") as file:
-            json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        sync_folder(ckpt)
-        kept = checkpoints(run)
-        here = kept.index(final) + 1
-        for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
-            shutil.rmtree(old)
-    barrier(mesh)
-
-
-def checkpoints(run):
-    """Folders of finished checkpoints, oldest first. Only step- and digits are ours: what else lies there, a copy that
-    somebody made, is neither read nor counted nor removed."""
-    ours = [p for p in (run / "ckpt").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name) and p.is_dir()]
-    return sorted(ours, key=lambda p: int(p.name[5:]))
-
-
-class Saved(Mapping):
-    """What a checkpoint holds, by name, whatever ranks wrote it: `saved[name]`, or some rows of it. Nothing is read
-    from the disk, and nothing put together, before it is asked for."""
-
-    def __init__(self, tensors):
-        self.parts = {}
-        for key, t in tensors.items():
-            name, start, state = re.fullmatch(r"([^\[\]]*?)(?:\[(\d+):\d+\])?(:\w+)?", key).groups()
-            self.parts.setdefault(name + (state or ""), []).append((int(start or 0), t))
-        for parts in self.parts.values():
-            parts.sort(key=lambda part: part[0])
-
-    def __iter__(self):
-        return iter(self.parts)
-
-    def __len__(self):
-        return len(self.parts)
-
-    def __getitem__(self, name):
-        return self.rows(name)
-
-    def shape(self, name):
-        parts = [t for _, t in self.parts[name]]
-        return torch.Size((sum(map(len, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0].shape
-
-    def rows(self, name, start=0, stop=None):
-        """Rows start..stop, put together where they lie in several files. A number (a step) has none: it is itself."""
-        parts = self.parts[name]
-        if not parts[0][1].ndim:
-            return parts[0][1]
-        stop = self.shape(name)[0] if stop is None else stop
-        found = [t[max(start - at, 0):stop - at] for at, t in parts if at < stop and at + len(t) > start]
-        if sum(map(len, found)) != stop - start:
-            raise ValueError(f"the checkpoint has no rows {start} to {stop} of {name}")
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-
-DAMAGE = OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError       # what reading damaged files raises
-
-
-def read_manifest(folder):
-    """A checkpoint's manifest, verified: nothing that it says is used before. Raises ValueError."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest.pop("sha256") != digest(manifest):
-            raise ValueError("manifest.json is not what was written")
-        return manifest
-    except DAMAGE as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-
-
-def read_checkpoint(folder, part=0, parts=1):
-    """→ (manifest, Saved), every tensor's shape and type verified, and the checksums of every parts-th. Raises
-    ValueError."""
-    manifest = read_manifest(folder)
-    try:
-        entries = manifest["tensors"]
-        names = {entry["file"] for entry in entries.values()}
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder}: its manifest names files outside the folder")
-        files = {name: read_tensors(folder / name) for name in names}
-        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
-    except DAMAGE as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-    for i, (name, t) in enumerate(tensors.items()):
-        entry = entries[name]
-        if str(t.dtype) != entry["dtype"] or list(t.shape) != entry["shape"] \
-                or i % parts == part and checksum(t) != entry["sha256"]:
-            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
-    return manifest, Saved(tensors)
-
-
-def newest_checkpoint(run, say=print, mesh=Mesh()):
-    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over. Ranks verify a part of
-    the checksums each and decide together."""
-    before = float("inf")
-    while True:
-        steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
-        step = max(steps, default=-1)
-        high, low = all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
-        if high != -low:
-            raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
-                             "that all of them see")
-        if step < 0:
-            return None
-        wrong, found = "", None
-        try:
-            found = read_checkpoint(run / "ckpt" / f"step-{step:08d}", mesh.world.rank, mesh.world.size)
-        except ValueError as error:
-            wrong = str(error)
-        if not all_max(torch.tensor([float(bool(wrong))], device=mesh.device), mesh).item():
-            return found
-        everyone = [text for text in gather(wrong, mesh) or [wrong] if text]
-        say(f"{everyone[0] if everyone else 'damaged'}; trying the one before")
-        before = step

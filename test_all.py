@@ -997,7 +997,7 @@ def test_every_combination_works_or_is_refused(mix, tmp_path, float64):
     network(x, targets=other)[0].backward()
     assert all(p.grad.any() for p in network.parameters())
 
-    parallel.save_checkpoint(tmp_path, 0, network.state_dict(), {}, 1)
+    train.save_checkpoint(tmp_path, 0, network.state_dict(), {}, 1)
     again = net.Transformer(config, seed=1)
     train.restore(again, None, train.newest_checkpoint(tmp_path)[1])
     assert torch.equal(again(x), whole)
@@ -1834,8 +1834,8 @@ def two_ranks(rank, path, out):
     owners.reduce()
     assert owners.clip_norm_(1.0).item() == pytest.approx(math.sqrt(6 + 9))
     assert stage.weight.grad.flatten().tolist() == pytest.approx([1 / math.sqrt(15)] * (6 + 3 * rank))
-    parallel.save_checkpoint(Path(f"{out}-stages"), 1, owners.tensors(), {}, 1, stages)
-    manifest, saved = parallel.newest_checkpoint(Path(f"{out}-stages"), mesh=stages)
+    train.save_checkpoint(Path(f"{out}-stages"), 1, owners.tensors(), {}, 1, stages)
+    manifest, saved = train.newest_checkpoint(Path(f"{out}-stages"), mesh=stages)
     assert {entry["file"] for entry in manifest["tensors"].values()} == {f"rank-{r}.safetensors" for r in (0, 1)}
     assert {"0.weight", "1.weight"} <= set(saved)
     parallel.leave_mesh()
@@ -2077,11 +2077,11 @@ def test_every_layout_trains_as_one_process_and_goes_on_from_any_other(text, tmp
     """Expert parallelism and ZeRO-1 in float64, all ep that divide dp in 1, 2, 4: gradients, and weights and optimizer
     state after five steps with clip and averages, are those of one process to 1e-9; resumed by each in turn too."""
     spawn(4, every_layout, text, str(tmp_path))
-    one = parallel.newest_checkpoint(tmp_path / "1-1")[1]
+    one = train.newest_checkpoint(tmp_path / "1-1")[1]
     assert any(":momentum" in name for name in one) and any("mean/" in name for name in one)
     assert sum(float(row["clipped"] or 0) for row in log_of(tmp_path / "1-1")) > 10
     for dp, ep in LAYOUTS[1:]:
-        many = parallel.newest_checkpoint(tmp_path / f"{dp}-{ep}")[1]
+        many = train.newest_checkpoint(tmp_path / f"{dp}-{ep}")[1]
         assert len(list((tmp_path / f"{dp}-{ep}" / "ckpt").glob("*5/rank*"))) == dp and set(many) == set(one)
         for a, b in zip(log_of(tmp_path / f"{dp}-{ep}"), log_of(tmp_path / "1-1"), strict=True):
             for key in ("loss", "grad_norm", "val_mine", "load"):
@@ -2092,12 +2092,12 @@ def test_every_layout_trains_as_one_process_and_goes_on_from_any_other(text, tmp
     whole = tiny_run(text)
     torch.set_default_dtype(torch.float64)
     try:
-        manifest, chain = parallel.newest_checkpoint(tmp_path / "chain")
+        manifest, chain = train.newest_checkpoint(tmp_path / "chain")
         config = train.from_dict(train.Config, manifest["config"])
         train.train(replace(config, out=str(tmp_path / "straight"), mesh=whole.mesh), quiet=True)
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, t in parallel.newest_checkpoint(tmp_path / "straight")[1].items():
+    for name, t in train.newest_checkpoint(tmp_path / "straight")[1].items():
         torch.testing.assert_close(chain[name], t, rtol=0, atol=1e-9, msg=lambda text: f"chain {name}: {text}")
 
 
@@ -2668,7 +2668,7 @@ def rewritten(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest | dict(sha256=parallel.digest(manifest))))
+    (folder / "manifest.json").write_text(json.dumps(manifest | dict(sha256=train.digest(manifest))))
 
 
 def test_nothing_of_a_damaged_manifest_is_used(text, tmp_path):

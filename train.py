@@ -19,12 +19,16 @@ run resumed from any checkpoint ends with the numbers of one that was never stop
 import csv
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -32,12 +36,12 @@ import torch
 
 import parallel
 from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
+from kernels import read_tensors, write_tensors
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
                    hf_config, load_hf, renormalise_)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
-from parallel import (MeshConfig, Zero1, checkpoints, newest_checkpoint, read_checkpoint, read_manifest,
-                      save_checkpoint)
+from parallel import MeshConfig, Zero1
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -225,6 +229,156 @@ def from_dict(kind, values):
             raise ValueError(f"this run was made with an option that is no more: {name}={values[name]!r}")
     nested = dict(model=ModelConfig, optim=OptimConfig, data=DataConfig, mesh=MeshConfig)
     return kind(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
+
+
+# ---- checkpoints: written by every rank, read by any layout -------------------------------------------------------
+
+def digest(manifest):
+    """Of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(path):
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(run, step, tensors, facts, keep, mesh=parallel.Mesh()):
+    """run/ckpt/step-N: a tensor file of each rank's `tensors` and, last, the manifest. Written beside, forced to disk,
+    then renamed: a folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
+    ckpt, rank = run / "ckpt", mesh.world.rank
+    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
+    if rank == 0:
+        for unfinished in ckpt.glob(".saving-*"):
+            shutil.rmtree(unfinished)
+        beside.mkdir(parents=True)
+    parallel.barrier(mesh)
+    file = f"rank-{rank}.safetensors"
+    write_tensors(beside / file, tensors)
+    entries = {key: dict(file=file, shape=list(t.shape), dtype=str(t.dtype), sha256=parallel.checksum(t))
+               for key, t in tensors.items()}
+    entries = parallel.gather(entries, mesh)
+    if rank == 0:
+        manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
+        with open(beside / "manifest.json", "w") as file:
+            json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        sync_folder(ckpt)
+        kept = checkpoints(run)
+        here = kept.index(final) + 1
+        for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
+            shutil.rmtree(old)
+    parallel.barrier(mesh)
+
+
+def checkpoints(run):
+    """Folders of finished checkpoints, oldest first. Only step- and digits are ours: what else lies there, a copy that
+    somebody made, is neither read nor counted nor removed."""
+    ours = [p for p in (run / "ckpt").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name) and p.is_dir()]
+    return sorted(ours, key=lambda p: int(p.name[5:]))
+
+
+class Saved(Mapping):
+    """What a checkpoint holds, by name, whatever ranks wrote it: `saved[name]`, or some rows of it. Nothing is read
+    from the disk, and nothing put together, before it is asked for."""
+
+    def __init__(self, tensors):
+        self.parts = {}
+        for key, t in tensors.items():
+            name, start, state = re.fullmatch(r"([^\[\]]*?)(?:\[(\d+):\d+\])?(:\w+)?", key).groups()
+            self.parts.setdefault(name + (state or ""), []).append((int(start or 0), t))
+        for parts in self.parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, name):
+        return self.rows(name)
+
+    def shape(self, name):
+        parts = [t for _, t in self.parts[name]]
+        return torch.Size((sum(map(len, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0].shape
+
+    def rows(self, name, start=0, stop=None):
+        """Rows start..stop, put together where they lie in several files. A number (a step) has none: it is itself."""
+        parts = self.parts[name]
+        if not parts[0][1].ndim:
+            return parts[0][1]
+        stop = self.shape(name)[0] if stop is None else stop
+        found = [t[max(start - at, 0):stop - at] for at, t in parts if at < stop and at + len(t) > start]
+        if sum(map(len, found)) != stop - start:
+            raise ValueError(f"the checkpoint has no rows {start} to {stop} of {name}")
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+DAMAGE = OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError       # what reading damaged files raises
+
+
+def read_manifest(folder):
+    """A checkpoint's manifest, verified: nothing that it says is used before. Raises ValueError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("sha256") != digest(manifest):
+            raise ValueError("manifest.json is not what was written")
+        return manifest
+    except DAMAGE as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def read_checkpoint(folder, part=0, parts=1):
+    """→ (manifest, Saved), every tensor's shape and type verified, and the checksums of every parts-th. Raises
+    ValueError."""
+    manifest = read_manifest(folder)
+    try:
+        entries = manifest["tensors"]
+        names = {entry["file"] for entry in entries.values()}
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder}: its manifest names files outside the folder")
+        files = {name: read_tensors(folder / name) for name in names}
+        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
+    except DAMAGE as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    for i, (name, t) in enumerate(tensors.items()):
+        entry = entries[name]
+        if str(t.dtype) != entry["dtype"] or list(t.shape) != entry["shape"] \
+                or i % parts == part and parallel.checksum(t) != entry["sha256"]:
+            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
+    return manifest, Saved(tensors)
+
+
+def newest_checkpoint(run, say=print, mesh=parallel.Mesh()):
+    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over. Ranks verify a part of
+    the checksums each and decide together."""
+    before = float("inf")
+    while True:
+        steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
+        step = max(steps, default=-1)
+        high, low = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
+        if high != -low:
+            raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
+                             "that all of them see")
+        if step < 0:
+            return None
+        wrong, found = "", None
+        try:
+            found = read_checkpoint(run / "ckpt" / f"step-{step:08d}", mesh.world.rank, mesh.world.size)
+        except ValueError as error:
+            wrong = str(error)
+        if not parallel.all_max(torch.tensor([float(bool(wrong))], device=mesh.device), mesh).item():
+            return found
+        everyone = [text for text in parallel.gather(wrong, mesh) or [wrong] if text]
+        say(f"{everyone[0] if everyone else 'damaged'}; trying the one before")
+        before = step
 
 
 # ---- weights in ---------------------------------------------------------------------------------------------------
