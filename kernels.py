@@ -271,10 +271,12 @@ def max_logits(q, k, mask=None, tau=None):
 
 # ---- cross-entropy ------------------------------------------------------------------------------------------------
 
-def cross_entropy_ref(h, w, targets):
-    """Mean over tokens of −log softmax(h·wᵀ)[target], and the N terms.  h (N, D), w (V, D), targets (N,) int64."""
+def cross_entropy_ref(h, w, targets, weight=None):
+    """Mean over tokens of −log softmax(h·wᵀ)[target], and the N terms.  h (N, D), w (V, D), targets (N,) int64.
+
+    weight (N,): the sum of weight × term in the place of the mean: whatever normalises it is in the weights."""
     nll = F.cross_entropy(h @ w.mT, targets, reduction="none")
-    return nll.mean(), nll
+    return nll.mean() if weight is None else (weight * nll).sum(), nll
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -284,9 +286,9 @@ class CrossEntropy(torch.autograd.Function):
     product h·wᵀ is not computed twice."""
 
     @staticmethod
-    def forward(ctx, h, w, targets, chunk):
+    def forward(ctx, h, w, targets, weight, chunk):
         N, wide_t = len(h), wide(h.dtype)
-        weight = w.to(h.dtype)
+        matrix = w.to(h.dtype)
         nll = h.new_empty(N, dtype=wide_t)
         buffer = h.new_empty(min(chunk, N), len(w))                # one for all chunks: fresh pages cost page faults
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
@@ -294,35 +296,37 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
             target = targets[part, None]
-            logits = torch.mm(h[part], weight.mT, out=buffer[:len(target)]).to(wide_t)            # (chunk, V)
+            logits = torch.mm(h[part], matrix.mT, out=buffer[:len(target)]).to(wide_t)            # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
             nll[part] = (lse - logits.gather(1, target)).squeeze(1)
             if dh is None and dw is None:
                 continue
             grad = logits.sub_(lse).exp_()                                                        # softmax
-            grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).div_(N).to(h.dtype)
+            grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.div_(N) if weight is None else grad.mul_(weight[part, None])
+            grad = grad.to(h.dtype)
             if dh is not None:
-                dh[part] = grad @ weight
+                dh[part] = grad @ matrix
             if dw is not None:
                 dw.addmm_(grad.mT, h[part]) if dw.dtype == h.dtype else dw.add_(grad.mT @ h[part])
         ctx.save_for_backward(dh, dw)
         ctx.w_dtype = w.dtype
         ctx.mark_non_differentiable(nll)
-        return nll.mean(), nll
+        return nll.mean() if weight is None else (weight * nll).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
         dh, dw = ctx.saved_tensors
         dh = None if dh is None else (dh * g).to(dh.dtype)
-        return dh, None if dw is None else (dw * g).to(ctx.w_dtype), None, None
+        return dh, None if dw is None else (dw * g).to(ctx.w_dtype), None, None, None
 
 
-def cross_entropy(h, w, targets, chunk=1024):
-    """cross_entropy_ref with at most chunk × V logits alive: (mean, (N,) terms). The terms carry no gradient."""
+def cross_entropy(h, w, targets, weight=None, chunk=1024):
+    """cross_entropy_ref with at most chunk × V logits alive. The terms carry no gradient, and the weights get none."""
     if not torch.is_grad_enabled():
         h, w = h.detach(), w.detach()                              # or the forward would make gradients nobody wants
-    return CrossEntropy.apply(h, w, targets, chunk)
+    return CrossEntropy.apply(h, w, targets, weight, chunk)
 
 
 # ---- tensor files: the safetensors format -------------------------------------------------------------------------

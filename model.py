@@ -634,10 +634,11 @@ class Transformer(nn.Module):
         """name → MoE, in order."""
         return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
 
-    def forward(self, x, targets=None, doc_start=None, cache=None, dtype=None):
+    def forward(self, x, targets=None, doc_start=None, weight=None, cache=None, dtype=None):
         """x (B, T) int64 tokens (or (B, T, C), where an earlier range ends) → logits (B, T, V).
 
-        With targets (B, T): (mean loss in nats/token, its (N,) terms). A range without the last layer → (B, T, C).
+        With targets (B, T): (mean loss in nats/token, its (N,) terms); with `weight` (B, T), the loss is the sum of
+        weight × term. A range without the last layer → (B, T, C).
         doc_start (B, T): where each token's document begins, or None: attention crosses documents.
         dtype: what is computed in (the weights' own by default)."""
         past, T = cache.length if cache else 0, x.shape[1]
@@ -663,7 +664,8 @@ class Transformer(nn.Module):
             head = head * (self.s_logits * self.config.d_model ** 0.5)[:, None]          # [2410.01131 eq. 3]
         if targets is None:
             return F.linear(x, head.to(x.dtype))
-        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
+        weight = None if weight is None else weight.flatten()
+        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), weight, self.config.loss_chunk)
         return loss + sum(m.take_aux() for m in self.mixtures().values() if self.training), nll
 
 

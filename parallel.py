@@ -250,6 +250,41 @@ def compare_weights(tensors, mesh):
         compare({what: " ".join(digests)}, mesh, like)
 
 
+# ---- plans --------------------------------------------------------------------------------------------------------
+
+class Act(NamedTuple):
+    op: str                      # "F" forward, "B" backward
+    micro: int                   # of which micro-batch
+    chunk: int = 0               # through which of this rank's ranges of layers
+
+
+def straight(windows, micro):
+    """The plan of a process on its own, for so many windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
+    return [Act(op, i) for i in range(-(-windows // micro)) for op in "FB"]
+
+
+def execute(plan, chunks, batch, micro, mesh, dtype=None):
+    """Run a plan: gradients of the mean loss of this rank's windows, or of the loss weighted as the batch says,
+    accumulated over its micro-batches: into p.grad, or where the owners' hooks put them.
+
+    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,)). → nats/token of each window (b,), in
+    float64 on the CPU."""
+    share, losses, live = len(batch.x), torch.empty(len(batch.x), dtype=torch.float64), {}
+    for act in plan:
+        part = slice(act.micro * micro, (act.micro + 1) * micro)
+        if act.op == "F":
+            here = [None if t is None else t[part].to(mesh.device)
+                    for t in (batch.x, batch.y, batch.doc_start, batch.weight)]
+            loss, terms = chunks[act.chunk](*here, dtype=dtype)
+            losses[part] = terms.double().view(len(here[0]), -1).mean(1).cpu()
+            if batch.weight is None:                               # a mean of its windows: a part of all windows'
+                loss = loss * (len(here[0]) / share)
+            live[act] = loss
+        else:
+            live.pop(act._replace(op="F")).backward()
+    return losses
+
+
 # ---- expert parallelism -------------------------------------------------------------------------------------------
 
 class Trip:
@@ -487,8 +522,8 @@ class Zero1:
             bucket.gradient = torch.zeros(numbers, dtype=wide(p.dtype), device=p.device)
 
     def travel(self, buckets, start, land):
-        """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than `in_air` bytes
-        are under way at a time, or one bucket; `arrive` waits for the rest."""
+        """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than
+        `in_air` bytes are under way at a time, or one bucket; `arrive` waits for the rest."""
         for bucket in buckets:
             if bucket.axis.size == 1:
                 land(bucket, None)
@@ -536,6 +571,16 @@ class Zero1:
             bucket.gradient = None
         self.travel(self.buckets(), start, land)
         self.arrive()
+
+    def set_rate(self, lr):
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def forget(self):
+        """The optimizers' moments begin anew."""
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
 
     def drop(self):
         """After a step: gradients are not kept through the next one."""

@@ -44,7 +44,7 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _note
+from notes import _figure, _note
 
 HERE = Path(__file__).parent
 TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61, context=32)
@@ -220,12 +220,15 @@ def test_bounds_on_the_largest_logits_hold_and_settle_heads(T):
 @pytest.mark.parametrize("N, chunk", [(50, 16), (7, 100), (48, 48)])
 def test_cross_entropy_in_chunks(N, chunk, float64):
     h, w, target = torch.randn(N, 8), torch.randn(19, 8), torch.randint(0, 19, (N,))
-    (loss, nll), (want, terms) = kernels.cross_entropy(h, w, target, chunk), kernels.cross_entropy_ref(h, w, target)
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(nll, terms)
-    ours = gradients(lambda h, w: 3 * kernels.cross_entropy(h, w, target, chunk)[0], h, w)
-    for a, b in zip(ours, gradients(lambda h, w: 3 * kernels.cross_entropy_ref(h, w, target)[0], h, w)):
-        torch.testing.assert_close(a, b)
+    for weight in (None, torch.randn(N)):                          # of preference training, some are negative
+        ours = lambda h, w: kernels.cross_entropy(h, w, target, weight, chunk)
+        exact = lambda h, w: kernels.cross_entropy_ref(h, w, target, weight)
+        (loss, nll), (want, terms) = ours(h, w), exact(h, w)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(nll, terms)
+        mine = gradients(lambda h, w: 3 * ours(h, w)[0], h, w)
+        for a, b in zip(mine, gradients(lambda h, w: 3 * exact(h, w)[0], h, w)):
+            torch.testing.assert_close(a, b)
 
 
 def test_cross_entropy_never_holds_all_logits():
@@ -1176,8 +1179,8 @@ def test_the_bias_moves_the_choice_and_never_the_weight(float64):
 
 
 def test_the_router_survives_scores_of_zero_and_learns_with_one_expert(float64):
-    """A token whose every logit is far below zero has weights that are finite, and gradients too. A single active expert
-    has its score as its weight: as a part of the sum it would be 1, with nothing to learn but rounding."""
+    """A token whose every logit is far below zero has weights and gradients that are finite. A single active expert has
+    its score as its weight: as a part of the sum it would be 1, with nothing to learn but rounding."""
     for depth, width in ((-95.0, torch.float32), (-200.0, torch.float32), (-2000.0, torch.float64)):
         moe, h = lively(EXPERTS).layers["1"].ffn.to(width), torch.ones(1, 2, EXPERTS.d_model, dtype=width)
         with torch.no_grad():
@@ -1211,7 +1214,7 @@ def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(floa
 
 @pytest.mark.parametrize("config", [EXPERTS, K2], ids=["experts", "groups"])
 def test_the_balance_loss_counts_the_best_scores_whatever_bias_and_groups_say(config, float64):
-    """DeepSeek-V3 eq. 17-20, token by token: its value, and the router's gradient, under a bias that moves the choice."""
+    """DeepSeek-V3 eq. 17-20, token by token: value and the router's gradient, under a bias that moves the choice."""
     config = replace(config, balance_loss=1.0)
     moe, h = lively(config).layers["1"].ffn, torch.randn(2, 9, config.d_model)
     E, k = config.n_expert, config.n_active
@@ -1741,13 +1744,13 @@ def two_ranks(rank, path, out):
     batches = data.Batches(corpus, config.data, 0, config.batch, config.model.context)
     together, alone = lively(config.model), lively(config.model)
     owners = owners_of(together, config, mesh)
-    sums = train.forward_backward(together, batches(3, rank, 2), config, mesh, 1)
+    nats = forward_backward(together, batches(3, rank, 2), 4, mesh)
     owners.reduce()
-    whole = train.forward_backward(alone, batches(3), config, parallel.Mesh(), 1)
+    whole = forward_backward(alone, batches(3), 4)
     exact = dict(alone.named_parameters())
     for piece, master in owners.masters.items():
         torch.testing.assert_close(master.grad, exact[piece.name].grad[piece.start:piece.stop], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(parallel.all_sum(sums, mesh), whole)
+    torch.testing.assert_close(nats, whole[4 * rank:4 * rank + 4])
     largest = torch.tensor([1.0 + rank, 5.0 - rank, -3.0])
     assert parallel.all_max(largest, mesh).tolist() == [2.0, 5.0, -3.0]
     torch.set_default_dtype(torch.float32)
@@ -1756,11 +1759,11 @@ def two_ranks(rank, path, out):
     owners = owners_of(narrow, config, mesh)
     with torch.no_grad():
         master = next(iter(owners.masters.values()))
-    train.forward_backward(narrow, batches(3, rank, 2), replace(config, micro=1), mesh, 1, torch.bfloat16)
+    forward_backward(narrow, batches(3, rank, 2), 1, mesh, torch.bfloat16)
     assert owners.sound() and all(p.grad is None for p in narrow.parameters())
     owners.reduce()
     exact = train.build(config, mesh)
-    train.forward_backward(exact, batches(3), replace(config, micro=1), parallel.Mesh(), 1)
+    forward_backward(exact, batches(3), 1)
     exact = dict(exact.named_parameters())
     for piece, one in owners.masters.items():
         g = exact[piece.name].grad[piece.start:piece.stop]
@@ -1877,6 +1880,11 @@ def test_ranks_meet_those_who_are_here_and_not_the_dead():
         parallel.meet(store, 1, 3, 0.2)
 
 
+def forward_backward(network, batch, micro, mesh=parallel.Mesh(), dtype=None):
+    """Nats/token of each window; gradients are where autograd or the owners' hooks put them."""
+    return parallel.execute(parallel.straight(len(batch.x), micro), [network], batch, micro, mesh, dtype)
+
+
 def owners_of(network, config, mesh):
     named = network if isinstance(network, dict) else dict(network.named_parameters())
     return parallel.Zero1(named, lambda named: muonclip.MuonClip(named, config.optim),
@@ -1959,7 +1967,7 @@ def measured(config, mesh, in_air=1 << 20):
         for _ in range(3):
             x = tokens(4 // mesh.dp.size, 9, high=512)
             batch = data.Batch(x[:, :-1], x[:, 1:], None, torch.zeros(len(x), dtype=torch.int64))
-            train.forward_backward(network, batch, config, mesh, 1, torch.bfloat16 if mesh.dp.size > 1 else None)
+            forward_backward(network, batch, 1, mesh, torch.bfloat16 if mesh.dp.size > 1 else None)
             assert owners.sound()
             owners.reduce()
             owners.clip_norm_(1.0)
@@ -2038,7 +2046,7 @@ def same_gradients(config, alone, batch):
         p.data.copy_(exact[name][network.experts.start:network.experts.stop] if p.ndim == 3 else exact[name])
     network.layers["1"].ffn.bias.copy_(alone.layers["1"].ffn.bias)
     owners = owners_of(network, config, mesh)
-    train.forward_backward(network, batch, replace(config, micro=2), mesh, 1)
+    forward_backward(network, batch, 2, mesh)
     owners.reduce()
     for piece, master in owners.masters.items():
         torch.testing.assert_close(master.grad, exact[piece.name].grad[piece.start:piece.stop], rtol=1e-9, atol=1e-11,
@@ -2057,7 +2065,7 @@ def every_layout(rank, path, out):
     batches = data.Batches(corpus, base.data, 0, base.batch, base.model.context)
     alone = lively(base.model)
     alone.layers["1"].ffn.bias[:2] -= 9.0                          # two experts without a token; with ep = 4 a rank
-    train.forward_backward(alone, batches(0), replace(base, micro=8), parallel.Mesh(), 1)
+    forward_backward(alone, batches(0), 8)
     for dp, ep in LAYOUTS:
         config = replace(base, mesh=replace(base.mesh, ep=ep), out=f"{out}/{dp}-{ep}", steps=5)
         with layout(rank, dp) as here:
@@ -2164,8 +2172,8 @@ def weights_of(out):
 # A campaign of faults: each befalls a real training process, then one command resumes the run, and it has to end with
 # the weights, optimizer state and log of one that was never stopped.   python test_all.py --faults N
 
-FAULTS = "kill", "kill in save", "kill in average", "kill in evaluation", "flipped byte", "flipped value", "missing file", "full disk", \
-    "stop in save", "launcher killed", "rank killed", "layout changed", "node killed"
+FAULTS = "kill", "kill in save", "kill in average", "kill in evaluation", "flipped byte", "flipped value", \
+    "missing file", "full disk", "stop in save", "launcher killed", "rank killed", "layout changed", "node killed"
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
 OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
 
@@ -2386,7 +2394,7 @@ def befall(kind, path, out, rng):
             file.write_bytes(raw)
         return last_step(out)
     where, lines = {"kill in average": (("add_snapshot_", "put_back_"), 400),
-                    "kill in evaluation": (("evaluate", "draw"), 400)}.get(kind, (("save_checkpoint",), 4000))
+                    "kill in evaluation": (("evaluate", "record"), 400)}.get(kind, (("save_checkpoint",), 4000))
     process = start(args, log, where, rng.randrange(1, lines), kind)
     process.join(60)
     said = log.read_text() if log.exists() else ""
@@ -2615,13 +2623,14 @@ def test_training_learns_and_counts(text):
 def test_accumulated_gradients_are_those_of_the_whole_batch(text, float64):
     config = tiny_run(text)
     batch = data.Batches(data.prepare(config.data, 261), config.data, 0, 8, 32)(0)
-    sums, networks = [], []
-    for micro in (8, 3, 1):
+    nats, networks = [], []
+    even = torch.full(batch.x.shape, 1 / batch.x.numel())          # the mean, as weights of a sum
+    for micro, weight in ((8, None), (3, None), (1, None), (8, even), (3, even)):
         networks.append(lively(config.model))
-        sums.append(train.forward_backward(networks[-1], batch, replace(config, micro=micro), parallel.Mesh(), 1))
+        nats.append(forward_backward(networks[-1], batch._replace(weight=weight), micro))
         for a, b in zip(networks[-1].parameters(), networks[0].parameters()):
             torch.testing.assert_close(a.grad, b.grad)
-        torch.testing.assert_close(sums[-1], sums[0])
+        torch.testing.assert_close(nats[-1], nats[0])
     a, b = (list(n.attentions().values())[0].max_logits for n in (networks[0], networks[-1]))
     torch.testing.assert_close(a, b)                                       # the maximum over micro-batches
 
@@ -2721,7 +2730,7 @@ def test_an_evaluation_comes_after_the_save_and_hears_a_stop(text, tmp_path, mon
     the end, as in a run that was never stopped."""
     config = tiny_run(text, save_every=100, eval_every=5, steps=10)
     train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
-    whole, evaluate, draw = log_of(tmp_path / "whole"), train.evaluate, train.draw
+    whole, evaluate = log_of(tmp_path / "whole"), train.evaluate
 
     def crash(*args):
         raise KeyError("a fault in an evaluation")
@@ -2741,7 +2750,7 @@ def test_an_evaluation_comes_after_the_save_and_hears_a_stop(text, tmp_path, mon
             assert log_of(out) == whole and log_of(out)[-1]["val_mine"]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train, "draw", crash)
+    monkeypatch.setattr(_figure, "draw", crash)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         train.train(replace(config, out=str(tmp_path / "undrawn")))

@@ -31,11 +31,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import parallel
-from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
+from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
 from kernels import read_tensors, write_tensors
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
                    hf_config, load_hf, renormalise_)
@@ -212,7 +213,7 @@ def changes(old, new):
             yield name, a, b
 
 
-PLACES = "out", "data.files", "data.cache"                 # where things lie: may differ between stops, and between nodes
+PLACES = "out", "data.files", "data.cache"           # where things lie: may differ between stops and between nodes
 
 
 def other_run(old, new):
@@ -321,7 +322,7 @@ class Saved(Mapping):
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-DAMAGE = OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError       # what reading damaged files raises
+DAMAGE = OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError    # what damaged files raise
 
 
 def read_manifest(folder):
@@ -363,7 +364,8 @@ def newest_checkpoint(run, say=print, mesh=parallel.Mesh()):
     while True:
         steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
         step = max(steps, default=-1)
-        high, low = parallel.all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
+        found = torch.tensor([step, -step], dtype=torch.float64, device=mesh.device)
+        high, low = parallel.all_max(found, mesh).tolist()
         if high != -low:
             raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
                              "that all of them see")
@@ -540,38 +542,6 @@ class RunFolder:
         self.lock.close()
 
 
-def draw(history, domains, path):
-    """loss.png: loss by domain, learning rate, mixture, largest logit, all over tokens."""
-    import numpy as np
-    from matplotlib.figure import Figure                           # not pyplot: its backend is the caller's affair
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    steps = [row for row in history if "loss" in row]
-    million = [row["tokens"] / 1e6 for row in steps]
-    (loss, rate), (mixture, logit) = axes
-    loss.plot(million, [row["loss"] for row in steps], color="0.8", label="training")
-    for i, name in enumerate(domains):
-        points = [(row["tokens"] / 1e6, row[f"val_{name}"]) for row in history if f"val_{name}" in row]
-        at, nats = [tokens for tokens, _ in points], [value for _, value in points]
-        loss.plot(at, nats, marker="o", ms=3, color=f"C{i}", label=f"{name}, validation")
-    rate.plot(million, [row["lr"] for row in steps], color="C0")
-    width = 1 + len(steps) // 40                                   # a step holds few windows: average neighbours
-    shares = np.array([[row[f"share_{name}"] for row in steps] for name in domains])
-    shares = np.pad(shares, ((0, 0), (width // 2, width - 1 - width // 2)), "edge")
-    shares = [np.convolve(share, np.full(width, 1 / width), "valid") for share in shares]
-    mixture.stackplot(million, shares, labels=domains, alpha=0.8)
-    exact = [row for row in steps if "max_logit" in row]
-    logit.plot([row["tokens"] / 1e6 for row in exact], [row["max_logit"] for row in exact], color="C0")
-    for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"), (mixture, "mixture (share of windows)"),
-                        (logit, "largest logit q·k/√d")):
-        axis.set(title=title, xlabel="million tokens")
-    loss.legend(fontsize=8)
-    mixture.legend(fontsize=8, loc="lower left")
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
-
-
 # ---- evaluation, speed, signals -----------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -663,22 +633,37 @@ class Status:
             print(f"\r\033[K{text}" if self.live else text, flush=True)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- a run --------------------------------------------------------------------------------------------------------
 
-def forward_backward(model, batch, config, mesh, domains, dtype=None):
-    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches: into p.grad, or where the
-    owners' hooks put them.
+@dataclass
+class Run:
+    """The state of a run: what a step reads and changes. The arithmetic is elsewhere."""
+    config: Config
+    mesh: parallel.Mesh
+    corpus: Corpus
+    batches: Batches
+    model: Transformer
+    owners: Zero1
+    status: Status
+    stop: Stop
+    facts: dict                        # what a checkpoint says of the run
+    dtype: torch.dtype = None          # what is computed in; None: the weights' own
+    folder: RunFolder = None           # log and figure; None where nothing is kept, and on ranks other than 0
+    mean: dict = field(default_factory=dict)       # of the snapshots of this period, so far
+    history: list = field(default_factory=list)    # rows of the log
+    step: int = 0
+    seconds: float = 0.0               # spent in steps; evaluation does not count
+    skipped: int = 0                   # steps that were left out, since their gradients were not finite
 
-    → (domains, 2) float64 on the CPU: summed loss in nats/token, and number, of each domain's windows."""
-    sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
-    for at in range(0, share, config.micro):
-        part = slice(at, at + config.micro)
-        x, y, doc_start = (None if t is None else t[part].to(mesh.device) for t in (batch.x, batch.y, batch.doc_start))
-        loss, nll = model(x, y, doc_start, dtype=dtype)
-        (loss * (len(x) / share)).backward()
-        of_window = nll.double().view(len(x), -1).mean(1).cpu()
-        sums.index_add_(0, batch.domain[part], torch.stack([of_window, torch.ones_like(of_window)], 1))
-    return sums
+    def __post_init__(self):
+        config, named = self.config, list(self.model.named_parameters())
+        self.attentions = list(self.model.attentions().values())
+        self.mixtures = list(self.model.mixtures().values())
+        self.buffers = router_biases(self.model)
+        self.name_of = {p: name for name, p in named}
+        self.last = min(config.total_steps, config.steps or config.total_steps)
+        self.flops = flops_per_token(config.model)
+        self.machine_flops = matmul_speed(self.mesh.device, self.dtype or torch.float32)
 
 
 def train(config, resume=False, quiet=False, watch=None):
@@ -687,7 +672,7 @@ def train(config, resume=False, quiet=False, watch=None):
 
     With config.out everything is kept in that folder, and `resume` goes on from its newest intact checkpoint; without,
     nothing is written. Raises ValueError on bad input, before any work is lost."""
-    run, world = None, parallel.world_size()
+    folder, world = None, parallel.world_size()
     if config.batch % world:
         raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
     config.mesh.check(world, config.model.n_expert)
@@ -696,7 +681,7 @@ def train(config, resume=False, quiet=False, watch=None):
             if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
                 raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another "
                                  "folder")
-            run = RunFolder(config.out)
+            folder = RunFolder(config.out)
 
         # The text is made ready before anyone waits for anyone: that may take a while.
         corpus = prepare(data_of(config), config.model.vocab_size)
@@ -705,12 +690,14 @@ def train(config, resume=False, quiet=False, watch=None):
                           config.model.context)
         mesh = parallel.join_mesh(config.mesh, must_be_alike(config, resume, corpus))
         with Stop() as stop:
-            return loop(config, resume, Status(quiet or mesh.world.rank > 0), run, corpus, batches, mesh, stop, watch)
+            run = start(config, resume, mesh, corpus, batches, Status(quiet or mesh.world.rank > 0), stop, folder)
+            loop(run, watch)
+            return run.history, run.model
     finally:
         if world > 1:
             parallel.leave_mesh()
-        if run:
-            run.close()
+        if folder:
+            folder.close()
 
 
 def must_be_alike(config, resume, corpus):
@@ -721,20 +708,63 @@ def must_be_alike(config, resume, corpus):
                         torch=torch.__version__)
 
 
-def take_up(config, resume, model, owners, facts, mesh, say):
+def start(config, resume, mesh, corpus, batches, status, stop, folder):
+    """Build a run, at its first step or where it was left."""
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
+    model = build(config, mesh, dtype)
+    named = dict(model.named_parameters())
+    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim), lambda *p: weigh(*p, config.optim), mesh)
+    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
+    run = Run(config, mesh, corpus, batches, model, owners, status, stop, facts, dtype, folder)
+    status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
+               f"of {config.batch} × {config.model.context} tokens on {mesh.world.size} × {mesh.device.type}")
+    for line in (*describe(named.items(), config.optim), *owners.describe()):
+        status.say(f"  {line}")
+
+    # Weights: new ones, those that it begins with, or those that it was left with. All ranks have to have the same.
+    manifest = take_up(run, resume)
+    parallel.compare_weights(model.state_dict(), mesh)
+    launches = parallel.gather(parallel.launch_id(), mesh)
+    if folder:
+        folder.belongs_to(launches)
+        run.history = folder.open_log(log_columns(corpus.domains, run.mixtures), run.step if manifest else -1,
+                                      status.say)
+        corpus.tokenizer.save(folder.path / "tokenizer.json")
+        status.logit = next((row["max_logit"] for row in reversed(run.history) if "max_logit" in row), None)
+    before = (run.history[-1] if run.history else {}) | (manifest or {})
+    run.seconds, run.skipped = before.get("seconds", 0.0), int(before.get("skipped", 0))
+
+    # The row of this step may be missing: nothing is logged yet, or the run was stopped in its evaluation.
+    row = dict(step=0, tokens=0, seconds=0.0)
+    if manifest:
+        row = manifest.get("row")
+    else:
+        save(run, row)                                             # from here on the run can be resumed as it was begun
+    logged = torch.tensor([float(bool(run.history) and run.history[-1]["step"] == run.step)], device=mesh.device)
+    if row and not parallel.all_max(logged, mesh).item() and not record(run, row):
+        run.last = run.step
+    if config.compile:
+        for layer in model.layers.values():
+            layer.forward = torch.compile(layer.forward)           # layers are alike: one compilation serves all
+    return run
+
+
+def take_up(run, resume):
     """Load the newest intact checkpoint of the run, if it is to be resumed, or else what it begins with.
 
-    → (its manifest, or None; what there is of the mean of snapshots)"""
-    found = newest_checkpoint(Path(config.out), say, mesh) if resume else None
-    if not found:
+    → the checkpoint's manifest, or None"""
+    config, model, owners, facts, mesh = run.config, run.model, run.owners, run.facts, run.mesh
+    say = run.status.say
+    checkpoint = newest_checkpoint(Path(config.out), say, mesh) if resume else None
+    if not checkpoint:
         if resume and checkpoints(Path(config.out)):
             raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
         if resume:
             say(f"resuming {config.out} at step 0")
         if config.init:
             begin(config, model, owners, facts, mesh, say)
-        return None, {}
-    manifest, saved = found
+        return None
+    manifest, saved = checkpoint
     for what in ("tokenizer", "data"):
         if manifest[what] != facts[what]:
             raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
@@ -744,12 +774,153 @@ def take_up(config, resume, model, owners, facts, mesh, say):
         raise ValueError(f"the checkpoint of step {manifest['step']} in {config.out} was made with "
                          + "; ".join(f"{name}={old}, not {new}" for name, old, new in wrong))
     say(f"resuming {config.out} at step {manifest['step']}")
-    mean = {}
+    run.step = manifest["step"]
     if any(name.startswith("mean/") for name in saved):
         mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.trained()}
-        mean |= {name: saved[f"mean/{name}"] for name in dict(model.named_buffers()) if f"mean/{name}" in saved}
-    return manifest, {name: t.clone().to(mesh.device) for name, t in mean.items()}
+        mean |= {name: saved[f"mean/{name}"] for name in run.buffers if f"mean/{name}" in saved}
+        run.mean = {name: t.clone().to(mesh.device) for name, t in mean.items()}
+    return manifest
 
+
+def loop(run, watch=None):
+    """Steps, until the last one or until somebody asks to stop."""
+    while run.step < run.last:
+        row, stop = train_step(run)
+        if watch:
+            watch(run.step, run.model)
+        stop = finish(run, row, stop and run.step < run.last)
+        run.status(row, run.config, (run.last - run.step) * run.seconds / run.step, end=run.step == run.last)
+        if stop:
+            how = f"; go on with --out={run.config.out} --resume" if run.folder else ""
+            run.status.say(f"stopped at step {run.step}{how}")
+            break
+    if run.config.compile:
+        for layer in run.model.layers.values():
+            del layer.forward                                      # sampling meets a new length with every token
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------
+
+class Seen(NamedTuple):
+    """What all ranks saw in the forward and backward of a step."""
+    stop: bool                   # requested, on any of them
+    unwell: list                 # ranks with a loss or gradient that is not finite
+    logits: torch.Tensor         # (attentions, n_head) largest
+    loads: torch.Tensor          # (mixtures, n_expert) tokens of each expert
+    nats: list                   # summed over the windows of each domain
+    windows: list                # of each domain
+    loss: float                  # nats/token
+
+
+def train_step(run):
+    """One step → (the row of its log, whether a stop was requested)."""
+    config, mesh, owners = run.config, run.mesh, run.owners
+    began = time.perf_counter()
+
+    # Forward and backward of this rank's windows; then everybody hears what all have seen.
+    lr = learning_rate(run.step * config.step_tokens, config)
+    owners.set_rate(lr)
+    exact = clear_records(run)
+    batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
+    nats = parallel.execute(parallel.straight(len(batch.x), config.micro), [run.model], batch, config.micro, mesh,
+                            run.dtype)
+    seen = share_what_was_seen(run, batch, nats)
+
+    # Gradients go to their owners. Whether they are used is one decision, from numbers that all ranks have.
+    owners.reduce()
+    norm = owners.clip_norm_(config.optim.clip_norm).item()
+    sound = math.isfinite(seen.loss) and math.isfinite(norm)
+    if not sound:
+        skip(run, seen, norm)
+    run.step += 1
+
+    # Owners update; what follows is done to their masters too, before everybody gets the weights.
+    update(run, sound, seen)
+    owners.drop()
+    took = time.perf_counter() - began
+    run.seconds += took
+    return log_row(run, seen, lr, norm, sound, exact, took), seen.stop
+
+
+def clear_records(run):
+    """Largest logits and loads are those of one step. → whether logits will be exact, and not bounds below tau."""
+    optim = run.config.optim
+    exact = optim.exact_logits or run.config.compile or run.step % 50 == 0
+    threshold = None if exact else optim.tau or math.inf
+    for attention in run.attentions:
+        attention.clear_logits(threshold)
+    for moe in run.mixtures:
+        moe.load.zero_()
+    return exact
+
+
+def share_what_was_seen(run, batch, nats):
+    """Two collectives, one of maxima and one of sums. nats (b,): the loss of each window of this rank. → Seen"""
+    config, mesh, domains = run.config, run.mesh, len(run.corpus.domains)
+    sums = torch.zeros(domains, 2, dtype=torch.float64)
+    sums.index_add_(0, batch.domain, torch.stack([nats, torch.ones_like(nats)], 1))
+
+    # Flags: stop requested; rank r has values that are not finite. Then the largest logit of every head.
+    flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
+    flags[0] = float(run.stop.asked())
+    flags[1 + mesh.world.rank] = ~(run.owners.sound() & bool(sums.isfinite().all()))
+    maxima = parallel.all_max(torch.cat([flags, *(a.max_logits for a in run.attentions)]), mesh)
+    flags, logits = maxima.tensor_split([len(flags)])
+    logits = logits.view(-1, config.model.n_head)
+    for attention, largest in zip(run.attentions, logits):
+        attention.max_logits.copy_(largest)
+
+    # Losses and windows by domain; tokens of every expert.
+    counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in run.mixtures)])
+    counted = parallel.all_sum(counted, mesh)
+    sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
+    loss = (sums[:, 0].sum() / config.batch).item()
+    return Seen(bool(flags[0]), flags[1:].nonzero().flatten().tolist(), logits,
+                loads.view(-1, config.model.n_expert or 1), *sums.T.tolist(), loss)
+
+
+def skip(run, seen, norm):
+    """The step is left out, or it ends the run: FloatingPointError."""
+    names = run.corpus.domains
+    bad = [name for name, nats in zip(names, seen.nats) if not math.isfinite(nats)]
+    what = f"step {run.step + 1}: loss {seen.loss}, gradient norm {norm}; ranks {seen.unwell}, " \
+           f"domains {', '.join(bad) or '-'}"
+    if not run.config.skip_nonfinite:
+        raise FloatingPointError(f"{what}: not updated; {last_good(run)}")
+    run.skipped += 1
+    run.status.say(f"{what}: skipped")
+
+
+def update(run, sound, seen):
+    """The owners' update, if the gradients are sound, and what comes after it: clip, sphere, snapshot, average."""
+    config = run.config
+    snapshot, put_back = averaging(run.step, config) if config.average_every else (False, False)
+    if sound:
+        for moe, load in zip(run.mixtures, seen.loads):
+            moe.balance_(load)
+
+    def follow(masters):
+        if sound and config.optim.tau:
+            qk_clip_(run.attentions, config.optim.tau, lambda weight: masters.get(run.name_of[weight]))
+        if sound and config.model.ngpt:
+            renormalise_(masters)
+        if snapshot:
+            add_snapshot_(run.mean, masters, config.average_of)
+        if put_back:
+            put_back_(masters, run.mean)
+            if config.model.ngpt:
+                renormalise_(masters)
+    if sound or snapshot:
+        run.owners.step(sound, follow)
+    if snapshot:
+        add_snapshot_(run.mean, run.buffers, config.average_of)
+    if put_back:
+        put_back_(run.buffers, run.mean)
+        if config.average_reset:
+            run.owners.forget()
+
+
+# ---- after a step: log and checkpoint -----------------------------------------------------------------------------
 
 def log_columns(names, mixtures):
     """The columns of log.csv. load is that of an expert, largest over mean, in the layer where that is worst; loss_NAME
@@ -760,178 +931,86 @@ def log_columns(names, mixtures):
             *by_domain, "tokens_per_s", "mfu", "seconds"]
 
 
-def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    model = build(config, mesh, dtype)
-    named = dict(model.named_parameters())
-    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim), lambda *p: weigh(*p, config.optim), mesh)
-    attentions, mixtures = list(model.attentions().values()), list(model.mixtures().values())
-    parameters, buffers, name_of = list(named.values()), router_biases(model), {p: name for name, p in named.items()}
-    for layer in model.layers.values() if config.compile else ():
-        layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
-    names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
-    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    manifest, mean = take_up(config, resume, model, owners, facts, mesh, status.say)
-    parallel.compare_weights(model.state_dict(), mesh)
-    launches = parallel.gather(parallel.launch_id(), mesh)
-    step, history = manifest["step"] if manifest else 0, []
-    if run:
-        run.belongs_to(launches)
-        history = run.open_log(log_columns(names, mixtures), step if manifest else -1, status.say)
-        status.logit = next((old["max_logit"] for old in reversed(history) if "max_logit" in old), None)
-        corpus.tokenizer.save(run.path / "tokenizer.json")
-    before = (history[-1] if history else {}) | (manifest or {})
-    spent, skipped = before.get("seconds", 0.0), int(before.get("skipped", 0))
-    status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
-               f"of {config.batch} × {config.model.context} tokens on {mesh.world.size} × {mesh.device.type}")
-    for line in (*describe(named.items(), config.optim), *owners.describe()):
-        status.say(f"  {line}")
-    peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
+def log_row(run, seen, lr, norm, sound, exact, took):
+    config = run.config
+    clipped = 0
+    if config.optim.tau and sound:
+        clipped = (seen.logits > config.optim.tau).sum().item()
+    speed = config.step_tokens / took
+    row = dict(step=run.step, tokens=run.step * config.step_tokens, lr=lr, loss=seen.loss, grad_norm=norm,
+               clipped=clipped, skipped=run.skipped, tokens_per_s=speed,
+               mfu=run.flops * speed / run.machine_flops / run.mesh.world.size, seconds=run.seconds)
+    if exact:
+        row["max_logit"] = seen.logits.max().item()
+    if run.mixtures:
+        row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max().item()
+    epochs = run.batches.epochs(run.step)
+    for name, nats, windows in zip(run.corpus.domains, seen.nats, seen.windows):
+        row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
+        if windows:
+            row[f"loss_{name}"] = nats / windows
+    return row
 
-    def record(row):
-        """Log the row of a step, evaluated where that is due. → False where a stop was requested meanwhile: the row is
-        then left to whoever goes on from here."""
-        if row["step"] % config.eval_every == 0 or row["step"] == last:
-            results = evaluate(model, batches, config, mesh, dtype, stop.asked)
-            if results is None:
-                return False
-            for name, (nats, bits) in results.items():
-                row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
-        elif row["step"] % config.log_every:
-            return True
-        history.append(row)
-        if run:
-            run.write_row(row)
-            if f"val_{names[0]}" in row and row["step"]:
-                try:
-                    draw(history, names, run.path / "loss.png")
-                except Exception as error:                         # a figure is not worth a run
-                    status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
+
+def finish(run, row, stop):
+    """Save where it is time to, then log: what fails or is stopped in an evaluation loses no step. → whether to stop"""
+    saved = run.step % run.config.save_every == 0 or run.step == run.last or stop
+    if saved:
+        save(run, row)
+    if record(run, row):
+        return stop
+    if not saved:
+        save(run, row)
+    return True
+
+
+def record(run, row):
+    """Log the row of a step, evaluated where that is due. → False where a stop was requested meanwhile: the row is then
+    left to whoever goes on from here."""
+    config, names = run.config, list(run.corpus.domains)
+    if row["step"] % config.eval_every == 0 or row["step"] == run.last:
+        results = evaluate(run.model, run.batches, config, run.mesh, run.dtype, run.stop.asked)
+        if results is None:
+            return False
+        for name, (nats, bits) in results.items():
+            row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
+    elif row["step"] % config.log_every:
         return True
+    run.history.append(row)
+    if run.folder:
+        run.folder.write_row(row)
+        if f"val_{names[0]}" in row and row["step"]:
+            try:
+                from notes._figure import draw                     # a picture is not one of the ideas
+                draw(run.history, names, run.folder.path / "loss.png")
+            except Exception as error:                             # a figure is not worth a run
+                run.status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
+    return True
 
-    def save(row):
-        """A checkpoint, which holds the row of its step: the log may not have got it yet."""
-        sick = torch.tensor([float(not all(p.isfinite().all() for p in parameters))], device=mesh.device)
-        if parallel.all_max(sick, mesh).item():
-            raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
-        if run:
-            run.sync_log()
-        if config.out:
-            kept = owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in buffers}
-            if mesh.dp.rank == 0:                                  # all have the same
-                kept |= buffers | {f"mean/{name}": mean[name] for name in buffers if name in mean}
-            now = dict(seconds=spent, skipped=skipped, row=row)
-            save_checkpoint(Path(config.out), step, kept, facts | now, config.keep, mesh)
 
-    def last_good():
-        kept = checkpoints(Path(config.out)) if config.out else []
-        return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
+def save(run, row):
+    """A checkpoint, which holds the row of its step: the log may not have got it yet."""
+    mesh, mean = run.mesh, run.mean
+    sick = torch.tensor([float(not all(p.isfinite().all() for p in run.name_of))], device=mesh.device)
+    if parallel.all_max(sick, mesh).item():
+        raise FloatingPointError(f"step {run.step}: weights that are not finite are not saved; {last_good(run)}")
+    if run.folder:
+        run.folder.sync_log()
+    if not run.config.out:
+        return
+    kept = run.owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in run.buffers}
+    if mesh.dp.rank == 0:                                          # all have the same
+        kept |= run.buffers | {f"mean/{name}": mean[name] for name in run.buffers if name in mean}
+    facts = run.facts | dict(seconds=run.seconds, skipped=run.skipped, row=row)
+    save_checkpoint(Path(run.config.out), run.step, kept, facts, run.config.keep, mesh)
 
-    row = manifest.get("row") if manifest else dict(step=0, tokens=0, seconds=0.0)
-    if not manifest:
-        save(row)                                                  # from here on the run can be resumed as it was begun
-    logged = torch.tensor([float(bool(history) and history[-1]["step"] == step)], device=mesh.device)
-    if row and not parallel.all_max(logged, mesh).item() and not record(row):
-        return history, model
-    while step < last:
-        begin, tokens = time.perf_counter(), step * config.step_tokens
-        lr = learning_rate(tokens, config)
-        for optimizer in owners.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
-        for attention in attentions:
-            attention.clear_logits(None if exact else config.optim.tau or math.inf)
-        for moe in mixtures:
-            moe.load.zero_()
-        batch = batches(step, mesh.dp.rank, mesh.dp.size)
-        sums = forward_backward(model, batch, config, mesh, len(names), dtype)
 
-        # Flags: stop requested; rank r has values that are not finite.
-        flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
-        flags[0] = float(stop.asked())
-        flags[1 + mesh.world.rank] = ~(owners.sound() & bool(sums.isfinite().all()))
-        peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
-        flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
-        for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
-            attention.max_logits.copy_(largest)
-        counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in mixtures)])
-        counted = parallel.all_sum(counted, mesh)
-        sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
-        loads = loads.view(-1, config.model.n_expert or 1)         # (mixtures, E) tokens of each expert
-        owners.reduce()
-        norm = owners.clip_norm_(config.optim.clip_norm).item()
-        loss = (sums[:, 0].sum() / config.batch).item()
-        sound = math.isfinite(loss) and math.isfinite(norm)        # sums over ranks: the same decision everywhere
-        if not sound:
-            ranks = flags[1:].nonzero().flatten().tolist()
-            bad = [name for name, (nats, _) in zip(names, sums.tolist()) if not math.isfinite(nats)]
-            what = f"step {step + 1}: loss {loss}, gradient norm {norm}; ranks {ranks}, domains {', '.join(bad) or '-'}"
-            if not config.skip_nonfinite:
-                raise FloatingPointError(f"{what}: not updated; {last_good()}")
-            skipped += 1
-            status.say(f"{what}: skipped")
+def last_good(run):
+    kept = checkpoints(Path(run.config.out)) if run.config.out else []
+    return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
-        step += 1
-        snapshot, put_back = averaging(step, config) if config.average_every else (False, False)
-        for moe, load in zip(mixtures, loads) if sound else ():
-            moe.balance_(load)
 
-        def follow(masters):
-            """What comes after an update, on the owner's weights: clip, sphere, snapshot, average."""
-            if sound and config.optim.tau:
-                qk_clip_(attentions, config.optim.tau, lambda weight: masters.get(name_of[weight]))
-            if sound and config.model.ngpt:
-                renormalise_(masters)
-            if snapshot:
-                add_snapshot_(mean, masters, config.average_of)
-            if put_back:
-                put_back_(masters, mean)
-                if config.model.ngpt:
-                    renormalise_(masters)
-        if sound or snapshot:
-            owners.step(sound, follow)
-        if snapshot:
-            add_snapshot_(mean, buffers, config.average_of)
-        if put_back:
-            put_back_(buffers, mean)
-            for optimizer in owners.optimizers.values() if config.average_reset else ():
-                optimizer.state.clear()
-        owners.drop()
-        clipped = (peaks > config.optim.tau).sum().item() if config.optim.tau and sound else 0
-
-        took = time.perf_counter() - begin
-        spent += took
-        if watch:
-            watch(step, model)
-        epochs = batches.epochs(step)
-        speed = config.step_tokens / took
-        row = dict(step=step, tokens=step * config.step_tokens, lr=lr, loss=loss,
-                   grad_norm=norm, clipped=clipped, skipped=skipped,
-                   tokens_per_s=speed, mfu=flops * speed / peak / mesh.world.size, seconds=spent)
-        if exact:
-            row["max_logit"] = peaks.max().item()
-        if mixtures:
-            row["load"] = (loads.amax(1) / loads.mean(1)).max().item()
-        for name, (total, windows) in zip(names, sums.tolist()):
-            row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
-            row |= {f"loss_{name}": total / windows} if windows else {}
-        leave = bool(flags[0]) and step < last
-        saved = step % config.save_every == 0 or step == last or leave
-        if saved:
-            save(row)
-        if not record(row):
-            leave = True
-            if not saved:
-                save(row)
-        status(row, config, (last - step) * spent / step, end=step == last)
-        if leave:
-            status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
-            break
-    for layer in model.layers.values() if config.compile else ():
-        del layer.forward                                          # sampling meets a new length with every token
-    return history, model
-
+# ---- the model of a rank ------------------------------------------------------------------------------------------
 
 def build(config, mesh, dtype=None):
     """The model with this rank's experts. With owners that keep float32 masters, its matrices may be narrower: on many

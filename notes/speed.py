@@ -234,6 +234,9 @@ def on_a_rank(rank, port, path):
     x = torch.randint(config.model.vocab_size, (config.batch // 2, config.model.context + 1))
     batch = Batch(x[:, :-1], x[:, 1:], None, torch.zeros(len(x), dtype=torch.int64))
 
+    def forward_backward(model):
+        parallel.execute(parallel.straight(len(x), config.micro), [model], batch, config.micro, mesh)
+
     def ours(name):
         optim = muonclip.OptimConfig(name=name, lr=1e-3, tau=0.0)
         model = Transformer(config.model)
@@ -241,7 +244,7 @@ def on_a_rank(rank, port, path):
                                 lambda *p: muonclip.weigh(*p, optim), mesh)
 
         def step():
-            train.forward_backward(model, batch, config, mesh, 1)
+            forward_backward(model)
             owners.reduce()
             owners.clip_norm_(1.0)
             owners.step(True, lambda masters: None)
@@ -254,7 +257,7 @@ def on_a_rank(rank, port, path):
 
         def step():
             model.zero_grad()
-            train.forward_backward(model, batch, config, mesh, 1)
+            forward_backward(model)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
         return step
