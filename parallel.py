@@ -267,19 +267,18 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
     """Run a plan: gradients of the mean loss of this rank's windows, or of the loss weighted as the batch says,
     accumulated over its micro-batches: into p.grad, or where the owners' hooks put them.
 
-    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,)). → nats/token of each window (b,), in
-    float64 on the CPU."""
+    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss). → nats/token of each
+    window (b,), in float64 on the CPU."""
     share, losses, live = len(batch.x), torch.empty(len(batch.x), dtype=torch.float64), {}
     for act in plan:
         part = slice(act.micro * micro, (act.micro + 1) * micro)
         if act.op == "F":
             here = [None if t is None else t[part].to(mesh.device)
                     for t in (batch.x, batch.y, batch.doc_start, batch.weight)]
-            loss, terms = chunks[act.chunk](*here, dtype=dtype)
+            loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
             losses[part] = terms.double().view(len(here[0]), -1).mean(1).cpu()
-            if batch.weight is None:                               # a mean of its windows: a part of all windows'
-                loss = loss * (len(here[0]) / share)
-            live[act] = loss
+            of_all = len(here[0]) / share                          # balance is a mean over windows
+            live[act] = (loss + balance) * of_all if batch.weight is None else loss + balance * of_all
         else:
             live.pop(act._replace(op="F")).backward()
     return losses
@@ -336,24 +335,26 @@ class Arrive(torch.autograd.Function):
 def expert_exchange(mesh):
     """The `exchange` of a model whose experts are shared out over mesh.ep: rank i has the i-th part of them.
 
-    exchange(tokens (M, C) sorted by expert, counts (E,)) sends them off; `arrive()` → the tokens that came here, sorted
-    by expert, how many each expert here has, and the way back. No token and no expert is padded; any count may be 0."""
+    exchange(tokens (M, C), weight (M, 1), both sorted by expert, counts (E,)) sends them off, the weight in a last
+    column; `arrive()` → the tokens and weights that came here, sorted by expert, how many each expert here has, and the
+    way back. No token and no expert is padded; any count may be 0."""
     n = mesh.ep.size
 
-    def exchange(tokens, counts):
+    def exchange(tokens, weight, counts):
         received = torch.empty_like(counts)                        # (n·E/n,) from each rank, for each expert here
         with talking(mesh):
             dist.all_to_all_single(received, counts, group=mesh.ep.group)
         sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
         trip = Trip(mesh, sent, got)
-        moving = Depart.apply(tokens, trip)
+        moving = Depart.apply(torch.cat((tokens, weight), 1), trip)
 
         def arrive():
             expert = torch.arange(len(counts) // n, device=counts.device).repeat(n).repeat_interleave(received)
             order = expert.argsort(stable=True)
             inverse, home = order.argsort(), Trip(mesh, got, sent)
             back = lambda y: Arrive.apply(Depart.apply(y[inverse], home), home)
-            return Arrive.apply(moving, trip)[order], received.view(n, -1).sum(0), back
+            rows = Arrive.apply(moving, trip)[order]
+            return rows[:, :-1].contiguous(), rows[:, -1:], received.view(n, -1).sum(0), back
         return arrive
     return exchange
 

@@ -181,8 +181,11 @@ def test_differential_attention_is_two_explicit_maps(T, H, kv, maps, documents, 
     exact, given = explicit_maps(q, k, v, lam, mask, maps), mask if documents else None
     weight = torch.randn_like(exact)
     want = gradients(lambda *a: (explicit_maps(*a, mask, maps) * weight).sum(), q, k, v, lam)
-    for f in (kernels.diff_attention_ref, functools.partial(kernels.diff_attention_ref, attend=kernels.attention),
-              kernels.diff_attention, functools.partial(kernels.diff_attention, block=4)):
+    of_kernel = lambda *qkv: kernels.attention(*qkv)[0]
+    fast = lambda *args, **kwargs: kernels.diff_attention(*args, **kwargs)[0]
+    sees = kernels.Sight(starts, mask) if documents else None
+    for f, given in ((kernels.diff_attention_ref, given), (functools.partial(fast, block=4), sees), (fast, sees),
+                     (functools.partial(kernels.diff_attention_ref, attend=of_kernel), sees)):
         torch.testing.assert_close(f(q, k, v, lam, given, maps), exact)
         for ours, theirs in zip(gradients(lambda *a: (f(*a, given, maps) * weight).sum(), q, k, v, lam), want):
             torch.testing.assert_close(ours, theirs)
@@ -858,11 +861,13 @@ def test_ranges_of_layers_make_the_whole(config, cuts, float64):
         for name, p in net.Transformer(config, seed=5, layers=range(a, b)).state_dict().items():
             assert torch.equal(p, fresh[name]), f"{name} is drawn from its own name"
     x, y = tokens(2, 16), tokens(2, 16)
-    h = x
+    h, balance = x, 0.0
     for part in parts[:-1]:
-        h = part(h)
+        h, of_part = part(h)
+        balance = balance + of_part
     torch.testing.assert_close(parts[-1](h), whole(x))
-    torch.testing.assert_close(parts[-1](h, targets=y)[0], whole(x, targets=y)[0])
+    loss, _, of_part = parts[-1](h, targets=y)
+    torch.testing.assert_close(loss + balance + of_part, sum(whole(x, targets=y)[::2]))
 
 
 def test_shared_keys_and_values_halve_the_cache():
@@ -1042,14 +1047,24 @@ def test_lambda_starts_where_the_paper_says(float64):
 
 
 def test_model_is_handed_its_matmuls():
-    """Every matmul of a layer goes through Ops.linear, with its input made by `pre` once."""
+    """Every matmul of a layer goes through Ops.linear, with its input made by `pre` once, and what that uses named."""
     seen = []
 
-    def watch(name, weights, pre, *x):
+    def watch(name, weights, pre, params, *x, ends=None):
         seen.append((name, len(weights)))
-        return net.linear(name, weights, pre, *x)
+        if params or pre is not net.identity:                      # what it uses are these parameters, and no others
+            h = pre(*(t.detach() for t in x))
+            used = torch.autograd.grad(h.sum(), params, allow_unused=True) if params else ()
+            assert h.requires_grad == bool(params) and all(g is not None for g in used), name
+        return net.linear(name, weights, pre, params, *x, ends=ends)
     net.Transformer(TINY, net.Ops(linear=watch))(tokens(1, 4))
     assert seen == [("qkv", 3), ("out", 1), ("up", 2), ("down", 1)] * TINY.n_layer
+    for config in VARIANTS.values():
+        seen.clear()
+        lively(replace(config, n_layer=config.share_kv, n_dense=0), ops=net.Ops(linear=watch))(tokens(1, 4))
+        first = seen[:len(seen) // config.share_kv]
+        assert len(set(first)) == len(first), "a name means one matmul of a layer"
+    assert {"latents", "expert_up", "expert_down", "shared_up", "shared_down"} < {name for name, _ in seen}
 
 
 def test_presets_are_the_reported_size():
@@ -1059,8 +1074,9 @@ def test_presets_are_the_reported_size():
 def test_flops_are_what_torch_counts(monkeypatch):
     """torch counts every matmul of a forward; the definition of attention makes full maps, as our count does."""
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(kernels, "attention", kernels.attention_ref)
-    monkeypatch.setattr(kernels, "diff_attention", kernels.diff_attention_ref)
+    monkeypatch.setattr(kernels, "attention", lambda q, k, v, *_, **__: (kernels.attention_ref(q, k, v), None))
+    monkeypatch.setattr(kernels, "diff_attention", lambda q, k, v, lam, sees, maps, tau: (
+        kernels.diff_attention_ref(q, k, v, lam, None, maps), None))
     for config in (TINY, replace(MHA, gated=False, tie=False), VARIANTS["grouped gqa"]):
         network = net.Transformer(config).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -1132,7 +1148,7 @@ def test_latent_attention_is_its_definition(float64):
 def explicit_mixture(moe, x):
     """Every expert on every token, weighted by a table (N, E) of weights."""
     h = moe.norm(x).flatten(0, 1)
-    index, weight = moe.route(moe.norm(x))
+    index, weight, _ = moe.route(moe.norm(x))
     table = torch.zeros(len(h), len(moe.gate)).scatter(1, index, weight)
     every = torch.stack([(silu(h @ g.T) * (h @ u.T)) @ d.T for g, u, d in zip(moe.gate, moe.up, moe.down)], 1)
     return (table[..., None] * every).sum(1).view_as(x) + moe.shared(moe.norm(x)), index, weight
@@ -1149,7 +1165,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(config, float64):
     with torch.no_grad():
         moe.bias += torch.randn(config.n_expert)
         moe.bias[0] -= 5.0 * (config.n_active < config.n_expert)       # nobody goes there
-    mine = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    mine = torch.autograd.grad(moe(x)[0].square().sum(), [x, *moe.parameters()])
     exact, index, weight = explicit_mixture(moe, x)
     for a, b in zip(mine, torch.autograd.grad(exact.square().sum(), [x, *moe.parameters()])):
         torch.testing.assert_close(a, b)
@@ -1164,11 +1180,11 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(config, float64):
 
 def test_the_bias_moves_the_choice_and_never_the_weight(float64):
     moe, h = lively(EXPERTS).layers["1"].ffn, torch.randn(3, 50, EXPERTS.d_model)
-    before, weights = moe.route(h)
+    before, weights, _ = moe.route(h)
     scores = (h.flatten(0, 1) @ moe.router.T).sigmoid()
     with torch.no_grad():
         moe.bias[2] += 10.0
-    after, new = moe.route(h)
+    after, new, _ = moe.route(h)
     assert (after == 2).any(-1).all() and not (before == 2).any(-1).all()
     chosen = scores.gather(1, after)
     torch.testing.assert_close(new, chosen / chosen.sum(-1, keepdim=True) * EXPERTS.route_scale)
@@ -1185,14 +1201,14 @@ def test_the_router_survives_scores_of_zero_and_learns_with_one_expert(float64):
         moe, h = lively(EXPERTS).layers["1"].ffn.to(width), torch.ones(1, 2, EXPERTS.d_model, dtype=width)
         with torch.no_grad():
             moe.router.fill_(depth / EXPERTS.d_model)
-        _, weight = moe.route(h)
+        _, weight, _ = moe.route(h)
         gradient, = torch.autograd.grad(weight[:, 0].sum(), moe.router)
         assert weight.isfinite().all() and gradient.isfinite().all(), depth
     alone, h = lively(replace(EXPERTS, n_active=1)).layers["1"].ffn, torch.randn(2, 7, EXPERTS.d_model)
-    index, weight = alone.route(h)
+    index, weight, _ = alone.route(h)
     scores = (h.flatten(0, 1) @ alone.router.T).sigmoid()
     torch.testing.assert_close(weight, scores.amax(1, keepdim=True) * EXPERTS.route_scale)
-    gradient, = torch.autograd.grad(alone(h).square().sum(), alone.router)
+    gradient, = torch.autograd.grad(alone(h)[0].square().sum(), alone.router)
     assert gradient.norm() > 1e-3
 
 
@@ -1205,11 +1221,11 @@ def test_the_balance_loss_is_one_where_experts_are_alike_and_more_where_not(floa
     skewed[:, 0], skewed[:, 1] = 0.9, 0.2
     assert moe.imbalance(skewed, 2) > 1.5
     network, x = lively(replace(EXPERTS, balance_loss=0.5)), tokens(2, 16)
-    loss, nll = network(x, x)
-    assert loss > nll.mean() + 0.5 * 2 * 0.9, "two layers of experts, each at least about 1"
+    loss, nll, balance = network(x, x)
+    assert balance > 0.5 * 2 * 0.9, "two layers of experts, each at least about 1"
     copy.deepcopy(network)                                         # a graph kept as state could not be copied
     network.eval()
-    assert network(x, x)[0].item() == pytest.approx(network(x, x)[1].mean().item())
+    assert network(x, x)[2] == 0 and loss.item() == pytest.approx(nll.mean().item())
 
 
 @pytest.mark.parametrize("config", [EXPERTS, K2], ids=["experts", "groups"])
@@ -1220,8 +1236,7 @@ def test_the_balance_loss_counts_the_best_scores_whatever_bias_and_groups_say(co
     E, k = config.n_expert, config.n_active
     with torch.no_grad():
         moe.bias[:2] -= 0.4
-    moe.route(h)
-    found, = torch.autograd.grad(moe.take_aux(), moe.router)
+    found, = torch.autograd.grad(moe.route(h)[2], moe.router)
     exact = 0.0
     for sequence in h:
         s = (sequence @ moe.router.T).sigmoid()                    # (T, E)
@@ -1240,7 +1255,7 @@ def test_the_router_chooses_in_float32_whatever_the_rest_is_computed_in():
     moe = lively(config, std=0.02).layers["0"].ffn
     h = torch.randn(1, 2000, 256).bfloat16()
     exact = (h[0].double() @ moe.router.double().T).sigmoid().topk(8).indices
-    index, weight = moe.route(h)
+    index, weight, _ = moe.route(h)
     assert weight.dtype == torch.float32 and torch.equal(index.sort().values, exact.sort().values)
     mesh = parallel.Mesh(dp=parallel.Axis(0, 2))
     narrow = train.build(train.Config(model=config), mesh, torch.bfloat16).layers["0"].ffn

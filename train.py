@@ -561,7 +561,7 @@ def evaluate(model, batches, config, mesh, dtype=None, stop_asked=lambda: False)
                 return None
             part = slice(at, at + config.micro) if at < len(x) else slice(0, 1)
             xs, ys, starts = (None if t is None else t[part].to(mesh.device) for t in (x, y, doc_start))
-            _, nll = model(xs, ys, starts, dtype=dtype)
+            _, nll, _ = model(xs, ys, starts, dtype=dtype)
             if at >= len(x):                                       # only so that tokens of other ranks meet experts
                 continue
             sums += torch.tensor([nll.double().sum().item(), ys.numel(), token_bytes[ys.cpu()].sum().item()])
