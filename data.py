@@ -802,6 +802,7 @@ class Batch(NamedTuple):
     y: torch.Tensor              # (b, T) int64 the tokens after them
     doc_start: torch.Tensor      # (b, T) int64 position where the token's document begins, or None
     domain: torch.Tensor         # (b,)   int64 index in the order of corpus.domains
+    weight: torch.Tensor = None  # (b, T) of each token's loss, which is then a sum; None: the mean
 
 
 def document_starts(x, eot):

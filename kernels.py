@@ -2,6 +2,7 @@
 
   rms_norm              x / √(mean x²), with gains
   poly_norm             Motif's activation: a cubic of its input, each power normalised       [Motif §2.1, PolyCom]
+  grouped_linear        the experts' matmul: each row of its input meets the matrix of its expert
   attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential forms     [2410.05258 eq. 1-3]
   max_logits            largest q·k·scale of every head, without a T×T matrix                 [Kimi K2 §2.1]
   cross_entropy         loss and gradient in chunks of tokens, so that all logits never exist at once
@@ -16,9 +17,12 @@ import math
 import mmap
 import os
 import shutil
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+OFF = "off"                      # for `tau`: nobody asks for the largest logits
 
 
 def wide(dtype):
@@ -124,6 +128,49 @@ def poly_norm(x, w, b, eps=1e-6, compiled=False):
     return PolyNorm.apply(x, w, b, eps) if fused is None else fused(x.to(wide(x.dtype)), w, b, eps).to(x.dtype)
 
 
+# ---- the experts' matmul ------------------------------------------------------------------------------------------
+
+def grouped_linear_ref(x, w, ends):
+    """Rows ends[e-1] to ends[e] of x (M, D) times w[e]ᵀ.  w (E, O, D), ends (E,) int64, the last of them M → (M, O)"""
+    rows = x.tensor_split(ends[:-1].cpu())
+    return torch.cat([some @ matrix.mT for some, matrix in zip(rows, w)])
+
+
+class GroupedLinear(torch.autograd.Function):
+    """The closed form:  ∂L/∂x = g·w[e],  ∂L/∂w[e] = gᵀ·x  over the rows of expert e. Results are written where they
+    belong: the definition's pieces would be put together again and again."""
+
+    @staticmethod
+    def spans(ends):
+        """[(expert, its rows)] where there are any."""
+        ends = [0, *ends.tolist()]
+        return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(ends, ends[1:])) if b > a]
+
+    @staticmethod
+    def forward(ctx, x, w, ends):
+        ctx.save_for_backward(x, w)
+        ctx.spans = GroupedLinear.spans(ends)
+        y = x.new_empty(len(x), w.shape[1])
+        for e, rows in ctx.spans:
+            torch.mm(x[rows], w[e].to(x.dtype).mT, out=y[rows])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.zeros_like(w)              # zero: no token was routed there
+        for e, rows in ctx.spans:
+            torch.mm(g[rows], w[e].to(g.dtype), out=dx[rows])
+            dw[e] = g[rows].mT @ x[rows]
+        return dx, dw, None
+
+
+def grouped_linear(x, w, ends):
+    """grouped_linear_ref by the closed form."""
+    return GroupedLinear.apply(x, w, ends)
+
+
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 def causal_mask(T, S, doc_start=None, device=None):
@@ -158,10 +205,25 @@ def attention_ref(q, k, v, mask=None, scale=None):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ spread(v, H)                       # (B, H, T, dv)
 
 
-def attention(q, k, v, mask=None, scale=None):
-    """attention_ref by torch's fused kernel."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+class Sight(NamedTuple):
+    """What queries may see beyond the rule that none sees the future."""
+    doc_start: torch.Tensor      # (B, S) position where each token's document begins, or None
+    mask: torch.Tensor           # the same as a dense causal_mask, made once a forward
+
+
+def sight(T, S, doc_start=None, device=None):
+    """None where causality says all: a whole window, whose documents may see each other."""
+    if T == S and doc_start is None:
+        return None
+    return Sight(doc_start, causal_mask(T, S, doc_start, device))
+
+
+def attention(q, k, v, sees=None, scale=None, tau=OFF):
+    """attention_ref by torch's fused kernel → (y, what max_logits says of the logits with `tau`; None where it is OFF)"""
+    mask = None if sees is None else sees.mask
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y, None if tau is OFF else max_logits(q.detach(), spread(k.detach(), q.shape[1]), mask, tau)
 
 
 def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
@@ -178,14 +240,18 @@ def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
     return first - lam * spread(second, first.shape[1])          # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
 
 
-def diff_attention(q, k, v, lam, mask=None, maps=2, block=128):
-    """diff_attention_ref. On a CPU: explicit maps for a block of queries at a time, against the keys they can see; on a
-    GPU: two calls of torch's fused kernel, whose maps are never written.
+def diff_attention(q, k, v, lam, sees=None, maps=2, tau=OFF, block=128):
+    """diff_attention_ref → (y, logits) as `attention` gives them. On a CPU: explicit maps for a block of queries at a
+    time, against the keys they can see; on a GPU: two calls of torch's fused kernel, whose maps are never written.
 
     Blocks of 128 beat every other form at 64, 256 and 1,024 tokens (two fused calls, values halved or padded to the
     width that torch's CPU kernel wants, whole maps): 1.1 to 1.5 times plain attention with as many maps."""
+    mask = None if sees is None else sees.mask
+    logits = None
+    if tau is not OFF:
+        logits = max_logits(q.detach(), spread(k.detach(), q.shape[1], maps), mask, tau)
     if q.device.type != "cpu":
-        return diff_attention_ref(q, k, v, lam, mask, maps, attention)
+        return diff_attention_ref(q, k, v, lam, sees, maps, lambda *qkv: attention(*qkv)[0]), logits
     (B, H, T, d), S = q.shape, k.shape[2]
     n = H // maps
     q, k, v = q.flatten(0, 1), spread(k, H, maps).flatten(0, 1), spread(v, H - n)                 # (B·H, T, d)
@@ -199,7 +265,7 @@ def diff_attention(q, k, v, lam, mask=None, maps=2, block=128):
         probs = torch.baddbmm(bias, q[:, start:stop], k[:, :seen].mT, alpha=d ** -0.5).softmax(-1)
         signal, noise = probs.view(B, n, maps, stop - start, seen).split((maps - 1, 1), 2)
         out.append((signal - lam * noise).flatten(1, 2) @ v[:, :, :seen])              # (B, n·g, block, dv)
-    return torch.cat(out, 2)
+    return torch.cat(out, 2), logits
 
 
 # ---- largest logits -----------------------------------------------------------------------------------------------
@@ -271,10 +337,12 @@ def max_logits(q, k, mask=None, tau=None):
 
 # ---- cross-entropy ------------------------------------------------------------------------------------------------
 
-def cross_entropy_ref(h, w, targets):
-    """Mean over tokens of −log softmax(h·wᵀ)[target], and the N terms.  h (N, D), w (V, D), targets (N,) int64."""
+def cross_entropy_ref(h, w, targets, weight=None):
+    """Mean over tokens of −log softmax(h·wᵀ)[target], and the N terms.  h (N, D), w (V, D), targets (N,) int64.
+
+    weight (N,): the sum of weight × term in the place of the mean: whatever normalises it is in the weights."""
     nll = F.cross_entropy(h @ w.mT, targets, reduction="none")
-    return nll.mean(), nll
+    return nll.mean() if weight is None else (weight * nll).sum(), nll
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -284,9 +352,9 @@ class CrossEntropy(torch.autograd.Function):
     product h·wᵀ is not computed twice."""
 
     @staticmethod
-    def forward(ctx, h, w, targets, chunk):
+    def forward(ctx, h, w, targets, weight, chunk):
         N, wide_t = len(h), wide(h.dtype)
-        weight = w.to(h.dtype)
+        matrix = w.to(h.dtype)
         nll = h.new_empty(N, dtype=wide_t)
         buffer = h.new_empty(min(chunk, N), len(w))                # one for all chunks: fresh pages cost page faults
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
@@ -294,35 +362,37 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
             target = targets[part, None]
-            logits = torch.mm(h[part], weight.mT, out=buffer[:len(target)]).to(wide_t)            # (chunk, V)
+            logits = torch.mm(h[part], matrix.mT, out=buffer[:len(target)]).to(wide_t)            # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
             nll[part] = (lse - logits.gather(1, target)).squeeze(1)
             if dh is None and dw is None:
                 continue
             grad = logits.sub_(lse).exp_()                                                        # softmax
-            grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).div_(N).to(h.dtype)
+            grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.div_(N) if weight is None else grad.mul_(weight[part, None])
+            grad = grad.to(h.dtype)
             if dh is not None:
-                dh[part] = grad @ weight
+                dh[part] = grad @ matrix
             if dw is not None:
                 dw.addmm_(grad.mT, h[part]) if dw.dtype == h.dtype else dw.add_(grad.mT @ h[part])
         ctx.save_for_backward(dh, dw)
         ctx.w_dtype = w.dtype
         ctx.mark_non_differentiable(nll)
-        return nll.mean(), nll
+        return nll.mean() if weight is None else (weight * nll).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
         dh, dw = ctx.saved_tensors
         dh = None if dh is None else (dh * g).to(dh.dtype)
-        return dh, None if dw is None else (dw * g).to(ctx.w_dtype), None, None
+        return dh, None if dw is None else (dw * g).to(ctx.w_dtype), None, None, None
 
 
-def cross_entropy(h, w, targets, chunk=1024):
-    """cross_entropy_ref with at most chunk × V logits alive: (mean, (N,) terms). The terms carry no gradient."""
+def cross_entropy(h, w, targets, weight=None, chunk=1024):
+    """cross_entropy_ref with at most chunk × V logits alive. The terms carry no gradient, and the weights get none."""
     if not torch.is_grad_enabled():
         h, w = h.detach(), w.detach()                              # or the forward would make gradients nobody wants
-    return CrossEntropy.apply(h, w, targets, chunk)
+    return CrossEntropy.apply(h, w, targets, weight, chunk)
 
 
 # ---- tensor files: the safetensors format -------------------------------------------------------------------------

@@ -166,20 +166,32 @@ PRESETS["kimi-k2"] = replace(                                                   
 
 # ---- the operations a model is handed -----------------------------------------------------------------------------
 
-def linear(name, weights, pre, *x):
-    """h = pre(*x), once; (h·wᵀ for w in weights).  `name` says which matmul this is.
+def linear(name, weights, pre, params, *x, ends=None):
+    """h = pre(*x), once; (h·wᵀ for w in weights).  `name` says which matmul of a layer this is; `params` are the
+    parameters that pre uses. With `ends` (E,) weights are stacks (E, out, in): rows ends[e-1] to ends[e] of h meet w[e].
 
     h belongs to the matmul: whoever replaces this function may recompute it, store it smaller or elsewhere."""
     h = pre(*x)
-    return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
+    if ends is None:
+        return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
+    return tuple(kernels.grouped_linear(h, w, ends) for w in weights)
 
 
-def local_exchange(tokens, counts):
-    """Send tokens (M, C), sorted by expert, `counts` (E,) of each, to where their experts are.
+def identity(x):
+    return x
 
-    → arrive() → tokens for the experts here, their counts, and the way back for what they become. What is computed
-    before `arrive` is computed while they travel. On one device they are there already."""
-    return lambda: (tokens, counts, lambda y: y)
+
+def parameters_of(*modules):
+    """Of what `pre` consists of; an activation may be a plain function, which has none."""
+    return tuple(p for module in modules if isinstance(module, nn.Module) for p in module.parameters())
+
+
+def local_exchange(tokens, weight, counts):
+    """Send tokens (M, C) and their weights (M, 1), sorted by expert, `counts` (E,) of each, to where their experts are.
+
+    → arrive() → tokens and weights for the experts here, their counts, and the way back for what they become. What is
+    computed before `arrive` is computed while they travel. On one device they are there already."""
+    return lambda: (tokens, weight, counts, identity)
 
 
 class Ops(NamedTuple):
@@ -281,16 +293,22 @@ class Heads(nn.Module):
         self.config, self.layer, self.ops = config, layer, ops
         self.register_buffer("max_logits", torch.full((config.n_head,), -torch.inf), persistent=False)            # (H,)
         self.max_logits_exact, self.tau = True, None
+        self.counts = True                                             # False while a forward is computed again
 
     def clear_logits(self, tau=None):
         self.max_logits.fill_(-torch.inf)
         self.max_logits_exact, self.tau = True, tau
 
-    def record(self, q, k, mask):
-        """q (B, H, T, d), k (B, H, T, d): what the logits of this forward are made of."""
-        largest, exact = kernels.max_logits(q.detach(), k.detach(), mask, self.tau)
-        self.max_logits.copy_(torch.maximum(self.max_logits, largest))
-        self.max_logits_exact &= exact
+    def asks(self):
+        """The `tau` that attention is called with: OFF where this forward does not count."""
+        return self.tau if self.training and self.counts else kernels.OFF
+
+    def record(self, logits):
+        """(largest (H,), whether they are exact) of this forward, or None."""
+        if logits is not None:
+            largest, exact = logits
+            self.max_logits.copy_(torch.maximum(self.max_logits, largest))
+            self.max_logits_exact &= exact
 
 
 class Attention(Heads):
@@ -337,23 +355,24 @@ class Attention(Heads):
             y = self.head_norm(y) * (1 - self.lam_init)
         return y.transpose(1, 2).flatten(2)
 
-    def forward(self, x, rope=None, mask=None, cache=None, kv=None):
+    def forward(self, x, rope=None, sees=None, cache=None, kv=None):
         """x (B, T, C), and the leader's keys and values where layers share them → (B, T, C), keys and values."""
         c, heads = self.config, lambda t, width: t.unflatten(-1, (-1, width)).transpose(1, 2)    # (B, H, T, width)
         if self.leads:
-            q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, x)
+            q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, parameters_of(self.norm), x)
             kv = self.key(heads(k, c.d_head), rope), heads(v, 2 * c.d_head if c.differential else c.d_head)
             kv = kv if cache is None else cache.put(self.layer, *kv)
         else:
-            q, = self.ops.linear("q", (self.wq,), self.norm, x)
+            q, = self.ops.linear("q", (self.wq,), self.norm, parameters_of(self.norm), x)
         q, (k, v) = self.query(heads(q, c.d_head), rope), kv
-        if self.training:
-            self.record(q, kernels.spread(k.detach(), c.n_head, c.maps), mask)
         if c.differential:
-            y = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), mask, c.maps)
+            y, logits = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), sees, c.maps, self.asks())
+            gains = parameters_of(self.head_norm)
         else:
-            y = kernels.attention(q, k, v, mask)
-        return self.ops.linear("out", (self.wo,), self.join, y)[0], kv
+            y, logits = kernels.attention(q, k, v, sees, tau=self.asks())
+            gains = ()
+        self.record(logits)
+        return self.ops.linear("out", (self.wo,), self.join, gains, y)[0], kv
 
     def key(self, k, rope):
         """k (B, Hk, T, d), normalised if it is to be, then rotated."""
@@ -398,14 +417,14 @@ class LatentAttention(Heads):
         return [(self.wuq, lambda w: by_head(w)[:, :d], 0.5), (self.wuq, lambda w: by_head(w)[:, d:], 1.0),
                 (self.wuk, by_head, 0.5)]
 
-    def forward(self, x, rope, mask=None, cache=None, kv=None):
+    def forward(self, x, rope, sees=None, cache=None, kv=None):
         c, H = self.config, self.config.n_head
         heads = lambda t: t.unflatten(-1, (H, -1)).transpose(1, 2)                               # (B, H, T, width)
         if c.q_rank:
-            cq, ckv = self.ops.linear("down", (self.wdq, self.wdkv), self.norm, x)               # (1)
-            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, cq)
+            cq, ckv = self.ops.linear("latents", (self.wdq, self.wdkv), self.norm, parameters_of(self.norm), x)  # (1)
+            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, parameters_of(self.q_norm), cq)
         else:
-            q, ckv = self.ops.linear("down", (self.wuq, self.wdkv), self.norm, x)
+            q, ckv = self.ops.linear("latents", (self.wuq, self.wdkv), self.norm, parameters_of(self.norm), x)
         q = q * c.sharpness if c.yarn else q
         q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
         ckv, k_rope = ckv.split((c.kv_rank, c.d_rope), -1)
@@ -415,14 +434,17 @@ class LatentAttention(Heads):
             ckv, k_rope = cache.put(self.layer, self.kv_norm(ckv)[:, None], k_rope)              # (B, 1, S, kv_rank)
             wuk, wuv = (w.to(q.dtype).unflatten(0, (H, -1)) for w in (self.wuk, self.wuv))       # (H, width, kv_rank)
             q, k = torch.cat((q_nope @ wuk, q_rope), -1), torch.cat((ckv, k_rope), -1)
-            y = kernels.attention(q, k, ckv, mask, scale) @ wuv.mT
+            y = kernels.attention(q, k, ckv, sees, scale)[0] @ wuv.mT
         else:
-            k, v = map(heads, self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, ckv))             # (2)
-            q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k, k_rope.expand(-1, H, -1, -1)), -1)
-            if self.training:
-                self.record(q, k, mask)
-            y = kernels.attention(q, k, v, mask, scale)
-        return self.ops.linear("out", (self.wo,), lambda y: y.transpose(1, 2).flatten(2), y)[0], None
+            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, parameters_of(self.kv_norm), ckv)   # (2)
+            q, k = torch.cat((q_nope, q_rope), -1), torch.cat((heads(k), k_rope.expand(-1, H, -1, -1)), -1)
+            y, logits = kernels.attention(q, k, heads(v), sees, scale, self.asks())
+            self.record(logits)
+        return self.ops.linear("out", (self.wo,), self.join, (), y)[0], None
+
+    def join(self, y):
+        """Heads side by side: (B, H, T, d_value) → (B, T, H·d_value)."""
+        return y.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -431,7 +453,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config, ops, shared=False):
         super().__init__()
-        self.ops, self.gated = ops, config.gated
+        self.ops, self.gated, self.prefix = ops, config.gated, "shared_" if shared else ""
         d_ff = config.n_shared * config.d_expert if shared else config.d_ff
         self.norm = nn.Identity() if shared else make_norm(config)
         self.act = PolyNorm(config.compile_act) if config.act == "polynorm" else ACTIVATIONS[config.act]
@@ -449,15 +471,20 @@ class FeedForward(nn.Module):
         return self.act(gate) * up
 
     def forward(self, x):
+        """x (B, T, C) → (B, T, C)"""
+        gains, inside = parameters_of(self.norm), parameters_of(self.act)
         if not self.gated:
-            h = self.ops.linear("up", (self.up,), self.norm, x)
-            return self.ops.linear("down", (self.down,), self.act, *h)[0]
-        gate, up = self.ops.linear("up", (self.gate, self.up), self.norm, x)
-        return self.ops.linear("down", (self.down,), self.inner, gate, up)[0]
+            h = self.ops.linear("up", (self.up,), self.norm, gains, x)
+            return self.ops.linear("down", (self.down,), self.act, inside, *h)[0]
+        if self.root:
+            inside = (*inside, self.s_gate, self.s_up)
+        gate, up = self.ops.linear(self.prefix + "up", (self.gate, self.up), self.norm, gains, x)
+        return self.ops.linear(self.prefix + "down", (self.down,), self.inner, inside, gate, up)[0]
 
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: route → experts → combine, three functions that pass tensors.   [DeepSeek-V3 §2.1.2]
+    """Sparse mixture of experts: route → dispatch → experts → combine, functions that pass tensors.   [DeepSeek-V3
+    §2.1.2]
 
     No token is dropped and none padded. `load` (E,) counts the tokens of each expert over training forwards; after the
     step, `balance_` moves `bias`, which has a say in the choice of experts and none in their weights."""
@@ -474,10 +501,10 @@ class MoE(nn.Module):
             self.shared = FeedForward(c, ops, shared=True)
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)
-        self.aux = 0.0                                                 # balance loss, from this forward to its sum
+        self.counts = True                                             # False while a forward is computed again
 
     def route(self, h):
-        """h (B, T, C) → a token's experts (N, k) and their weights (N, k).
+        """h (B, T, C) → a token's experts (N, k); their weights (N, k), its scores in parts of their sum; balance loss.
 
         Scores are computed in float32 whatever h is: one step of bfloat16 is larger than the bias's, and among hundreds
         of experts every tenth token would have a tie at its last place."""
@@ -492,10 +519,12 @@ class MoE(nn.Module):
             choice = groups.masked_fill(~chosen[..., None], -torch.inf).flatten(1)
         index = choice.topk(c.n_active, -1).indices
         weight = s.gather(1, index)
-        if self.training:
-            self.load += index.flatten().bincount(minlength=c.n_expert)
-            self.aux = c.balance_loss * self.imbalance(s, h.shape[0]) if c.balance_loss else 0.0
-        return index, weight / weight.sum(-1, keepdim=True) * c.route_scale
+        if c.n_active > 1:                                             # one alone would be s/s = 1, and learn nothing
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)       # not 0/0 where all scores are zero
+        balance = 0.0
+        if self.training and c.balance_loss:
+            balance = c.balance_loss * self.imbalance(s, h.shape[0])
+        return index, weight * c.route_scale, balance
 
     def imbalance(self, s, B):
         """Scores s (N, E) of B sequences → mean over sequences of Σ_i f_i·P_i, 1 where every expert is scored alike.
@@ -507,31 +536,44 @@ class MoE(nn.Module):
         p = (s / s.sum(-1, keepdim=True)).unflatten(0, (B, -1)).mean(1)
         return (f * p).sum(-1).mean()
 
-    def experts(self, tokens, counts):
-        """tokens (M, C), sorted by expert, and how many each one here has → what the experts make of them (M, C)."""
-        out = []
-        weights = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind())
-        for x, (gate, up, down) in zip(tokens.split(counts.tolist()), weights):
-            if len(x):
-                a, b = self.ops.linear("expert_up", (gate, up), lambda x: x, x)
-                out += self.ops.linear("expert_down", (down,), lambda a, b: self.act(a) * b, a, b)
-        return torch.cat(out) if out else tokens                       # nobody's tokens
+    def dispatch(self, h, index, weight):
+        """Send every token to its experts. h (N, C), index and weight (N, k) → (token of each row sent, `arrive`).
+
+        Rows are sorted by expert, once: with N = 2 tokens and k = 2, index [[3, 0], [0, 1]] makes the rows of tokens
+        0, 1, 1, 0, for the experts 0, 0, 1, 3. The weight of each goes with it."""
+        order = index.flatten().argsort(stable=True)                   # (N·k,)
+        counts = index.flatten().bincount(minlength=self.config.n_expert)
+        if self.training and self.counts:
+            self.load += counts
+        token = order // index.shape[1]
+        rows = h.index_select(0, token)
+        return token, self.ops.exchange(rows, weight.flatten()[order, None].to(h.dtype), counts)
+
+    def experts(self, rows, weight, counts):
+        """rows (M, C) and their weights (M, 1), sorted by expert, and how many each one here has → what the experts make
+        of them (M, C)."""
+        ends = counts.cumsum(0)
+        gate, up = self.ops.linear("expert_up", (self.gate, self.up), identity, (), rows, ends=ends)
+        return self.ops.linear("expert_down", (self.down,), self.inner, parameters_of(self.act), gate, up, weight,
+                               ends=ends)[0]
+
+    def inner(self, gate, up, weight):
+        """What `down` multiplies: weighted here, so that nothing has to be kept for it where the token came from."""
+        return self.act(gate) * up * weight
+
+    def combine(self, rows, token, N):
+        """Sum what came back for each token: rows (N·k, C) → (N, C)."""
+        return torch.zeros(N, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, token, rows)
 
     def forward(self, x):
-        k, h = self.config.n_active, self.norm(x)
-        index, weight = self.route(h)
-        order = index.flatten().argsort(stable=True)                   # (N·k,) sorted by expert, once
-        counts = index.flatten().bincount(minlength=self.config.n_expert)
-        arrive = self.ops.exchange(h.flatten(0, 1).index_select(0, order // k), counts)
+        """x (B, T, C) → (B, T, C), balance loss"""
+        h = self.norm(x)
+        index, weight, balance = self.route(h)
+        token, arrive = self.dispatch(h.flatten(0, 1), index, weight)
         shared = self.shared(h) if self.config.n_shared else 0.0       # while tokens travel
-        tokens, counts, back = arrive()
-        y = back(self.experts(tokens, counts)) * weight.flatten()[order, None].to(h.dtype)
-        return torch.zeros_like(h.flatten(0, 1)).index_add(0, order // k, y).view_as(h) + shared
-
-    def take_aux(self):
-        """The balance loss of this forward, once: kept any longer, its graph would be part of the module."""
-        aux, self.aux = self.aux, 0.0
-        return aux
+        rows, weight, counts, back = arrive()
+        y = back(self.experts(rows, weight, counts))
+        return self.combine(y, token, len(index)).view_as(h) + shared, balance
 
     @torch.no_grad()
     def balance_(self, load):
@@ -543,20 +585,23 @@ class Layer(nn.Module):
     def __init__(self, config, layer, ops, experts):
         super().__init__()
         self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
-        moe = config.n_expert and layer >= config.n_dense
-        self.ffn = MoE(config, ops, experts) if moe else FeedForward(config, ops)
+        self.sparse = bool(config.n_expert) and layer >= config.n_dense
+        self.ffn = MoE(config, ops, experts) if self.sparse else FeedForward(config, ops)
         self.rate = config.d_model ** 0.5 / config.n_layer if config.ngpt else 0.0       # α is born as 1/n_layer
         if config.ngpt:
             self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
 
-    def forward(self, x, rope=None, mask=None, cache=None, kv=None):
-        """x (B, T, C) → (B, T, C), and the keys and values that the layers behind it share, if they do."""
-        y, kv = self.attention(x, rope, mask, cache, kv)
-        if not self.rate:
-            x = x + y
-            return x + self.ffn(x), kv
-        x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))                 # [2410.01131 eq. 10]
-        return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv      # eq. 11
+    def forward(self, x, rope=None, sees=None, cache=None, kv=None):
+        """x (B, T, C) → (B, T, C), the keys and values that the layers behind it share, if they do, balance loss."""
+        y, kv = self.attention(x, rope, sees, cache, kv)
+        if self.rate:
+            x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))             # [2410.01131 eq. 10]
+            return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv, 0.0         # eq. 11
+        x = x + y
+        if self.sparse:
+            y, balance = self.ffn(x)
+            return x + y, kv, balance
+        return x + self.ffn(x), kv, 0.0
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -632,10 +677,11 @@ class Transformer(nn.Module):
         """name → MoE, in order."""
         return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
 
-    def forward(self, x, targets=None, doc_start=None, cache=None, dtype=None):
+    def forward(self, x, targets=None, doc_start=None, weight=None, cache=None, dtype=None):
         """x (B, T) int64 tokens (or (B, T, C), where an earlier range ends) → logits (B, T, V).
 
-        With targets (B, T): (mean loss in nats/token, its (N,) terms). A range without the last layer → (B, T, C).
+        With targets (B, T): (mean loss in nats/token, its (N,) terms, balance loss); with `weight` (B, T), the loss is
+        the sum of weight × term. A range without the last layer → ((B, T, C), the balance loss of its layers).
         doc_start (B, T): where each token's document begins, or None: attention crosses documents.
         dtype: what is computed in (the weights' own by default)."""
         past, T = cache.length if cache else 0, x.shape[1]
@@ -648,21 +694,27 @@ class Transformer(nn.Module):
         rope = None
         if self.config.position == "rope":
             rope = rope_table(self.config, past, past + T, x.device, kernels.wide(x.dtype))
-        mask = kernels.causal_mask(T, past + T, doc_start, x.device) if past or doc_start is not None else None
-        kv = None
+        sees, kv, balance = kernels.sight(T, past + T, doc_start, x.device), None, 0.0
         for layer in self.layers.values():
-            x, kv = layer(x, rope, mask, cache, kv)
+            x, kv, of_layer = layer(x, rope, sees, cache, kv)
+            balance = balance + of_layer
         if cache:
             cache.length += T
         if not self.last:
-            return x
+            return x, balance
         head, x = self.embed if self.config.tie else self.head, self.norm(x)
         if self.config.ngpt:                                           # logits are cosines times a learned sharpness
             head = head * (self.s_logits * self.config.d_model ** 0.5)[:, None]          # [2410.01131 eq. 3]
         if targets is None:
             return F.linear(x, head.to(x.dtype))
-        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.loss_chunk)
-        return loss + sum(m.take_aux() for m in self.mixtures().values() if self.training), nll
+        weight = None if weight is None else weight.flatten()
+        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), weight, self.config.loss_chunk)
+        return loss, nll, balance
+
+    def count(self, on):
+        """Whether forwards from here on are counted, in loads and largest logits: one that is computed again is not."""
+        for module in (*self.attentions().values(), *self.mixtures().values()):
+            module.counts = on
 
 
 # ---- counting -----------------------------------------------------------------------------------------------------

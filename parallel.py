@@ -1,24 +1,21 @@
-"""What changes when one device becomes many; and checkpoints, which have to outlive every such change.
+"""What changes when one device becomes many.
 
 `Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
 It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
 
   expert parallelism   ranks of an ep group share out the experts; tokens travel to theirs and back     [Kimi K2 §2.4.2]
   ZeRO-1               each matrix has one owner, with its optimizer state; gradients go there, weights come back
-  checkpoints          written by every rank, read by any layout
 
 World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. What is not an expert is
 the same on all dp ranks; an expert is on dp/ep of them (`edp`).
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from kernels import read_tensors, wide, write_tensors
+from kernels import wide
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,9 @@ class Axis(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """This process's coordinates: data parallel, pipeline stage, place in its expert group, replica of its experts; and
-    the device it computes on."""
+    """This process's coordinates: among all ranks, data parallel, pipeline stage, place in its expert group, replica of
+    its experts; and the device it computes on. What all ranks decide together, they decide over `world`."""
+    world: Axis = Axis()
     dp: Axis = Axis()
     pp: Axis = Axis()
     ep: Axis = Axis()
@@ -71,8 +69,8 @@ class Mesh(NamedTuple):
 
 
 def this_rank():
-    """This process's rank as torchrun set it; known before the process group is."""
-    return int(os.environ.get("RANK", 0))
+    """This process's rank as torchrun set it; known before the process group is. Where there is one process it is 0."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
@@ -80,10 +78,22 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_mesh(config):
+def launch_id():
+    """Names the launch that this process belongs to, its restarts included: the host, and torchrun's process and when
+    that began. "" where there is no torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    began = ""
+    with contextlib.suppress(OSError):                             # Linux alone has it: against numbers used again
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{os.uname().nodename} {os.getppid()} {began}"
+
+
+def join_mesh(config, facts=None):
     """The mesh of this process, from the variables that torchrun sets; a plain `python train.py` stands alone.
 
-    NCCL on GPUs, gloo on CPUs. Call it when data is ready: from here on, who waits longer than the timeout fails."""
+    NCCL on GPUs, gloo on CPUs. Call it when data is ready: from here on, who waits longer than the timeout fails.
+    `facts` {what: text} must be the same on all ranks (`compare`); that is found out before anything else is agreed."""
     world = world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -99,7 +109,9 @@ def join_mesh(config):
     store = dist.PrefixStore(meet(store, rank, world, config.timeout), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
-    axes, dp = {}, world // config.pp
+    everyone = Axis(rank, world, dist.group.WORLD)
+    compare(facts or {}, Mesh(everyone, device=device))
+    axes, dp = dict(world=everyone), world // config.pp
     for names, sizes in ((("pp", "dp"), (config.pp, dp)), (("edp", "ep"), (world // config.ep, config.ep))):
         grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         axes |= {name: Axis(grid.get_local_rank(name), size, grid.get_group(name)) for name, size in zip(names, sizes)}
@@ -129,8 +141,8 @@ def meet(store, rank, world, timeout):
     raise LostRank(f"rank {rank} was not called by rank 0 within {timeout:g} seconds")
 
 
-def leave_mesh(mesh):
-    if mesh.dp.size > 1:
+def leave_mesh():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -140,32 +152,136 @@ class LostRank(RuntimeError):
 
 @contextlib.contextmanager
 def talking(mesh):
+    """Around a collective, and nothing else: its failure means that another rank is lost. gloo reports that as a bare
+    RuntimeError, which is also what any computation would raise."""
     try:
         yield
-    except RuntimeError as error:                                  # gloo has no class of its own
-        raise LostRank(f"rank {mesh.dp.rank} lost contact with another rank: {str(error).splitlines()[0]}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise LostRank(f"rank {mesh.world.rank} lost contact with another rank: {what}") from error
 
 
 def barrier(mesh):
-    if mesh.dp.size > 1:
+    if mesh.world.size > 1:
         with talking(mesh):
-            dist.barrier(mesh.dp.group)
+            dist.barrier(mesh.world.group)
 
 
 def all_max(t, mesh):
-    """Element-wise maximum over ranks, in place."""
-    if mesh.dp.size > 1:
+    """Elementwise maximum over all ranks, in place."""
+    if mesh.world.size > 1:
         with talking(mesh):
-            dist.all_reduce(t, dist.ReduceOp.MAX, mesh.dp.group)
+            dist.all_reduce(t, dist.ReduceOp.MAX, mesh.world.group)
     return t
 
 
-def all_sum(t, mesh):
-    """Element-wise sum over ranks, in place."""
-    if mesh.dp.size > 1:
+def all_sum(t, mesh, axis=None):
+    """Elementwise sum over all ranks, or those of one axis, in place."""
+    axis = axis or mesh.world
+    if axis.size > 1:
         with talking(mesh):
-            dist.all_reduce(t, dist.ReduceOp.SUM, mesh.dp.group)
+            dist.all_reduce(t, dist.ReduceOp.SUM, axis.group)
     return t
+
+
+def gather(thing, mesh):
+    """Something that JSON can hold → the list of every rank's on rank 0, None elsewhere. Not pickle: what comes over
+    the network is data, and no code."""
+    if mesh.world.size == 1:
+        return [thing]
+    raw = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8)
+    longest = int(all_max(torch.tensor([len(raw)], device=mesh.device), mesh).item())
+    padded = torch.full((longest,), ord(" "), dtype=torch.uint8, device=mesh.device)
+    padded[:len(raw)] = raw
+    everyone = None
+    if mesh.world.rank == 0:
+        everyone = [torch.empty_like(padded) for _ in range(mesh.world.size)]
+    with talking(mesh):
+        dist.gather(padded, everyone, group=mesh.world.group, group_dst=0)
+    return everyone and [json.loads(t.cpu().numpy().tobytes()) for t in everyone]
+
+
+COMPARED = 512                   # facts at most: a fixed number, so that ranks of another version can be told too
+
+
+def compare(facts, mesh, like=0):
+    """Raise ValueError, on all ranks, where one's `facts` {what: text} are not those of the rank that it names: who
+    differs from whom, and in what. One collective, of 8 bytes a fact."""
+    if mesh.world.size == 1:
+        return
+    names = ["version", *facts]
+    texts = [" ".join(names), *facts.values()]
+    mine = torch.zeros(1 + COMPARED, dtype=torch.int64)
+    mine[0] = like
+    for i, text in enumerate(texts, 1):
+        mine[i] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    mine = mine.to(mesh.device)
+    table = [torch.empty_like(mine) for _ in range(mesh.world.size)]
+    with talking(mesh):
+        dist.all_gather(table, mine, group=mesh.world.group)
+    said = []
+    table = torch.stack(table).tolist()
+    for rank, (reference, *row) in enumerate(table):
+        wanted = table[reference][1:]
+        different = [name for name, a, b in zip(names, row, wanted) if a != b]
+        if row[0] != wanted[0]:                                    # of facts with other names, nothing else can be said
+            different = names[:1]
+        if different:
+            said.append(f"rank {rank} has another {', '.join(different)} than rank {reference}")
+    if len(said) > 4:
+        said = [*said[:4], f"and {len(said) - 4} ranks more"]
+    if said:
+        raise ValueError(f"{'; '.join(said)}: start all ranks with the same command, files and software")
+
+
+def checksum(t):
+    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def compare_weights(tensors, mesh):
+    """`compare` for {name: weight}: all ranks of a stage have the same, but for experts (3-D) the same part of them."""
+    if mesh.world.size == 1:
+        return
+    stage = mesh.pp.rank * mesh.dp.size
+    for what, stacked, like in (("weights", False, stage), ("experts", True, stage + mesh.ep.rank)):
+        digests = [f"{name} {checksum(t)}" for name, t in tensors.items() if (t.ndim == 3) == stacked]
+        compare({what: " ".join(digests)}, mesh, like)
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------
+
+class Act(NamedTuple):
+    op: str                      # "F" forward, "B" backward
+    micro: int                   # of which micro-batch
+    chunk: int = 0               # through which of this rank's ranges of layers
+
+
+def straight(windows, micro):
+    """The plan of a process on its own, for so many windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
+    return [Act(op, i) for i in range(-(-windows // micro)) for op in "FB"]
+
+
+def execute(plan, chunks, batch, micro, mesh, dtype=None):
+    """Run a plan: gradients of the mean loss of this rank's windows, or of the loss weighted as the batch says,
+    accumulated over its micro-batches: into p.grad, or where the owners' hooks put them.
+
+    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss). → nats/token of each
+    window (b,), in float64 on the CPU."""
+    share, losses, live = len(batch.x), torch.empty(len(batch.x), dtype=torch.float64), {}
+    for act in plan:
+        part = slice(act.micro * micro, (act.micro + 1) * micro)
+        if act.op == "F":
+            here = [None if t is None else t[part].to(mesh.device)
+                    for t in (batch.x, batch.y, batch.doc_start, batch.weight)]
+            loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
+            losses[part] = terms.double().view(len(here[0]), -1).mean(1).cpu()
+            of_all = len(here[0]) / share                          # balance is a mean over windows
+            live[act] = (loss + balance) * of_all if batch.weight is None else loss + balance * of_all
+        else:
+            live.pop(act._replace(op="F")).backward()
+    return losses
 
 
 # ---- expert parallelism -------------------------------------------------------------------------------------------
@@ -185,8 +301,9 @@ class Trip:
         return out
 
     def wait(self):
+        work, self.work = self.work, None                          # it holds both tensors as long as it lives
         with talking(self.mesh):
-            self.work.wait()
+            work.wait()
 
 
 class Depart(torch.autograd.Function):
@@ -218,24 +335,26 @@ class Arrive(torch.autograd.Function):
 def expert_exchange(mesh):
     """The `exchange` of a model whose experts are shared out over mesh.ep: rank i has the i-th part of them.
 
-    exchange(tokens (M, C) sorted by expert, counts (E,)) sends them off; `arrive()` → the tokens that came here, sorted
-    by expert, how many each expert here has, and the way back. No token and no expert is padded; any count may be 0."""
+    exchange(tokens (M, C), weight (M, 1), both sorted by expert, counts (E,)) sends them off, the weight in a last
+    column; `arrive()` → the tokens and weights that came here, sorted by expert, how many each expert here has, and the
+    way back. No token and no expert is padded; any count may be 0."""
     n = mesh.ep.size
 
-    def exchange(tokens, counts):
+    def exchange(tokens, weight, counts):
         received = torch.empty_like(counts)                        # (n·E/n,) from each rank, for each expert here
         with talking(mesh):
             dist.all_to_all_single(received, counts, group=mesh.ep.group)
         sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
         trip = Trip(mesh, sent, got)
-        moving = Depart.apply(tokens, trip)
+        moving = Depart.apply(torch.cat((tokens, weight), 1), trip)
 
         def arrive():
             expert = torch.arange(len(counts) // n, device=counts.device).repeat(n).repeat_interleave(received)
             order = expert.argsort(stable=True)
             inverse, home = order.argsort(), Trip(mesh, got, sent)
             back = lambda y: Arrive.apply(Depart.apply(y[inverse], home), home)
-            return Arrive.apply(moving, trip)[order], received.view(n, -1).sum(0), back
+            rows = Arrive.apply(moving, trip)[order]
+            return rows[:, :-1].contiguous(), rows[:, -1:], received.view(n, -1).sum(0), back
         return arrive
     return exchange
 
@@ -290,16 +409,31 @@ def share_out(items, n):
     return [sorted(pieces) for pieces in own]
 
 
+@dataclass(eq=False)
+class Bucket:
+    """Pieces of one dtype that travel together, from or to their owner: a rank of `axis`."""
+    axis: Axis
+    owner: int
+    pieces: list
+    gradient: torch.Tensor = None    # flat: this rank's own, in float32 or wider; None where there is none yet
+
+
 class Zero1:
     """Each piece of the model has one owner among the ranks that hold it; only there is its optimizer state [ZeRO §5.1]
 
     `parameters` {name: parameter}: 3-D ones are stacks of this rank's experts, others are the same on every dp rank.
     `make([(key, tensor)])` → a torch optimizer for these; `weigh(name, parameter)` → (bytes of its state, operations of
-    its update; 0: element by element). Where parameters are narrower than float32, owners keep a float32 master, and
-    gradients are accumulated in float32 too (`accumulate` after every backward)."""
+    its update; 0: element by element). Where parameters are narrower than float32, owners keep a float32 master.
 
-    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20):
-        self.mesh, self.parameters, self.sums, self.plans, self.works = mesh, parameters, {}, [], {}
+    Gradients. One process leaves them where autograd puts them. On several ranks, each is added to its bucket's float32
+    sum as soon as it appears (`accumulate`) and dropped; the bucket is what travels, and the owner's `master.grad` is a
+    view of it. So 4 bytes a number are alive until `reduce`, and only the owner's after it. No more than `in_air` bytes
+    are on their way at a time, and a bucket is small enough for one of every owner to be."""
+
+    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20):
+        self.mesh, self.parameters, self.in_air = mesh, parameters, in_air
+        self.works, self.flying = {}, []                           # flying: (request, tensor, bucket, land)
+        self.rounds = []                                           # lists of buckets, one an owner, in one order
         for stacked, axis in ((False, mesh.dp), (True, mesh.edp)):
             items = []
             for name, p in parameters.items():
@@ -314,17 +448,39 @@ class Zero1:
                 items += [(whole if e is None else whole._replace(start=e, stop=e + 1), size / len(cuts),
                            work / len(cuts)) for e in cuts]
             if axis.size > 1:
-                plan = [self.buckets(pieces, bucket_bytes) for pieces in share_out(items, axis.size)]
+                room = min(bucket_bytes, in_air // axis.size)
+                plan = [self.cut(pieces, room) for pieces in share_out(items, axis.size)]
             else:                                                  # nothing to be sent: all at once
                 plan = [[[piece for piece, *_ in items]] if items else []]
-            self.plans.append((axis, plan))
-        self.masters, self.optimizers = {}, []                     # (axis, own buckets) → optimizers, in one order
-        for axis, plan in self.plans:
-            for bucket in plan[axis.rank]:
-                for piece in bucket:
+            for k in range(max(map(len, plan))):
+                self.rounds.append([Bucket(axis, r, lists[k]) for r, lists in enumerate(plan) if k < len(lists)])
+        self.masters, self.optimizers = {}, {}                     # of own buckets
+        for bucket in self.buckets():
+            if bucket.owner == bucket.axis.rank:
+                for piece in bucket.pieces:
                     here = self.rows(piece)
                     self.masters[piece] = here if here.dtype == wide(here.dtype) else here.float()
-                self.optimizers.append(make([(piece.key, self.masters[piece]) for piece in bucket]))
+                trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
+                if trained:
+                    self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
+        self.places = {}                                           # name → [(bucket, piece, where in its sum)]
+        for bucket in self.buckets():
+            at = 0
+            for piece in bucket.pieces:
+                numbers = self.rows(piece).numel()
+                self.places.setdefault(piece.name, []).append((bucket, piece, slice(at, at + numbers)))
+                at += numbers
+        if mesh.dp.size > 1:
+            for name, p in parameters.items():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(functools.partial(self.take, name))
+
+    def buckets(self):
+        return [bucket for some in self.rounds for bucket in some]
+
+    def trained(self):
+        """{piece: master} of what is owned here and not frozen."""
+        return {piece: master for piece, master in self.masters.items() if self.parameters[piece.name].requires_grad}
 
     def rows(self, piece, of=None):
         """The rows of a piece in this rank's parameter, or in `of`, a tensor like it."""
@@ -332,90 +488,120 @@ class Zero1:
         first = self.mesh.ep.rank * len(p) if p.ndim == 3 else 0
         return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
 
-    def buckets(self, pieces, room):
-        """Lists of pieces of one dtype with `room` bytes each; one piece may be larger."""
+    def cut(self, pieces, room):
+        """Lists of pieces of one dtype, with `room` bytes of gradients each; one piece may be larger."""
         lists, size, dtype = [], 0, lambda piece: str(self.parameters[piece.name].dtype)
         for piece in sorted(pieces, key=dtype):
-            nbytes = self.rows(piece).nbytes
+            nbytes = self.nbytes([piece])
             if not lists or size + nbytes > room or dtype(piece) != dtype(lists[-1][0]):
                 lists, size = [*lists, []], 0
             lists[-1].append(piece)
             size += nbytes
         return lists
 
-    def accumulate(self):
-        """Add the gradients of parameters narrower than float32 to float32 sums, and drop them."""
-        for name, p in self.parameters.items():
-            if p.dtype != wide(p.dtype) and p.grad is not None:
-                self.sums[name] = self.sums[name].add_(p.grad) if name in self.sums else p.grad.float()
-                p.grad = None
+    def nbytes(self, pieces):
+        """Of their gradients: in float32, or wider."""
+        return sum(self.rows(piece).numel() * wide(self.parameters[piece.name].dtype).itemsize for piece in pieces)
 
-    def gradient(self, piece):
-        """This rank's own: zeros where no token came by."""
-        p = self.parameters[piece.name]
-        found = self.sums.get(piece.name, p.grad)
-        return torch.zeros_like(self.rows(piece), dtype=wide(p.dtype)) if found is None else self.rows(piece, found)
+    def take(self, name, p):
+        """Called by autograd when p.grad is complete."""
+        self.accumulate(name, p.grad)
+        p.grad = None
 
-    def flights(self, start, land):
-        """For each bucket of each owner: `start(axis, r, bucket)` → (request, tensor); `land(axis, r, bucket, tensor)`
-        when it is there. A few are under way at a time; owners take turns, so that all of them have something to do."""
-        flying = []
+    @torch.no_grad()
+    def accumulate(self, name, gradient):
+        """Add a gradient of this rank to the sums of the buckets that its parameter is in."""
+        for bucket, piece, where in self.places[name]:
+            self.fill(bucket)
+            bucket.gradient[where].add_(self.rows(piece, gradient).flatten())
 
-        def arrive(some):
-            for request, tensor, *where in some:
-                with talking(self.mesh):
-                    request.wait()
-                land(*where, tensor)
-        for axis, plan in self.plans:
-            for k in range(max(map(len, plan))):
-                for r, buckets in enumerate(plan):
-                    if axis.size == 1 and k < len(buckets):
-                        land(axis, r, buckets[k], start(axis, r, buckets[k]))
-                    elif k < len(buckets):
-                        with talking(self.mesh):
-                            flying.append((*start(axis, r, buckets[k]), axis, r, buckets[k]))
-                if len(flying) > 2 * axis.size:
-                    arrive(flying[:-axis.size])
-                    flying = flying[-axis.size:]
-        arrive(flying)
+    def fill(self, bucket):
+        """A bucket has a sum: zeros where no gradient came, as for an expert without a token."""
+        if bucket.gradient is None:
+            p = self.parameters[bucket.pieces[0].name]
+            numbers = sum(self.rows(piece).numel() for piece in bucket.pieces)
+            bucket.gradient = torch.zeros(numbers, dtype=wide(p.dtype), device=p.device)
+
+    def travel(self, buckets, start, land):
+        """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than
+        `in_air` bytes are under way at a time, or one bucket; `arrive` waits for the rest."""
+        for bucket in buckets:
+            if bucket.axis.size == 1:
+                land(bucket, None)
+                continue
+            room = self.in_air - self.nbytes(bucket.pieces)
+            while self.flying and sum(tensor.nbytes for _, tensor, *_ in self.flying) > room:
+                self.arrive(1)
+            request, tensor = start(bucket)
+            self.flying.append((request, tensor, bucket, land))
+
+    def arrive(self, n=None):
+        """Land the n that left first, or all."""
+        n = len(self.flying) if n is None else n
+        for request, tensor, bucket, land in self.flying[:n]:
+            with talking(self.mesh):
+                request.wait()
+            land(bucket, tensor)
+        del self.flying[:n]
 
     @torch.no_grad()
     def reduce(self):
         """The mean over dp of all gradients, to the owners: into `master.grad`. That of an expert is the sum over its
         replicas, divided by dp too: its ranks have seen the tokens of all of dp."""
         n = self.mesh.dp.size
+        if n == 1:
+            for piece, master in self.trained().items():
+                found = self.parameters[piece.name].grad
+                master.grad = torch.zeros_like(master) if found is None else self.rows(piece, found)
+            return
 
-        def start(axis, r, bucket):
-            if axis.size == 1:
-                return None
-            flat = torch.cat([self.gradient(piece).flatten() for piece in bucket])
-            return dist.reduce(flat, group_dst=r, group=axis.group, async_op=True), flat
+        def start(bucket):
+            self.fill(bucket)
+            with talking(self.mesh):
+                return dist.reduce(bucket.gradient, group_dst=bucket.owner, group=bucket.axis.group,
+                                   async_op=True), bucket.gradient
 
-        def land(axis, r, bucket, flat):
-            if r != axis.rank:
-                return
-            for piece in bucket:
-                master = self.masters[piece]
-                if axis.size == 1:
-                    master.grad = self.gradient(piece) if n == 1 else self.gradient(piece) / n
-                else:
-                    mine, flat = flat[:master.numel()], flat[master.numel():]
-                    master.grad = mine.view_as(master).div_(n)
-        self.flights(start, land)
-        self.sums = {}
+        def land(bucket, _):
+            self.fill(bucket)
+            if bucket.owner == bucket.axis.rank:
+                bucket.gradient.div_(n)
+                sizes = [self.masters[piece].numel() for piece in bucket.pieces]
+                for piece, mine in zip(bucket.pieces, bucket.gradient.split(sizes)):
+                    if self.parameters[piece.name].requires_grad:
+                        self.masters[piece].grad = mine.view_as(self.masters[piece])
+            bucket.gradient = None
+        self.travel(self.buckets(), start, land)
+        self.arrive()
+
+    def set_rate(self, lr):
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def forget(self):
+        """The optimizers' moments begin anew."""
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+
+    def drop(self):
+        """After a step: gradients are not kept through the next one."""
+        for tensor in (*self.parameters.values(), *self.masters.values()):
+            tensor.grad = None
 
     @torch.no_grad()
     def clip_norm_(self, largest):
-        """Scale the owners' gradients to a norm of at most `largest`. → the norm, float64: squares are summed tensor by
-        tensor, in the order of their names, so that no layout changes it."""
+        """Scale the owners' gradients to a norm of at most `largest`. → the norm over all ranks, float64: squares are
+        summed tensor by tensor, in the order of their names, so that no number of dp ranks changes it; then over the
+        stages, each of which has other tensors."""
         index = {name: i for i, name in enumerate(sorted(self.parameters))}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
-        gradients = [master.grad for master in self.masters.values()]
+        trained = self.trained()
+        gradients = [master.grad for master in trained.values()]
         if gradients:
             norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
-            where = torch.tensor([index[piece.name] for piece in self.masters], device=norms.device)
+            where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
-        norm = all_sum(squares, self.mesh).sum().sqrt()
+        norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
         if gradients and norm > largest:
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).item())
         return norm
@@ -423,35 +609,39 @@ class Zero1:
     @torch.no_grad()
     def step(self, update, follow):
         """Owners update their pieces (if `update`), `follow({key: master})` does what comes after, and everybody gets
-        the new weights: those of one bucket travel while the next is computed."""
-        optimizers = iter(self.optimizers)
+        the new weights. In each round an owner first does its own bucket, then all of that round are sent: they travel
+        while the next is computed."""
+        trained = self.trained()
+        for some in self.rounds:
+            for bucket in some:
+                if bucket.owner == bucket.axis.rank:
+                    if update and bucket in self.optimizers:
+                        self.optimizers[bucket].step()
+                    follow({piece.key: trained[piece] for piece in bucket.pieces if piece in trained})
+            self.travel(some, self.send_weights, self.take_weights)
+        self.arrive()
 
-        def start(axis, r, bucket):
-            pieces = {piece.key: self.masters[piece] for piece in bucket} if r == axis.rank else {}
-            if r == axis.rank:
-                optimizer = next(optimizers)
-                if update:
-                    optimizer.step()
-                follow(pieces)
-            if axis.size == 1:
-                return None
-            here = [self.rows(piece) for piece in bucket]          # of one dtype; the owner's masters may be wider
-            flat = torch.cat([pieces.get(piece.key, h).to(h.dtype).flatten() for piece, h in zip(bucket, here)])
-            return dist.broadcast(flat, group_src=r, group=axis.group, async_op=True), flat
+    def send_weights(self, bucket):
+        here = [self.rows(piece) for piece in bucket.pieces]       # of one dtype; the owner's masters may be wider
+        flat = here[0].new_empty(sum(t.numel() for t in here))
+        if bucket.owner == bucket.axis.rank:
+            torch.cat([self.masters[piece].to(flat.dtype).flatten() for piece in bucket.pieces], out=flat)
+        with talking(self.mesh):
+            return dist.broadcast(flat, group_src=bucket.owner, group=bucket.axis.group, async_op=True), flat
 
-        def land(axis, r, bucket, flat):
-            for piece in bucket:
-                here = self.rows(piece)
-                if r != axis.rank:
-                    mine, flat = flat[:here.numel()], flat[here.numel():]
-                    here.copy_(mine.view_as(here))
-                elif here.data_ptr() != self.masters[piece].data_ptr():
-                    here.copy_(self.masters[piece])
-        self.flights(start, land)
+    def take_weights(self, bucket, flat):
+        for piece in bucket.pieces:
+            here = self.rows(piece)
+            if bucket.owner != bucket.axis.rank:
+                mine, flat = flat[:here.numel()], flat[here.numel():]
+                here.copy_(mine.view_as(here))
+            elif here.data_ptr() != self.masters[piece].data_ptr():
+                here.copy_(self.masters[piece])
 
     def sound(self):
         """Whether this rank's own gradients are finite, before they are added to those of the others; a tensor."""
-        found = [*self.sums.values(), *(p.grad for p in self.parameters.values() if p.grad is not None)]
+        found = [bucket.gradient for bucket in self.buckets() if bucket.gradient is not None]
+        found += [p.grad for p in self.parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found).isfinite()
 
     @torch.no_grad()
@@ -462,15 +652,16 @@ class Zero1:
 
     def describe(self):
         """Where ranks have less to do than others, say so."""
-        for axis, plan in self.plans:
-            busy = sum(any(self.works[piece.name] for piece in sum(buckets, [])) for buckets in plan)
-            if axis.size > 1 and any(plan) and busy < axis.size:
-                yield f"{axis.size} ranks, but only {busy} own a matrix: the others wait for its update"
+        for axis in (self.mesh.dp, self.mesh.edp):
+            buckets = [bucket for bucket in self.buckets() if bucket.axis is axis]
+            busy = {bucket.owner for bucket in buckets if any(self.works[piece.name] for piece in bucket.pieces)}
+            if axis.size > 1 and buckets and len(busy) < axis.size:
+                yield f"{axis.size} ranks, but only {len(busy)} own a matrix: the others wait for its update"
 
     def tensors(self):
         """{key: tensor} of what this rank owns: masters, and "KEY:STATE" of its optimizers."""
         kept = {piece.key: master for piece, master in self.masters.items()}
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             kept |= optimizer.tensors()
         return kept
 
@@ -488,157 +679,7 @@ class Zero1:
         own = {piece.key: piece for piece in self.masters}
         for piece, master in self.masters.items():
             master.copy_(saved.rows(piece.name, piece.start, piece.stop))
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             keys = [key for group in optimizer.param_groups for key in group["names"]]
             optimizer.load({f"{key}:{state}": saved.rows(f"{own[key].name}:{state}", own[key].start, own[key].stop)
                             for key in keys for state in states.get(own[key].name, ())})
-
-
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-def checksum(t):
-    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def digest(manifest):
-    """Of a manifest without its own digest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sync_folder(path):
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def save_checkpoint(run, step, tensors, facts, keep, mesh=Mesh()):
-    """run/ckpt/step-N: a tensor file of each rank's `tensors` and, last, the manifest. Written beside, forced to disk,
-    then renamed: a folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
-    ckpt, rank = run / "ckpt", mesh.dp.rank
-    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
-    if rank == 0:
-        for unfinished in ckpt.glob(".saving-*"):
-            shutil.rmtree(unfinished)
-        beside.mkdir(parents=True)
-    barrier(mesh)
-    file = f"rank-{rank}.safetensors"
-    write_tensors(beside / file, tensors)
-    entries = {key: dict(file=file, shape=list(t.shape), dtype=str(t.dtype), sha256=checksum(t))
-               for key, t in tensors.items()}
-    entries = gather(entries, mesh)
-    if rank == 0:
-        manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
-        with open(beside / "manifest.json", "w") as file:
-            json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        sync_folder(ckpt)
-        kept = checkpoints(run)
-        here = kept.index(final) + 1
-        for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
-            shutil.rmtree(old)
-    barrier(mesh)
-
-
-def gather(thing, mesh):
-    """→ the list of every rank's on rank 0, None elsewhere."""
-    if mesh.dp.size == 1:
-        return [thing]
-    things = [None] * mesh.dp.size if mesh.dp.rank == 0 else None
-    with talking(mesh):
-        dist.gather_object(thing, things, group=mesh.dp.group, group_dst=0)
-    return things
-
-
-def checkpoints(run):
-    """Folders of finished checkpoints, oldest first."""
-    return sorted(p for p in (run / "ckpt").glob("step-*") if p.is_dir())
-
-
-class Saved(Mapping):
-    """What a checkpoint holds, by name, whatever ranks wrote it: `saved[name]`, or some rows of it. Nothing is read
-    from the disk, and nothing put together, before it is asked for."""
-
-    def __init__(self, tensors):
-        self.parts = {}
-        for key, t in tensors.items():
-            name, start, state = re.fullmatch(r"([^\[\]]*?)(?:\[(\d+):\d+\])?(:\w+)?", key).groups()
-            self.parts.setdefault(name + (state or ""), []).append((int(start or 0), t))
-        for parts in self.parts.values():
-            parts.sort(key=lambda part: part[0])
-
-    def __iter__(self):
-        return iter(self.parts)
-
-    def __len__(self):
-        return len(self.parts)
-
-    def __getitem__(self, name):
-        return self.rows(name)
-
-    def shape(self, name):
-        parts = [t for _, t in self.parts[name]]
-        return torch.Size((sum(map(len, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0].shape
-
-    def rows(self, name, start=0, stop=None):
-        """Rows start..stop, put together where they lie in several files. A number (a step) has none: it is itself."""
-        parts = self.parts[name]
-        if not parts[0][1].ndim:
-            return parts[0][1]
-        stop = self.shape(name)[0] if stop is None else stop
-        found = [t[max(start - at, 0):stop - at] for at, t in parts if at < stop and at + len(t) > start]
-        if sum(map(len, found)) != stop - start:
-            raise ValueError(f"the checkpoint has no rows {start} to {stop} of {name}")
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def read_checkpoint(folder, part=0, parts=1):
-    """→ (manifest, Saved), every tensor's shape and type verified, and the checksums of every parts-th. Raises
-    ValueError."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest.pop("sha256") != digest(manifest):
-            raise ValueError("manifest.json is not what was written")
-        entries = manifest["tensors"]
-        names = {entry["file"] for entry in entries.values()}
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder}: its manifest names files outside the folder")
-        files = {name: read_tensors(folder / name) for name in names}
-        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-    for i, (name, t) in enumerate(tensors.items()):
-        entry = entries[name]
-        if str(t.dtype) != entry["dtype"] or list(t.shape) != entry["shape"] \
-                or i % parts == part and checksum(t) != entry["sha256"]:
-            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
-    return manifest, Saved(tensors)
-
-
-def newest_checkpoint(run, say=print, mesh=Mesh()):
-    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over. Ranks verify a part of
-    the checksums each and decide together."""
-    before = float("inf")
-    while True:
-        steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
-        step = max(steps, default=-1)
-        high, low = all_max(torch.tensor([step, -step], dtype=torch.float64, device=mesh.device), mesh).tolist()
-        if high != -low:
-            raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
-                             "that all of them see")
-        if step < 0:
-            return None
-        wrong, found = "", None
-        try:
-            found = read_checkpoint(run / "ckpt" / f"step-{step:08d}", mesh.dp.rank, mesh.dp.size)
-        except ValueError as error:
-            wrong = str(error)
-        if not all_max(torch.tensor([float(bool(wrong))], device=mesh.device), mesh).item():
-            return found
-        everyone = [text for text in gather(wrong, mesh) or [wrong] if text]
-        say(f"{everyone[0] if everyone else 'damaged'}; trying the one before")
-        before = step

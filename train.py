@@ -19,24 +19,30 @@ run resumed from any checkpoint ends with the numbers of one that was never stop
 import csv
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import parallel
-from data import Batches, DataConfig, bigram_bits, load_tokenizer, prepare
+from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
+from kernels import read_tensors, write_tensors
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
                    hf_config, load_hf, renormalise_)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
-from parallel import MeshConfig, Zero1, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from parallel import MeshConfig, Zero1
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -190,14 +196,30 @@ def override(node, options, prefix=""):
     return replace(node, **new)
 
 
-def changes(old, new, prefix=""):
+def options_of(node, prefix=""):
+    """(dotted name, value) of every field of a configuration."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from options_of(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def changes(old, new):
     """The fields in which two configurations differ: (dotted name, old, new)."""
-    for f in fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if is_dataclass(a):
-            yield from changes(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            yield prefix + f.name, a, b
+    for (name, a), (_, b) in zip(options_of(old), options_of(new)):
+        if a != b:
+            yield name, a, b
+
+
+PLACES = "out", "data.files", "data.cache"           # where things lie: may differ between stops and between nodes
+
+
+def other_run(old, new):
+    """The changes that make another run: all but those of places, mesh and where to stop."""
+    return [(name, a, b) for name, a, b in changes(old, new)
+            if name != "steps" and name not in PLACES and not name.startswith("mesh.")]
 
 
 def from_dict(kind, values):
@@ -208,6 +230,157 @@ def from_dict(kind, values):
             raise ValueError(f"this run was made with an option that is no more: {name}={values[name]!r}")
     nested = dict(model=ModelConfig, optim=OptimConfig, data=DataConfig, mesh=MeshConfig)
     return kind(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
+
+
+# ---- checkpoints: written by every rank, read by any layout -------------------------------------------------------
+
+def digest(manifest):
+    """Of a manifest without its own digest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(path):
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save_checkpoint(run, step, tensors, facts, keep, mesh=parallel.Mesh()):
+    """run/ckpt/step-N: a tensor file of each rank's `tensors` and, last, the manifest. Written beside, forced to disk,
+    then renamed: a folder of that name is whole. `facts` go into the manifest; the newest `keep` checkpoints stay."""
+    ckpt, rank = run / "ckpt", mesh.world.rank
+    final, beside = ckpt / f"step-{step:08d}", ckpt / f".saving-{step:08d}"
+    if rank == 0:
+        for unfinished in ckpt.glob(".saving-*"):
+            shutil.rmtree(unfinished)
+        beside.mkdir(parents=True)
+    parallel.barrier(mesh)
+    file = f"rank-{rank}.safetensors"
+    write_tensors(beside / file, tensors)
+    entries = {key: dict(file=file, shape=list(t.shape), dtype=str(t.dtype), sha256=parallel.checksum(t))
+               for key, t in tensors.items()}
+    entries = parallel.gather(entries, mesh)
+    if rank == 0:
+        manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
+        with open(beside / "manifest.json", "w") as file:
+            json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        sync_folder(ckpt)
+        kept = checkpoints(run)
+        here = kept.index(final) + 1
+        for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
+            shutil.rmtree(old)
+    parallel.barrier(mesh)
+
+
+def checkpoints(run):
+    """Folders of finished checkpoints, oldest first. Only step- and digits are ours: what else lies there, a copy that
+    somebody made, is neither read nor counted nor removed."""
+    ours = [p for p in (run / "ckpt").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", p.name) and p.is_dir()]
+    return sorted(ours, key=lambda p: int(p.name[5:]))
+
+
+class Saved(Mapping):
+    """What a checkpoint holds, by name, whatever ranks wrote it: `saved[name]`, or some rows of it. Nothing is read
+    from the disk, and nothing put together, before it is asked for."""
+
+    def __init__(self, tensors):
+        self.parts = {}
+        for key, t in tensors.items():
+            name, start, state = re.fullmatch(r"([^\[\]]*?)(?:\[(\d+):\d+\])?(:\w+)?", key).groups()
+            self.parts.setdefault(name + (state or ""), []).append((int(start or 0), t))
+        for parts in self.parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def __iter__(self):
+        return iter(self.parts)
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, name):
+        return self.rows(name)
+
+    def shape(self, name):
+        parts = [t for _, t in self.parts[name]]
+        return torch.Size((sum(map(len, parts)), *parts[0].shape[1:])) if parts[0].ndim else parts[0].shape
+
+    def rows(self, name, start=0, stop=None):
+        """Rows start..stop, put together where they lie in several files. A number (a step) has none: it is itself."""
+        parts = self.parts[name]
+        if not parts[0][1].ndim:
+            return parts[0][1]
+        stop = self.shape(name)[0] if stop is None else stop
+        found = [t[max(start - at, 0):stop - at] for at, t in parts if at < stop and at + len(t) > start]
+        if sum(map(len, found)) != stop - start:
+            raise ValueError(f"the checkpoint has no rows {start} to {stop} of {name}")
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+DAMAGE = OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError    # what damaged files raise
+
+
+def read_manifest(folder):
+    """A checkpoint's manifest, verified: nothing that it says is used before. Raises ValueError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest.pop("sha256") != digest(manifest):
+            raise ValueError("manifest.json is not what was written")
+        return manifest
+    except DAMAGE as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def read_checkpoint(folder, part=0, parts=1):
+    """→ (manifest, Saved), every tensor's shape and type verified, and the checksums of every parts-th. Raises
+    ValueError."""
+    manifest = read_manifest(folder)
+    try:
+        entries = manifest["tensors"]
+        names = {entry["file"] for entry in entries.values()}
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder}: its manifest names files outside the folder")
+        files = {name: read_tensors(folder / name) for name in names}
+        tensors = {name: files[entry["file"]][name] for name, entry in entries.items()}
+    except DAMAGE as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+    for i, (name, t) in enumerate(tensors.items()):
+        entry = entries[name]
+        if str(t.dtype) != entry["dtype"] or list(t.shape) != entry["shape"] \
+                or i % parts == part and parallel.checksum(t) != entry["sha256"]:
+            raise ValueError(f"{folder} is damaged: {name} is not what the manifest says")
+    return manifest, Saved(tensors)
+
+
+def newest_checkpoint(run, say=print, mesh=parallel.Mesh()):
+    """The newest intact checkpoint of a run, or None; damaged ones are named and passed over. Ranks verify a part of
+    the checksums each and decide together."""
+    before = float("inf")
+    while True:
+        steps = [s for p in checkpoints(run) if (s := int(p.name.removeprefix("step-"))) < before]
+        step = max(steps, default=-1)
+        found = torch.tensor([step, -step], dtype=torch.float64, device=mesh.device)
+        high, low = parallel.all_max(found, mesh).tolist()
+        if high != -low:
+            raise ValueError(f"ranks found checkpoints of steps {-low:.0f} to {high:.0f}: {run} must be one folder "
+                             "that all of them see")
+        if step < 0:
+            return None
+        wrong, found = "", None
+        try:
+            found = read_checkpoint(run / "ckpt" / f"step-{step:08d}", mesh.world.rank, mesh.world.size)
+        except ValueError as error:
+            wrong = str(error)
+        if not parallel.all_max(torch.tensor([float(bool(wrong))], device=mesh.device), mesh).item():
+            return found
+        everyone = [text for text in parallel.gather(wrong, mesh) or [wrong] if text]
+        say(f"{everyone[0] if everyone else 'damaged'}; trying the one before")
+        before = step
 
 
 # ---- weights in ---------------------------------------------------------------------------------------------------
@@ -237,12 +410,13 @@ def is_hf(folder):
 
 
 def kept_config(run):
-    """The configuration in the newest readable manifest of a run, or None."""
+    """The configuration in the newest intact manifest of a run, or None. ValueError: this version has not all of it."""
     for folder in reversed(checkpoints(Path(run))):
         try:
-            return from_dict(Config, json.loads((folder / "manifest.json").read_text())["config"])
-        except (OSError, KeyError, ValueError):
+            manifest = read_manifest(folder)
+        except ValueError:
             continue                                               # damaged: named when it is read in earnest
+        return from_dict(Config, manifest["config"])
 
 
 def begin(config, model, owners, facts, mesh, say):
@@ -290,6 +464,8 @@ def load_run(folder, average=1):
         restore(model, None, saved)
         add_snapshot_(mean, model.state_dict(), average)
     put_back_(model.state_dict(), mean)
+    if model.config.ngpt:
+        renormalise_(model.state_dict())                           # a mean of unit vectors is shorter than they are
     return model, load_tokenizer(run / "tokenizer.json")
 
 
@@ -312,13 +488,17 @@ class RunFolder:
         self.lock.flush()
         self.log = None
 
-    def open_log(self, columns, step):
-        """Open log.csv for appending, its rows past `step` cut. → the rows that stay."""
+    def open_log(self, columns, step, say=print):
+        """Open log.csv for appending, its rows past `step` cut. → the rows that stay. A log that cannot be read is set
+        aside: the run does not need it."""
         path, rows = self.path / "log.csv", []
         if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file)         # the last may be torn
-                        if row["step"].isdigit() and row["seconds"] and int(row["step"]) <= step]
+            try:
+                rows = self.read_log(path, step)
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                aside = path.with_suffix(f".unreadable-{time.time_ns()}")
+                path.rename(aside)
+                say(f"{path} cannot be read ({type(error).__name__}: {error}): kept as {aside.name}, begun anew")
         beside = path.with_suffix(".part")
         with open(beside, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -330,6 +510,23 @@ class RunFolder:
         self.log = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.log, columns)
         return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
+
+    @staticmethod
+    def read_log(path, step):
+        """The rows of a log.csv up to `step`, without what is torn at its end."""
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file)
+                    if row["step"].isdigit() and row["seconds"] and int(row["step"]) <= step]
+        for row in rows:
+            for text in row.values():
+                float(text or 0)
+        return rows
+
+    def belongs_to(self, launches):
+        """Keep which launches of torchrun may go on with this run by themselves; a plain process may not."""
+        (self.path / "launch.json").unlink(missing_ok=True)
+        if any(launches):
+            write_atomically(self.path / "launch.json", json.dumps(sorted(set(launches))).encode())
 
     def write_row(self, row):
         self.writer.writerow(row)
@@ -345,43 +542,12 @@ class RunFolder:
         self.lock.close()
 
 
-def draw(history, domains, path):
-    """loss.png: loss by domain, learning rate, mixture, largest logit, all over tokens."""
-    import matplotlib
-    import numpy as np
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    steps = [row for row in history if "loss" in row]
-    million = [row["tokens"] / 1e6 for row in steps]
-    (loss, rate), (mixture, logit) = axes
-    loss.plot(million, [row["loss"] for row in steps], color="0.8", label="training")
-    for i, name in enumerate(domains):
-        points = [(row["tokens"] / 1e6, row[f"val_{name}"]) for row in history if f"val_{name}" in row]
-        loss.plot(*zip(*points), marker="o", ms=3, color=f"C{i}", label=f"{name}, validation")
-    rate.plot(million, [row["lr"] for row in steps], color="C0")
-    width = 1 + len(steps) // 40                                   # a step holds few windows: average neighbours
-    shares = np.array([[row[f"share_{name}"] for row in steps] for name in domains])
-    shares = np.pad(shares, ((0, 0), (width // 2, width - 1 - width // 2)), "edge")
-    shares = [np.convolve(share, np.full(width, 1 / width), "valid") for share in shares]
-    mixture.stackplot(million, shares, labels=domains, alpha=0.8)
-    logit.plot(*zip(*((row["tokens"] / 1e6, row["max_logit"]) for row in steps if "max_logit" in row)), color="C0")
-    for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"), (mixture, "mixture (share of windows)"),
-                        (logit, "largest logit q·k/√d")):
-        axis.set(title=title, xlabel="million tokens")
-    loss.legend(fontsize=8)
-    mixture.legend(fontsize=8, loc="lower left")
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    plt.close(figure)
-    beside.replace(path)
-
-
 # ---- evaluation, speed, signals -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, batches, config, mesh, dtype=None):
-    """{domain: (nats/token, bits/byte)} over side-by-side validation windows, shared out among the ranks."""
+def evaluate(model, batches, config, mesh, dtype=None, stop_asked=lambda: False):
+    """{domain: (nats/token, bits/byte)} over side-by-side validation windows, shared out among the ranks; None where a
+    stop was requested on any of them meanwhile."""
     model.eval()
     results, token_bytes = {}, torch.as_tensor(batches.corpus.tokenizer.token_bytes)
     for name in batches.corpus.domains:
@@ -389,9 +555,13 @@ def evaluate(model, batches, config, mesh, dtype=None):
         sums = torch.zeros(3, dtype=torch.float64)                                   # nats, tokens, bytes
         for at in range(mesh.dp.rank * config.micro, math.ceil(len(x) / config.micro / mesh.dp.size)
                         * mesh.dp.size * config.micro, mesh.dp.size * config.micro):
+            stop = torch.tensor([float(stop_asked())], device=mesh.device)
+            if parallel.all_max(stop, mesh).item():
+                model.train()
+                return None
             part = slice(at, at + config.micro) if at < len(x) else slice(0, 1)
             xs, ys, starts = (None if t is None else t[part].to(mesh.device) for t in (x, y, doc_start))
-            _, nll = model(xs, ys, starts, dtype=dtype)
+            _, nll, _ = model(xs, ys, starts, dtype=dtype)
             if at >= len(x):                                       # only so that tokens of other ranks meet experts
                 continue
             sums += torch.tensor([nll.double().sum().item(), ys.numel(), token_bytes[ys.cpu()].sum().item()])
@@ -445,16 +615,17 @@ class Status:
     """One live line: rewritten in place on a terminal, printed every few seconds elsewhere."""
 
     def __init__(self, quiet):
-        self.quiet, self.live, self.last, self.logit = quiet, sys.stdout.isatty(), 0.0, math.nan
+        self.quiet, self.live, self.last, self.logit = quiet, sys.stdout.isatty(), 0.0, None
 
     def __call__(self, row, config, left, end=False):
         self.logit = row.get("max_logit", self.logit)              # exact in some steps only
         if self.quiet or not end and time.monotonic() - self.last < (0.2 if self.live else 10):
             return
         self.last = time.monotonic()
+        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
         text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  loss {row['loss']:.3f}  "
                 f"lr {row['lr']:.1e}  {row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  "
-                f"max logit {self.logit:.1f}  {clock(left)} left")
+                f"{known}{clock(left)} left")
         print(f"\r{text}\033[K" if self.live else text, end="" if self.live and not end else "\n", flush=True)
 
     def say(self, text):
@@ -462,23 +633,37 @@ class Status:
             print(f"\r\033[K{text}" if self.live else text, flush=True)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# ---- a run --------------------------------------------------------------------------------------------------------
 
-def forward_backward(model, batch, config, mesh, domains, dtype=None, after=lambda: None):
-    """Gradients of the mean loss of this rank's windows, accumulated over micro-batches into p.grad; `after` each of
-    them is called.
+@dataclass
+class Run:
+    """The state of a run: what a step reads and changes. The arithmetic is elsewhere."""
+    config: Config
+    mesh: parallel.Mesh
+    corpus: Corpus
+    batches: Batches
+    model: Transformer
+    owners: Zero1
+    status: Status
+    stop: Stop
+    facts: dict                        # what a checkpoint says of the run
+    dtype: torch.dtype = None          # what is computed in; None: the weights' own
+    folder: RunFolder = None           # log and figure; None where nothing is kept, and on ranks other than 0
+    mean: dict = field(default_factory=dict)       # of the snapshots of this period, so far
+    history: list = field(default_factory=list)    # rows of the log
+    step: int = 0
+    seconds: float = 0.0               # spent in steps; evaluation does not count
+    skipped: int = 0                   # steps that were left out, since their gradients were not finite
 
-    → (domains, 2) float64 on the CPU: summed loss in nats/token, and number, of each domain's windows."""
-    sums, share = torch.zeros(domains, 2, dtype=torch.float64), len(batch.x)
-    for at in range(0, share, config.micro):
-        part = slice(at, at + config.micro)
-        x, y, doc_start = (None if t is None else t[part].to(mesh.device) for t in (batch.x, batch.y, batch.doc_start))
-        loss, nll = model(x, y, doc_start, dtype=dtype)
-        (loss * (len(x) / share)).backward()
-        after()
-        of_window = nll.double().view(len(x), -1).mean(1).cpu()
-        sums.index_add_(0, batch.domain[part], torch.stack([of_window, torch.ones_like(of_window)], 1))
-    return sums
+    def __post_init__(self):
+        config, named = self.config, list(self.model.named_parameters())
+        self.attentions = list(self.model.attentions().values())
+        self.mixtures = list(self.model.mixtures().values())
+        self.buffers = router_biases(self.model)
+        self.name_of = {p: name for name, p in named}
+        self.last = min(config.total_steps, config.steps or config.total_steps)
+        self.flops = flops_per_token(config.model)
+        self.machine_flops = matmul_speed(self.mesh.device, self.dtype or torch.float32)
 
 
 def train(config, resume=False, quiet=False, watch=None):
@@ -487,53 +672,255 @@ def train(config, resume=False, quiet=False, watch=None):
 
     With config.out everything is kept in that folder, and `resume` goes on from its newest intact checkpoint; without,
     nothing is written. Raises ValueError on bad input, before any work is lost."""
-    run, world = None, parallel.world_size()
+    folder, world = None, parallel.world_size()
     if config.batch % world:
         raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
     config.mesh.check(world, config.model.n_expert)
-    if parallel.this_rank() == 0 and config.out:
-        if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
-            raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another folder")
-        run = RunFolder(config.out)
-    corpus = prepare(data_of(config), config.model.vocab_size)       # before anyone waits for anyone: may take a while
-    horizon = config.data.horizon or config.tokens
-    batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch, config.model.context)
-    mesh = parallel.join_mesh(config.mesh)
     try:
+        if parallel.this_rank() == 0 and config.out:
+            if not resume and any((Path(config.out) / name).exists() for name in ("ckpt", "log.csv")):
+                raise ValueError(f"--out={config.out} holds a run already: add --resume to go on, or name another "
+                                 "folder")
+            folder = RunFolder(config.out)
+
+        # The text is made ready before anyone waits for anyone: that may take a while.
+        corpus = prepare(data_of(config), config.model.vocab_size)
+        horizon = config.data.horizon or config.tokens
+        batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
+                          config.model.context)
+        mesh = parallel.join_mesh(config.mesh, must_be_alike(config, resume, corpus))
         with Stop() as stop:
-            return loop(config, resume, Status(quiet or mesh.dp.rank > 0), run, corpus, batches, mesh, stop, watch)
+            run = start(config, resume, mesh, corpus, batches, Status(quiet or mesh.world.rank > 0), stop, folder)
+            loop(run, watch)
+            return run.history, run.model
     finally:
-        parallel.leave_mesh(mesh)
-        if run:
-            run.close()
+        if world > 1:
+            parallel.leave_mesh()
+        if folder:
+            folder.close()
 
 
-def take_up(config, resume, model, owners, facts, mesh, say):
+def must_be_alike(config, resume, corpus):
+    """{what: text} that has to be the same on all ranks. Paths may differ: what they lead to may not."""
+    alike = {name: repr(value) for name, value in options_of(config)
+             if name not in (*PLACES, "init", "data.tokenizer")}
+    return alike | dict(resume=str(resume), text=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint,
+                        torch=torch.__version__)
+
+
+def start(config, resume, mesh, corpus, batches, status, stop, folder):
+    """Build a run, at its first step or where it was left."""
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
+    model = build(config, mesh, dtype)
+    named = dict(model.named_parameters())
+    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim), lambda *p: weigh(*p, config.optim), mesh)
+    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
+    run = Run(config, mesh, corpus, batches, model, owners, status, stop, facts, dtype, folder)
+    status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
+               f"of {config.batch} × {config.model.context} tokens on {mesh.world.size} × {mesh.device.type}")
+    for line in (*describe(named.items(), config.optim), *owners.describe()):
+        status.say(f"  {line}")
+
+    # Weights: new ones, those that it begins with, or those that it was left with. All ranks have to have the same.
+    manifest = take_up(run, resume)
+    parallel.compare_weights(model.state_dict(), mesh)
+    launches = parallel.gather(parallel.launch_id(), mesh)
+    if folder:
+        folder.belongs_to(launches)
+        run.history = folder.open_log(log_columns(corpus.domains, run.mixtures), run.step if manifest else -1,
+                                      status.say)
+        corpus.tokenizer.save(folder.path / "tokenizer.json")
+        status.logit = next((row["max_logit"] for row in reversed(run.history) if "max_logit" in row), None)
+    before = (run.history[-1] if run.history else {}) | (manifest or {})
+    run.seconds, run.skipped = before.get("seconds", 0.0), int(before.get("skipped", 0))
+
+    # The row of this step may be missing: nothing is logged yet, or the run was stopped in its evaluation.
+    row = dict(step=0, tokens=0, seconds=0.0)
+    if manifest:
+        row = manifest.get("row")
+    else:
+        save(run, row)                                             # from here on the run can be resumed as it was begun
+    logged = torch.tensor([float(bool(run.history) and run.history[-1]["step"] == run.step)], device=mesh.device)
+    if row and not parallel.all_max(logged, mesh).item() and not record(run, row):
+        run.last = run.step
+    if config.compile:
+        for layer in model.layers.values():
+            layer.forward = torch.compile(layer.forward)           # layers are alike: one compilation serves all
+    return run
+
+
+def take_up(run, resume):
     """Load the newest intact checkpoint of the run, if it is to be resumed, or else what it begins with.
 
-    → (the step to go on from, or None; what there is of the mean of snapshots)"""
-    found = newest_checkpoint(Path(config.out), say, mesh) if resume else None
-    if not found:
+    → the checkpoint's manifest, or None"""
+    config, model, owners, facts, mesh = run.config, run.model, run.owners, run.facts, run.mesh
+    say = run.status.say
+    checkpoint = newest_checkpoint(Path(config.out), say, mesh) if resume else None
+    if not checkpoint:
         if resume and checkpoints(Path(config.out)):
             raise ValueError(f"{config.out}: every checkpoint is damaged; name another --out to start again")
         if resume:
             say(f"resuming {config.out} at step 0")
         if config.init:
             begin(config, model, owners, facts, mesh, say)
-        return None, {}
-    manifest, saved = found
+        return None
+    manifest, saved = checkpoint
     for what in ("tokenizer", "data"):
         if manifest[what] != facts[what]:
             raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
                              f"{facts[what][:12]}): same Python, --data options and files are needed to go on")
     restore(model, owners, saved)
+    if wrong := other_run(from_dict(Config, manifest["config"]), config):
+        raise ValueError(f"the checkpoint of step {manifest['step']} in {config.out} was made with "
+                         + "; ".join(f"{name}={old}, not {new}" for name, old, new in wrong))
     say(f"resuming {config.out} at step {manifest['step']}")
-    mean = {}
+    run.step = manifest["step"]
     if any(name.startswith("mean/") for name in saved):
-        mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.masters}
-        mean |= {name: saved[f"mean/{name}"] for name in dict(model.named_buffers()) if f"mean/{name}" in saved}
-    return manifest["step"], {name: t.clone().to(mesh.device) for name, t in mean.items()}
+        mean = {piece.key: saved.rows(f"mean/{piece.name}", piece.start, piece.stop) for piece in owners.trained()}
+        mean |= {name: saved[f"mean/{name}"] for name in run.buffers if f"mean/{name}" in saved}
+        run.mean = {name: t.clone().to(mesh.device) for name, t in mean.items()}
+    return manifest
 
+
+def loop(run, watch=None):
+    """Steps, until the last one or until somebody asks to stop."""
+    while run.step < run.last:
+        row, stop = train_step(run)
+        if watch:
+            watch(run.step, run.model)
+        stop = finish(run, row, stop and run.step < run.last)
+        run.status(row, run.config, (run.last - run.step) * run.seconds / run.step, end=run.step == run.last)
+        if stop:
+            how = f"; go on with --out={run.config.out} --resume" if run.folder else ""
+            run.status.say(f"stopped at step {run.step}{how}")
+            break
+    if run.config.compile:
+        for layer in run.model.layers.values():
+            del layer.forward                                      # sampling meets a new length with every token
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------
+
+class Seen(NamedTuple):
+    """What all ranks saw in the forward and backward of a step."""
+    stop: bool                   # requested, on any of them
+    unwell: list                 # ranks with a loss or gradient that is not finite
+    logits: torch.Tensor         # (attentions, n_head) largest
+    loads: torch.Tensor          # (mixtures, n_expert) tokens of each expert
+    nats: list                   # summed over the windows of each domain
+    windows: list                # of each domain
+    loss: float                  # nats/token
+
+
+def train_step(run):
+    """One step → (the row of its log, whether a stop was requested)."""
+    config, mesh, owners = run.config, run.mesh, run.owners
+    began = time.perf_counter()
+
+    # Forward and backward of this rank's windows; then everybody hears what all have seen.
+    lr = learning_rate(run.step * config.step_tokens, config)
+    owners.set_rate(lr)
+    exact = clear_records(run)
+    batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
+    nats = parallel.execute(parallel.straight(len(batch.x), config.micro), [run.model], batch, config.micro, mesh,
+                            run.dtype)
+    seen = share_what_was_seen(run, batch, nats)
+
+    # Gradients go to their owners. Whether they are used is one decision, from numbers that all ranks have.
+    owners.reduce()
+    norm = owners.clip_norm_(config.optim.clip_norm).item()
+    sound = math.isfinite(seen.loss) and math.isfinite(norm)
+    if not sound:
+        skip(run, seen, norm)
+    run.step += 1
+
+    # Owners update; what follows is done to their masters too, before everybody gets the weights.
+    update(run, sound, seen)
+    owners.drop()
+    took = time.perf_counter() - began
+    run.seconds += took
+    return log_row(run, seen, lr, norm, sound, exact, took), seen.stop
+
+
+def clear_records(run):
+    """Largest logits and loads are those of one step. → whether logits will be exact, and not bounds below tau."""
+    optim = run.config.optim
+    exact = optim.exact_logits or run.config.compile or run.step % 50 == 0
+    threshold = None if exact else optim.tau or math.inf
+    for attention in run.attentions:
+        attention.clear_logits(threshold)
+    for moe in run.mixtures:
+        moe.load.zero_()
+    return exact
+
+
+def share_what_was_seen(run, batch, nats):
+    """Two collectives, one of maxima and one of sums. nats (b,): the loss of each window of this rank. → Seen"""
+    config, mesh, domains = run.config, run.mesh, len(run.corpus.domains)
+    sums = torch.zeros(domains, 2, dtype=torch.float64)
+    sums.index_add_(0, batch.domain, torch.stack([nats, torch.ones_like(nats)], 1))
+
+    # Flags: stop requested; rank r has values that are not finite. Then the largest logit of every head.
+    flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
+    flags[0] = float(run.stop.asked())
+    flags[1 + mesh.world.rank] = ~(run.owners.sound() & bool(sums.isfinite().all()))
+    maxima = parallel.all_max(torch.cat([flags, *(a.max_logits for a in run.attentions)]), mesh)
+    flags, logits = maxima.tensor_split([len(flags)])
+    logits = logits.view(-1, config.model.n_head)
+    for attention, largest in zip(run.attentions, logits):
+        attention.max_logits.copy_(largest)
+
+    # Losses and windows by domain; tokens of every expert.
+    counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in run.mixtures)])
+    counted = parallel.all_sum(counted, mesh)
+    sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
+    loss = (sums[:, 0].sum() / config.batch).item()
+    return Seen(bool(flags[0]), flags[1:].nonzero().flatten().tolist(), logits,
+                loads.view(-1, config.model.n_expert or 1), *sums.T.tolist(), loss)
+
+
+def skip(run, seen, norm):
+    """The step is left out, or it ends the run: FloatingPointError."""
+    names = run.corpus.domains
+    bad = [name for name, nats in zip(names, seen.nats) if not math.isfinite(nats)]
+    what = f"step {run.step + 1}: loss {seen.loss}, gradient norm {norm}; ranks {seen.unwell}, " \
+           f"domains {', '.join(bad) or '-'}"
+    if not run.config.skip_nonfinite:
+        raise FloatingPointError(f"{what}: not updated; {last_good(run)}")
+    run.skipped += 1
+    run.status.say(f"{what}: skipped")
+
+
+def update(run, sound, seen):
+    """The owners' update, if the gradients are sound, and what comes after it: clip, sphere, snapshot, average."""
+    config = run.config
+    snapshot, put_back = averaging(run.step, config) if config.average_every else (False, False)
+    if sound:
+        for moe, load in zip(run.mixtures, seen.loads):
+            moe.balance_(load)
+
+    def follow(masters):
+        if sound and config.optim.tau:
+            qk_clip_(run.attentions, config.optim.tau, lambda weight: masters.get(run.name_of[weight]))
+        if sound and config.model.ngpt:
+            renormalise_(masters)
+        if snapshot:
+            add_snapshot_(run.mean, masters, config.average_of)
+        if put_back:
+            put_back_(masters, run.mean)
+            if config.model.ngpt:
+                renormalise_(masters)
+    if sound or snapshot:
+        run.owners.step(sound, follow)
+    if snapshot:
+        add_snapshot_(run.mean, run.buffers, config.average_of)
+    if put_back:
+        put_back_(run.buffers, run.mean)
+        if config.average_reset:
+            run.owners.forget()
+
+
+# ---- after a step: log and checkpoint -----------------------------------------------------------------------------
 
 def log_columns(names, mixtures):
     """The columns of log.csv. load is that of an expert, largest over mean, in the layer where that is worst; loss_NAME
@@ -544,153 +931,86 @@ def log_columns(names, mixtures):
             *by_domain, "tokens_per_s", "mfu", "seconds"]
 
 
-def loop(config, resume, status, run, corpus, batches, mesh, stop, watch):
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    model = build(config, mesh, dtype)
-    named = dict(model.named_parameters())
-    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim), lambda *p: weigh(*p, config.optim), mesh)
-    attentions, mixtures = list(model.attentions().values()), list(model.mixtures().values())
-    parameters, buffers, name_of = list(named.values()), router_biases(model), {p: name for name, p in named.items()}
-    for layer in model.layers.values() if config.compile else ():
-        layer.forward = torch.compile(layer.forward)               # layers are alike: one compilation serves all
-    names, last = list(corpus.domains), min(config.total_steps, config.steps or config.total_steps)
-    facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    found, mean = take_up(config, resume, model, owners, facts, mesh, status.say)
-    step, history = found or 0, []
-    if run:
-        history = run.open_log(log_columns(names, mixtures), -1 if found is None else found)
-        corpus.tokenizer.save(run.path / "tokenizer.json")
-    status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, {config.total_steps} steps "
-               f"of {config.batch} × {config.model.context} tokens on {mesh.dp.size} × {mesh.device.type}")
-    for line in (*describe(named.items(), config.optim), *owners.describe()):
-        status.say(f"  {line}")
-    peak, flops = matmul_speed(mesh.device, dtype or torch.float32), flops_per_token(config.model)
+def log_row(run, seen, lr, norm, sound, exact, took):
+    config = run.config
+    clipped = 0
+    if config.optim.tau and sound:
+        clipped = (seen.logits > config.optim.tau).sum().item()
+    speed = config.step_tokens / took
+    row = dict(step=run.step, tokens=run.step * config.step_tokens, lr=lr, loss=seen.loss, grad_norm=norm,
+               clipped=clipped, skipped=run.skipped, tokens_per_s=speed,
+               mfu=run.flops * speed / run.machine_flops / run.mesh.world.size, seconds=run.seconds)
+    if exact:
+        row["max_logit"] = seen.logits.max().item()
+    if run.mixtures:
+        row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max().item()
+    epochs = run.batches.epochs(run.step)
+    for name, nats, windows in zip(run.corpus.domains, seen.nats, seen.windows):
+        row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
+        if windows:
+            row[f"loss_{name}"] = nats / windows
+    return row
 
-    def record(row):
-        if row["step"] % config.eval_every == 0 or row["step"] == last:
-            for name, (nats, bits) in evaluate(model, batches, config, mesh, dtype).items():
-                row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
-        elif row["step"] % config.log_every:
-            return
-        history.append(row)
-        if run:
-            run.write_row(row)
-            if f"val_{names[0]}" in row and row["step"]:
-                draw(history, names, run.path / "loss.png")
 
-    def save():
-        sick = torch.tensor([float(not all(p.isfinite().all() for p in parameters))], device=mesh.device)
-        if parallel.all_max(sick, mesh).item():
-            raise FloatingPointError(f"step {step}: weights that are not finite are not saved; {last_good()}")
-        if run:
-            run.sync_log()
-        if config.out:
-            kept = owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in buffers}
-            if mesh.dp.rank == 0:                                  # all have the same
-                kept |= buffers | {f"mean/{name}": mean[name] for name in buffers if name in mean}
-            save_checkpoint(Path(config.out), step, kept, facts, config.keep, mesh)
+def finish(run, row, stop):
+    """Save where it is time to, then log: what fails or is stopped in an evaluation loses no step. → whether to stop"""
+    saved = run.step % run.config.save_every == 0 or run.step == run.last or stop
+    if saved:
+        save(run, row)
+    if record(run, row):
+        return stop
+    if not saved:
+        save(run, row)
+    return True
 
-    def last_good():
-        kept = checkpoints(Path(config.out)) if config.out else []
-        return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
-    if found is None:
-        record(dict(step=0, tokens=0, seconds=0.0))
-        save()                                                     # from here on the run can be resumed as it was begun
-    spent, skipped = (history[-1]["seconds"], int(history[-1].get("skipped", 0))) if history else (0.0, 0)
-    while step < last:
-        begin, tokens = time.perf_counter(), step * config.step_tokens
-        lr = learning_rate(tokens, config)
-        for optimizer in owners.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        exact = config.optim.exact_logits or config.compile or step % 50 == 0      # else bounds do; no clip: nothing
-        for attention in attentions:
-            attention.clear_logits(None if exact else config.optim.tau or math.inf)
-        for moe in mixtures:
-            moe.load.zero_()
-        model.zero_grad()
-        batch = batches(step, mesh.dp.rank, mesh.dp.size)
-        sums = forward_backward(model, batch, config, mesh, len(names), dtype, owners.accumulate)
+def record(run, row):
+    """Log the row of a step, evaluated where that is due. → False where a stop was requested meanwhile: the row is then
+    left to whoever goes on from here."""
+    config, names = run.config, list(run.corpus.domains)
+    if row["step"] % config.eval_every == 0 or row["step"] == run.last:
+        results = evaluate(run.model, run.batches, config, run.mesh, run.dtype, run.stop.asked)
+        if results is None:
+            return False
+        for name, (nats, bits) in results.items():
+            row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
+    elif row["step"] % config.log_every:
+        return True
+    run.history.append(row)
+    if run.folder:
+        run.folder.write_row(row)
+        if f"val_{names[0]}" in row and row["step"]:
+            try:
+                from notes._figure import draw                     # a picture is not one of the ideas
+                draw(run.history, names, run.folder.path / "loss.png")
+            except Exception as error:                             # a figure is not worth a run
+                run.status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
+    return True
 
-        flags = torch.zeros(1 + mesh.dp.size, device=mesh.device)  # does anyone ask to stop; which ranks are unwell
-        flags[0], flags[1 + mesh.dp.rank] = float(stop.asked()), ~(owners.sound() & bool(sums.isfinite().all()))
-        peaks = torch.cat([flags, *(a.max_logits for a in attentions)])
-        flags, peaks = parallel.all_max(peaks, mesh).tensor_split([len(flags)])      # one collective for all
-        for attention, largest in zip(attentions, peaks.split(config.model.n_head)):
-            attention.max_logits.copy_(largest)
-        counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in mixtures)])
-        counted = parallel.all_sum(counted, mesh)
-        sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
-        loads = loads.view(-1, config.model.n_expert or 1)         # (mixtures, E) tokens of each expert
-        owners.reduce()
-        norm = owners.clip_norm_(config.optim.clip_norm).item()
-        loss = (sums[:, 0].sum() / config.batch).item()
-        sound = math.isfinite(loss) and math.isfinite(norm)        # sums over ranks: the same decision everywhere
-        if not sound:
-            ranks = flags[1:].nonzero().flatten().tolist()
-            bad = [name for name, (nats, _) in zip(names, sums.tolist()) if not math.isfinite(nats)]
-            what = f"step {step + 1}: loss {loss}, gradient norm {norm}; ranks {ranks}, domains {', '.join(bad) or '-'}"
-            if not config.skip_nonfinite:
-                raise FloatingPointError(f"{what}: not updated; {last_good()}")
-            skipped += 1
-            status.say(f"{what}: skipped")
 
-        step += 1
-        snapshot, put_back = averaging(step, config) if config.average_every else (False, False)
-        for moe, load in zip(mixtures, loads) if sound else ():
-            moe.balance_(load)
+def save(run, row):
+    """A checkpoint, which holds the row of its step: the log may not have got it yet."""
+    mesh, mean = run.mesh, run.mean
+    sick = torch.tensor([float(not all(p.isfinite().all() for p in run.name_of))], device=mesh.device)
+    if parallel.all_max(sick, mesh).item():
+        raise FloatingPointError(f"step {run.step}: weights that are not finite are not saved; {last_good(run)}")
+    if run.folder:
+        run.folder.sync_log()
+    if not run.config.out:
+        return
+    kept = run.owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in run.buffers}
+    if mesh.dp.rank == 0:                                          # all have the same
+        kept |= run.buffers | {f"mean/{name}": mean[name] for name in run.buffers if name in mean}
+    facts = run.facts | dict(seconds=run.seconds, skipped=run.skipped, row=row)
+    save_checkpoint(Path(run.config.out), run.step, kept, facts, run.config.keep, mesh)
 
-        def follow(masters):
-            """What comes after an update, on the owner's weights: clip, sphere, snapshot, average."""
-            if sound and config.optim.tau:
-                qk_clip_(attentions, config.optim.tau, lambda weight: masters.get(name_of[weight]))
-            if sound and config.model.ngpt:
-                renormalise_(masters)
-            if snapshot:
-                add_snapshot_(mean, masters, config.average_of)
-            if put_back:
-                put_back_(masters, mean)
-                if config.model.ngpt:
-                    renormalise_(masters)
-        if sound or snapshot:
-            owners.step(sound, follow)
-        if snapshot:
-            add_snapshot_(mean, buffers, config.average_of)
-        if put_back:
-            put_back_(buffers, mean)
-            for optimizer in owners.optimizers if config.average_reset else ():
-                optimizer.state.clear()
-        clipped = (peaks > config.optim.tau).sum().item() if config.optim.tau and sound else 0
 
-        took = time.perf_counter() - begin
-        spent += took
-        if watch:
-            watch(step, model)
-        epochs = batches.epochs(step)
-        speed = config.step_tokens / took
-        row = dict(step=step, tokens=step * config.step_tokens, lr=lr, loss=loss,
-                   grad_norm=norm, clipped=clipped, skipped=skipped,
-                   tokens_per_s=speed, mfu=flops * speed / peak / mesh.dp.size, seconds=spent)
-        if exact:
-            row["max_logit"] = peaks.max().item()
-        if mixtures:
-            row["load"] = (loads.amax(1) / loads.mean(1)).max().item()
-        for name, (total, windows) in zip(names, sums.tolist()):
-            row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
-            row |= {f"loss_{name}": total / windows} if windows else {}
-        record(row)
-        status(row, config, (last - step) * spent / step, end=step == last)
-        leave = bool(flags[0])
-        if step % config.save_every == 0 or step == last or leave:
-            save()
-        if leave and step < last:
-            status.say(f"stopped at step {step}" + (f"; go on with --out={config.out} --resume" if run else ""))
-            break
-    for layer in model.layers.values() if config.compile else ():
-        del layer.forward                                          # sampling meets a new length with every token
-    return history, model
+def last_good(run):
+    kept = checkpoints(Path(run.config.out)) if run.config.out else []
+    return f"the last good checkpoint is {kept[-1]}" if kept else "nothing is kept of this run"
 
+
+# ---- the model of a rank ------------------------------------------------------------------------------------------
 
 def build(config, mesh, dtype=None):
     """The model with this rank's experts. With owners that keep float32 masters, its matrices may be narrower: on many
@@ -720,14 +1040,16 @@ def router_biases(model):
 # ---- the command --------------------------------------------------------------------------------------------------
 
 def report(config, history, model, corpus):
-    """What was learned: a table by domain beside a bigram model, and a sample of each."""
+    """What was learned: a table by domain beside a bigram model, and a sample of each. Where the log has lost its first
+    row, what there was before is not known."""
     first, last = history[0], history[-1]
     print(f"\n{'domain':<12}{'windows seen':>14}{'epochs':>9}{'bits/byte':>11}{'':>4}{'after':<9}{'bigram':<9}"
           f"{'nats/token':>10}")
     for name, domain in corpus.domains.items():
         bigram = bigram_bits(domain.train, domain.val, corpus.tokenizer)
         windows = last[f"epochs_{name}"] * ((len(domain.train) - 1) // config.model.context)
-        print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{first[f'bpb_{name}']:>11.3f}{'→':^4}"
+        before = f"{first[f'bpb_{name}']:.3f}" if first["step"] == 0 else ""
+        print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{before:>11}{'→':^4}"
               f"{last[f'bpb_{name}']:<9.3f}{bigram:<9.3f}{last[f'val_{name}']:>10.3f}")
     for name, domain in corpus.domains.items():
         prompt = torch.as_tensor(domain.val[:32].astype("int64"))[None].to(model.embed.device)
@@ -736,17 +1058,21 @@ def report(config, history, model, corpus):
     print(f"\nsample more: python model.py --sample {config.out} --prompt \"...\"     curves: {config.out}/loss.png")
 
 
-def memory(config, world, width=2):
-    """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights of `width` bytes a
-    number, float32 gradients, float32 masters (where weights are narrower), optimizer state. Activations are extra."""
+def memory(config, world):
+    """{what: bytes a rank, on average over `world` ranks laid out as config.mesh says}: weights (bfloat16 where there
+    are several ranks, as on GPUs), float32 gradients, float32 masters of narrower weights, optimizer state. That is
+    what is alive in the backward; activations are extra."""
     with torch.device("meta"):
         named = dict(Transformer(config.model).named_parameters())
-    total = sum(p.numel() for p in named.values())
-    experts = sum(p.numel() for p in named.values() if p.ndim == 3)
-    here = ((total - experts) + experts / config.mesh.ep) / config.mesh.pp
-    states = sum(weigh(name, p, config.optim)[0] for name, p in named.items())
-    return dict(weights=width * here, gradients=4 * here, masters=4 * total * (width < 4) / world,
-                states=states / world)
+    parts = dict.fromkeys(("weights", "gradients", "masters", "states"), 0.0)
+    for name, p in named.items():
+        here = p.numel() / config.mesh.pp / (config.mesh.ep if p.ndim == 3 else 1)
+        narrow = world > 1 and may_be_narrow(name, p)
+        parts["weights"] += here * (2 if narrow else 4)
+        parts["gradients"] += here * 4
+        parts["masters"] += p.numel() / world * 4 * narrow
+        parts["states"] += weigh(name, p, config.optim)[0] / world
+    return parts
 
 
 def dry_run(config):
@@ -758,7 +1084,7 @@ def dry_run(config):
     if config.init:
         print(f"begins with the weights of {config.init}")
     world = max(parallel.world_size(), config.mesh.pp * config.mesh.ep)
-    parts = memory(config, world, 2 if world > 1 else 4)
+    parts = memory(config, world)
     print(f"{sum(parts.values()) / 1e9:.1f} GB a GPU on {world} (pp {config.mesh.pp}, ep {config.mesh.ep}), before "
           "activations: " + ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items()))
     c = config.optim
@@ -774,7 +1100,7 @@ def parse(argv):
     flags, options = set(), {}
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
-        if arg in ("--resume", "--dry-run", "--compile", "--help"):
+        if arg in ("--resume", "--dry-run", "--compile"):
             flags.add(key)
         elif arg.startswith("--"):
             if not equals:
@@ -784,9 +1110,6 @@ def parse(argv):
         raise ValueError(f"no recipe {' '.join(words)!r}; have {', '.join(RECIPES)}")
     if "compile" in flags:
         options["compile"] = "true"
-    if "help" in flags:
-        raise SystemExit(__doc__)
-    resume = "resume" in flags or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     config = RECIPES[words[0] if words else "laptop"]
     if (folder := options.get("init")) and not words:
         if not is_hf(folder) and not kept_config(folder):
@@ -794,9 +1117,20 @@ def parse(argv):
         config = replace(config, model=hf_config(folder) if is_hf(folder) else kept_config(folder).model)
     config = override(config, options)
     config = config if config.out else replace(config, out=f"out/{config.recipe}")
+    resume = "resume" in flags or begun_by_this_launch(config.out)
     if resume:
         config = resumed(config, options, words, "resume" in flags)
     return config, resume, "dry-run" in flags
+
+
+def begun_by_this_launch(run):
+    """Whether torchrun has started this process again: it goes on with what its own launch began, and with no other
+    run that it finds."""
+    launch = parallel.launch_id()
+    try:
+        return bool(launch) and launch in json.loads((Path(run) / "launch.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def resumed(config, options, words, asked):
@@ -806,18 +1140,34 @@ def resumed(config, options, words, asked):
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
     if not (kept := kept_config(run)):
         return config
-    kept = replace(kept, out=config.out, steps=0)
+    # What a run folder says of paths is where its data lay: it is read there, and must be what it was. Where this
+    # process writes is for its own command alone to say.
+    # The mesh, too, belongs to the launch: whoever goes on alone needs no other ranks.
+    kept = replace(kept, out=config.out, steps=0, data=replace(kept.data, cache=config.data.cache), mesh=config.mesh)
     if words and words[0] != kept.recipe:
         raise ValueError(f"{run} is a run of {kept.recipe}, not of {words[0]}")
     wanted = override(kept, options)
-    for name, old, new in changes(kept, wanted):
-        if name not in ("steps", "data.files", "data.cache") and not name.startswith("mesh."):
-            raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the "
-                             "data lies may change")
+    for name, old, new in other_run(kept, wanted):
+        raise ValueError(f"{run} was begun with {name}={old}, not {new}: only --mesh, --steps and where the data lies "
+                         "may change")
     return wanted
 
 
+def give_up(error):
+    """Leave with one line. torchrun prints thirty more after it: so the line is also put where torchrun looks for the
+    root cause, which it prints last. Of several ranks' it takes the one of the earliest second: a rank that lost
+    another is never the cause."""
+    line = f"train.py: {error}"
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        second = int(time.time()) + 2 * isinstance(error, parallel.LostRank)
+        about = dict(message=line, extraInfo=dict(py_callstack=line, timestamp=str(second)))
+        Path(path).write_text(json.dumps(dict(message=about)))
+    raise SystemExit(line) from None
+
+
 def main(argv):
+    if {"--help", "-h"} & set(argv):
+        return print(__doc__) if parallel.this_rank() == 0 else None
     try:
         config, resume, dry = parse(argv)
         if dry:
@@ -827,7 +1177,7 @@ def main(argv):
             model = model if config.mesh.ep == 1 else load_run(config.out)[0]      # here: some of its experts
             report(config, history, model, prepare(data_of(config), config.model.vocab_size))
     except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        give_up(error)
 
 
 if __name__ == "__main__":

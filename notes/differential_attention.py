@@ -105,17 +105,17 @@ def needles(B, n, size, random):
 @contextlib.contextmanager
 def watched(maps):
     """Within it, each attention appends its map (B, heads, T, T) to `maps`: for differential attention A1 − λ·A2."""
-    def plain(q, k, v, mask=None):
+    def plain(q, k, v, sees=None, tau=None):
         bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
         maps.append((q @ kernels.spread(k, q.shape[1]).mT * q.shape[-1] ** -0.5 + bias).softmax(-1))
-        return maps[-1] @ v
+        return maps[-1] @ v, None
 
-    def differential(q, k, v, lam, mask=None, group=2):
+    def differential(q, k, v, lam, sees=None, group=2, tau=None):
         bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
         a = (q @ kernels.spread(k, q.shape[1], group).mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
         a = a.unflatten(1, (-1, group))
         maps.append((a[:, :, :-1] - lam * a[:, :, -1:]).flatten(1, 2))
-        return maps[-1] @ kernels.spread(v, maps[-1].shape[1])
+        return maps[-1] @ kernels.spread(v, maps[-1].shape[1]), None
     with mock.patch.multiple(kernels, attention=plain, diff_attention=differential):
         yield
 

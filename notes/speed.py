@@ -114,7 +114,7 @@ def mixture():
             for p in (*moe.parameters(), *dense.parameters()):
                 p.normal_(0, 0.1)
         x = torch.randn(8, 256, width, requires_grad=True)
-        ours, theirs = in_turn(there_and_back(moe, x), there_and_back(dense, x))
+        ours, theirs = in_turn(there_and_back(lambda x, moe=moe: moe(x)[0], x), there_and_back(dense, x))
         yield "experts, forward + backward", f"{experts} of width {wide}, 2 and a shared one, model {width}", \
             "dense, as many multiplications", ours, theirs, "≤ 1.5"
 
@@ -234,6 +234,9 @@ def on_a_rank(rank, port, path):
     x = torch.randint(config.model.vocab_size, (config.batch // 2, config.model.context + 1))
     batch = Batch(x[:, :-1], x[:, 1:], None, torch.zeros(len(x), dtype=torch.int64))
 
+    def forward_backward(model):
+        parallel.execute(parallel.straight(len(x), config.micro), [model], batch, config.micro, mesh)
+
     def ours(name):
         optim = muonclip.OptimConfig(name=name, lr=1e-3, tau=0.0)
         model = Transformer(config.model)
@@ -241,11 +244,11 @@ def on_a_rank(rank, port, path):
                                 lambda *p: muonclip.weigh(*p, optim), mesh)
 
         def step():
-            model.zero_grad()
-            train.forward_backward(model, batch, config, mesh, 1)
+            forward_backward(model)
             owners.reduce()
             owners.clip_norm_(1.0)
             owners.step(True, lambda masters: None)
+            owners.drop()
         return step
 
     def theirs():
@@ -254,14 +257,14 @@ def on_a_rank(rank, port, path):
 
         def step():
             model.zero_grad()
-            train.forward_backward(model, batch, config, mesh, 1)
+            forward_backward(model)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
         return step
     adamw, muon, zero = in_turn(ours("adamw"), ours("muonclip"), theirs(), rounds=25)
     if rank == 0:
         Path(path).write_text(f"{adamw} {muon} {zero}")
-    parallel.leave_mesh(mesh)
+    parallel.leave_mesh()
 
 
 def ranks():
