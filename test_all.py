@@ -1159,7 +1159,10 @@ def test_flops_are_what_torch_counts(monkeypatch):
 def test_flops_of_latent_attention_and_experts_are_what_torch_counts(name, monkeypatch):
     """Whatever experts tokens go to: each meets n_active of them. Training is thrice that."""
     from torch.utils.flop_counter import FlopCounterMode
-    monkeypatch.setattr(kernels, "attention", kernels.attention_ref)
+
+    def reference(q, k, v, sees, scale=None, *_, **__):
+        return kernels.attention_ref(q, k, v, None, scale), None
+    monkeypatch.setattr(kernels, "attention", reference)
     config = VARIANTS[name]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lively(config).eval()(tokens(1, config.context))
@@ -1265,7 +1268,7 @@ def test_a_mixture_without_a_shared_expert_is_its_experts_alone(float64):
     with_shared, alone = (lively(replace(EXPERTS, n_shared=n)).layers["1"].ffn for n in (1, 0))
     x = torch.randn(2, 7, EXPERTS.d_model)
     assert not any("shared" in name for name, _ in alone.named_parameters())
-    torch.testing.assert_close(alone(x), with_shared(x) - with_shared.shared(with_shared.norm(x)))
+    torch.testing.assert_close(alone(x)[0], with_shared(x)[0] - with_shared.shared(with_shared.norm(x)))
 
 
 def test_the_bias_moves_the_choice_and_never_the_weight(float64):
@@ -2914,7 +2917,7 @@ BLOCKS = dict(
     gpt2=replace(OWN, differential=False, n_kv_head=2, act="gelu", gated=False, norm="layer", tie=False,
                  position="learned"),
     k2=replace(OWN, differential=False, act="silu", q_rank=6, kv_rank=5, d_rope=2, d_value=3, n_expert=12,
-               n_dense=1, n_active=3, d_expert=6, n_group=4, top_group=2, route_scale=1.7, tie=False,
+               n_layer=3, n_dense=1, n_active=3, d_expert=6, n_group=4, top_group=2, route_scale=1.7, tie=False,
                balance_loss=0.3, balance_rate=0.02))
 
 
@@ -2950,7 +2953,7 @@ def follow_the_definition(config, rank=0):
             msg = f"step {ours['step']}: {name}"
             torch.testing.assert_close(found[name], here, rtol=0, atol=1e-9, msg=msg)
     norms, clipped = ([row[key] for row in history[1:]] for key in ("grad_norm", "clipped"))
-    assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not always"
+    assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not on all"
     for name in "ab":
         nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5))
         assert history[-1][f"val_{name}"] == pytest.approx(nll.mean().item(), rel=1e-9)
@@ -3050,16 +3053,17 @@ def disk(monkeypatch):
 
 def test_what_is_renamed_is_on_the_disk_before(text, tmp_path, disk):
     """All files of a checkpoint, whole, and their folder, before it gets its name; then the folder with that
-    name. Of the log, the rows up to a checkpoint. What is not on the disk could be lost behind a name that is."""
+    name. Of the log, the rows before a checkpoint. What is not on the disk could be lost behind a name that is."""
     synced, renamed = disk
     out, config = tmp_path / "run", tiny_run(text, out=str(tmp_path / "run"), steps=4, save_every=2)
     train.train(replace(config, data=replace(config.data, cache=str(tmp_path / "cache"))), quiet=True)
     saved = {new.name: (old, then, sizes) for old, new, then, sizes in renamed if new.parent == out / "ckpt"}
     assert sorted(saved) == ["step-00000000", "step-00000002", "step-00000004"] and out / "ckpt" in synced
-    for old, then, sizes in saved.values():
+    for name, (old, then, sizes) in saved.items():
         assert {path.name for path in sizes} == {old.name, "manifest.json", "rank-0.safetensors"}
         assert then.items() >= sizes.items()
-    assert then[out / "log.csv"] == (out / "log.csv").stat().st_size
+        rows = (out / "log.csv").read_bytes()[:then[out / "log.csv"]].decode().splitlines()
+        assert len(rows) >= 1 + int(name[-8:]), "a heading, and the rows of steps 0 to name - 1"
     others = [row for row in renamed if row[1].suffix in (".csv", ".json", ".bin")]
     assert {row[1].suffix for row in others} == {".csv", ".json", ".bin"}
     for old, new, then, sizes in others:
