@@ -1091,6 +1091,141 @@ def test_broken_tensor_files_are_refused(tmp_path):
             kernels.read_tensors(tmp_path / "bad")
 
 
+def tensor_file(header, data=bytes(8), length=None):
+    """The bytes of a tensor file by the format's definition; `header` may be anything."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def one_tensor(**change):
+    """The header of a file of one tensor a, two float32, with some of its entry changed."""
+    return dict(a=dict(dtype="F32", shape=[2], data_offsets=[0, 8]) | change)
+
+
+def two_tensors(shape, offsets, size):
+    more = dict(b=dict(dtype="F32", shape=shape, data_offsets=offsets))
+    return tensor_file(one_tensor() | more, bytes(size))
+
+
+HEADER = json.dumps(one_tensor()).encode()
+DEEP = b"[" * 99_999 + b"]" * 99_999
+SHAPES = dict(negative=[-2], negatives=[-1, -2], fraction=[2.0], truth=[True, 2], text="2", object={"0": 2},
+              null=None, nested=[[2]], huge=[2 ** 64, 0], larger=[3], overflow=[2 ** 32, 2 ** 32],
+              zero=[2 ** 40, 2 ** 40, 0])
+OFFSETS = dict(negative=[-8, 0], reversed=[8, 0], three=[0, 8, 8], one=[0], fractions=[0.0, 8.0], text="08",
+               object={"0": 0, "1": 8}, huge=[0, 2 ** 80], null=None, late=[8, 16])
+HEADERS = dict(
+    list=b"[1]", number=b"1", null=b"null", text=b'"a"', nothing=b"", deep=DEEP, junk=HEADER + b"x",
+    nan=b'{"a": NaN}', utf8=HEADER.replace(b"a", b"\xff", 1), utf16=HEADER.decode().encode("utf-16"),
+    unmarked=HEADER.decode().encode("utf-16-le"), marked=b"\xef\xbb\xbf" + HEADER,
+    surrogate=HEADER.replace(b"a", b"\\ud800", 1), key=HEADER.replace(b'"d', b'"dtype": "F32", "d', 1),
+    metadata=b'{"__metadata__": {}, "__metadata__": {}, ' + HEADER[1:])
+ODD_DTYPES = ("F33", "f32", None, 4, ["F32"])
+ODD_FILES = {
+    **{f"shape {what}": tensor_file(one_tensor(shape=shape)) for what, shape in SHAPES.items()},
+    **{f"offsets {what}": tensor_file(one_tensor(data_offsets=at)) for what, at in OFFSETS.items()},
+    **{f"header {what}": tensor_file(text) for what, text in HEADERS.items()},
+    **{f"metadata {about!r}": tensor_file(dict(__metadata__=about) | one_tensor())
+       for about in ([], dict(x=1), dict(x=None), "pt", one_tensor()["a"])},
+    **{f"no {key}": tensor_file(dict(a={k: v for k, v in one_tensor()["a"].items() if k != key}))
+       for key in one_tensor()["a"]},
+    **{f"dtype {dtype!r}": tensor_file(one_tensor(dtype=dtype)) for dtype in ODD_DTYPES},
+    "entry null": tensor_file(dict(a=None)), "bytes of nobody": tensor_file({}),
+    "overflow of nothing": tensor_file(one_tensor(shape=[2 ** 40, 2 ** 40, 0], data_offsets=[0, 0]), b""),
+    "truth for numbers": tensor_file(one_tensor(dtype="U8", shape=[1], data_offsets=[False, True]), b"x"),
+    "a name twice": tensor_file(HEADER[:-1] + b", " + HEADER[1:].replace(b"[0, 8]", b"[8, 16]"), bytes(16)),
+    "overlap": two_tensors([2], [0, 8], 8), "half an overlap": two_tensors([2], [4, 12], 12),
+    "hole": two_tensors([2], [12, 20], 20), "empty in the middle": two_tensors([0], [4, 4], 8),
+    "first byte": tensor_file(one_tensor(data_offsets=[8, 16]), bytes(16)),
+    "too many bytes": tensor_file(one_tensor(), bytes(9)),
+    "too few bytes": tensor_file(one_tensor(), bytes(7)),
+    "length absurd": tensor_file(HEADER, length=2 ** 63),
+    "length -1": tensor_file(HEADER, length=2 ** 64 - 1),
+    "empty file": b"", "seven bytes": bytes(7), "zeros": bytes(8)}
+
+
+@pytest.mark.parametrize("raw", ODD_FILES.values(), ids=ODD_FILES.keys())
+def test_odd_tensor_files_are_refused_in_one_line(raw, tmp_path):
+    (tmp_path / "odd").write_bytes(raw)
+    with pytest.raises(ValueError) as refused:
+        kernels.read_tensors(tmp_path / "odd")
+    assert str(refused.value).startswith(f"{tmp_path}/odd: ") and "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 320 + len(str(tmp_path))
+
+
+def test_a_header_above_the_limit_of_the_format_is_not_read(tmp_path):
+    (tmp_path / "long").write_bytes(tensor_file(HEADER.ljust(100_000_001)))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        kernels.read_tensors(tmp_path / "long")
+
+
+def test_the_safetensors_package_refuses_the_same_files(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    for what, raw in ODD_FILES.items():
+        (tmp_path / "odd").write_bytes(raw)
+        with pytest.raises(Exception), safetensors.safe_open(tmp_path / "odd", "pt") as file:
+            [file.get_tensor(name) for name in file.keys()]
+            pytest.fail(f"{what}: the package reads it", pytrace=False)
+
+
+def damaged_header(raw, header, rng):
+    """A tensor file with one to three bytes or pieces of its header changed, put in or cut out."""
+    pieces = [b"0", b"-1", b"1e9", b"true", b"null", b"[]", b"{}", b'"a"', b"18446744073709551616", b"[[",
+              b"NaN", b"\xff", b"\\ud800", b"\0", b",", b"}", b'"dtype":', b"F16", b"I8"]
+    new = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        at, piece = rng.randrange(min(len(new), header + 4)), rng.choice(pieces)
+        new[at:at + rng.randrange(5)] = rng.choice((piece, b"", bytes([new[at] ^ 1 << rng.randrange(8)])))
+    if rng.random() < 0.7:                                             # more get in where the length fits
+        new[:8] = max(header - 8 + len(new) - len(raw), 0).to_bytes(8, "little")
+    return bytes(new)
+
+
+def bytes_of(t):
+    return t.reshape(-1).view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)
+
+
+def test_any_damage_to_a_tensor_file_is_tensors_or_one_line(tmp_path):
+    """3,000 damaged files: one line, or tensors that cover the data, as the package (if here) reads them."""
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "half": torch.randn(2, 2).bfloat16(),
+               "one": torch.tensor(3), "none": torch.empty(0, 4), "fp8": torch.randn(5).to(torch.float8_e5m2)}
+    path, rng, read, load = tmp_path / "t", random.Random(0), 0, None
+    kernels.write_tensors(path, tensors)
+    raw = path.read_bytes()
+    with contextlib.suppress(ImportError):
+        from safetensors.torch import load
+    for _ in range(3000):
+        path.write_bytes(new := damaged_header(raw, 8 + int.from_bytes(raw[:8], "little"), rng))
+        try:
+            found = kernels.read_tensors(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400, str(error)
+            continue
+        read += 1
+        assert sum(t.nbytes for t in found.values()) == len(new) - 8 - int.from_bytes(new[:8], "little")
+        theirs = load(new) if load else found
+        assert theirs.keys() == found.keys()
+        for name, t in theirs.items():
+            assert t.dtype == found[name].dtype and t.shape == found[name].shape
+            assert torch.equal(bytes_of(t), bytes_of(found[name]))
+    assert 30 < read < 1500
+
+
+def test_files_of_the_safetensors_package_are_read_and_ours_by_it(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    tensors = {str(dtype): torch.arange(48, dtype=torch.uint8).view(dtype) for dtype in kernels.CODES
+               if dtype != torch.bool}
+    tensors |= {"bool": torch.tensor([True, False]), "one": torch.tensor(2.5), "none": torch.empty(3, 0),
+                "ünï\ncode": torch.ones(2)}
+    package.save_file(tensors, tmp_path / "theirs", {"format": "pt", "note": "ü"})
+    kernels.write_tensors(tmp_path / "ours", tensors)
+    for found in (kernels.read_tensors(tmp_path / "theirs"), package.load_file(tmp_path / "ours")):
+        assert found.keys() == tensors.keys()
+        for name, t in tensors.items():
+            assert found[name].dtype == t.dtype and found[name].shape == t.shape
+            assert torch.equal(bytes_of(found[name]), bytes_of(t))
+
+
 LATENT, EXPERTS, K2 = VARIANTS["latent"], VARIANTS["experts"], VARIANTS["k2"]
 
 
