@@ -1500,6 +1500,421 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
         net.load_hf(tmp_path)
 
 
+# A tiny folder of DeepSeek-V3's kind, with every key that such a config.json has, and one of Motif's.
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=1.0,
+            mscale=1.0, mscale_all_dim=1.0)
+ABOUT = dict(
+    architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=50, hidden_size=32,
+    intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, routed_scaling_factor=2.5, kv_lora_rank=10,
+    q_lora_rank=14, qk_rope_head_dim=8, v_head_dim=6, qk_nope_head_dim=10, n_group=4, topk_group=2,
+    num_experts_per_tok=3, first_k_dense_replace=1, norm_topk_prob=True, hidden_act="silu", rms_norm_eps=1e-6,
+    max_position_embeddings=64, rope_theta=50_000.0, rope_scaling=None, rope_interleave=True,
+    attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, scoring_func="sigmoid",
+    topk_method="noaux_tc", moe_layer_freq=1, seq_aux=True, aux_loss_alpha=0.001, ep_size=1, pretraining_tp=1,
+    num_nextn_predict_layers=1, bos_token_id=0, eos_token_id=1, initializer_range=0.02, use_cache=True,
+    torch_dtype="float32", transformers_version="4.48.3")
+MOTIF_ABOUT = dict(
+    model_type="motif", vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, rms_norm_eps=1e-6,
+    attn_rms_norm_eps=1e-5, rope_theta=10_000.0, rope_scaling=None, hidden_act="poly_norm", use_bias=False,
+    tie_word_embeddings=True, sliding_window=None, use_sliding_window=False, attention_dropout=0.0)
+GONE = object()
+
+
+def changed(about, **change):
+    """`about` with other values, and without the keys that are GONE."""
+    return {key: value for key, value in (about | change).items() if value is not GONE}
+
+
+def hf_folder(folder, about, tensors):
+    """A Hugging Face folder of one file, by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    if tensors:
+        kernels.write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def latent_tensors(c):
+    """Random weights by DeepSeek-V3's names, of the shapes that its config.json `c` gives them."""
+    H, C, E = c["num_attention_heads"], c["hidden_size"], c["n_routed_experts"]
+    d, r, dv, q, kv = (c[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
+                                          "kv_lora_rank"))
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], C), "model.norm.weight": (C,)}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = c["vocab_size"], C
+
+    def add(at, **more):
+        shapes.update({f"{at}.{name}.weight": shape for name, shape in more.items()})
+
+    def add_mlp(at, width):
+        add(at, gate_proj=(width, C), up_proj=(width, C), down_proj=(C, width))
+    for i in range(c["num_hidden_layers"]):
+        add(f"model.layers.{i}", input_layernorm=(C,), post_attention_layernorm=(C,))
+        at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        add(at, kv_a_proj_with_mqa=(kv + r, C), kv_a_layernorm=(kv,), kv_b_proj=(H * (d + dv), kv))
+        add(at, o_proj=(C, H * dv))
+        if q is None:
+            add(at, q_proj=(H * (d + r), C))
+        else:
+            add(at, q_a_proj=(q, C), q_a_layernorm=(q,), q_b_proj=(H * (d + r), q))
+        if i < c["first_k_dense_replace"]:
+            add_mlp(mlp, c["intermediate_size"])
+            continue
+        shapes |= {f"{mlp}.gate.weight": (E, C), f"{mlp}.gate.e_score_correction_bias": (E,)}
+        if c["n_shared_experts"]:
+            add_mlp(f"{mlp}.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
+        for e in range(E):
+            add_mlp(f"{mlp}.experts.{e}", c["moe_intermediate_size"])
+    return {name: torch.randn(shape) * 0.2 + float(len(shape) == 1) for name, shape in shapes.items()}
+
+
+def turn_pairs(x, c):
+    """Rotary positions from their definition, for pairs of neighbours, with YaRN.  x (T, r) → (T, r)"""
+    T, r, yarn, out = *x.shape, c["rope_scaling"], torch.empty_like(x)
+    theta = [c["rope_theta"] ** (-2 * i / r) for i in range(r // 2)]
+    if yarn:
+        def where(turns):
+            length = yarn["original_max_position_embeddings"]
+            return r * math.log(length / (2 * math.pi * turns)) / (2 * math.log(c["rope_theta"]))
+        low = max(math.floor(where(yarn["beta_fast"])), 0)
+        high = min(math.ceil(where(yarn["beta_slow"])), r - 1)
+        slow = [min(max((i - low) / max(high - low, 1e-3), 0), 1) for i in range(r // 2)]
+        theta = [t * (1 - g) + t / yarn["factor"] * g for t, g in zip(theta, slow)]
+    for i, t in enumerate(theta):
+        a, b, angle = x[:, 2 * i], x[:, 2 * i + 1], torch.arange(T).double() * t
+        out[:, 2 * i] = a * angle.cos() - b * angle.sin()
+        out[:, 2 * i + 1] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def latent_logits(w, x, c):
+    """DeepSeek-V3's block from its definition, on tensors by its names, in float64.  x (T,) → (T, V)"""
+    w, T, H = {name: t.double() for name, t in w.items()}, len(x), c["num_attention_heads"]
+    d, r, dv, E, G = (c[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                                         "n_routed_experts", "n_group"))
+    norm = lambda x, g: g * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    sharp = (0.1 * math.log(c["rope_scaling"]["factor"]) + 1) ** 2 if c["rope_scaling"] else 1.0
+
+    def feed(x, at):
+        inner = silu(x @ w[f"{at}.gate_proj.weight"].T) * (x @ w[f"{at}.up_proj.weight"].T)
+        return inner @ w[f"{at}.down_proj.weight"].T
+
+    def mixture(x, at):
+        s, out = (x @ w[f"{at}.gate.weight"].T).sigmoid(), torch.zeros_like(x)
+        choice = s + w[f"{at}.gate.e_score_correction_bias"]
+        for t in range(T):
+            rank = [sum(sorted(choice[t, g * E // G:(g + 1) * E // G].tolist())[-2:]) for g in range(G)]
+            groups = sorted(range(G), key=rank.__getitem__)[-c["topk_group"]:]
+            allowed = [e for e in range(E) if e * G // E in groups]
+            chosen = sorted(allowed, key=lambda e: choice[t, e].item())[-c["num_experts_per_tok"]:]
+            scale = c["routed_scaling_factor"] / sum(s[t, e] for e in chosen)
+            out[t] = sum(scale * s[t, e] * feed(x[t], f"{at}.experts.{e}") for e in chosen)
+        return out + feed(x, f"{at}.shared_experts") if c["n_shared_experts"] else out
+
+    h, future = w["model.embed_tokens.weight"][x], torch.ones(T, T).triu(1).bool()
+    for i in range(c["num_hidden_layers"]):
+        at, out = f"model.layers.{i}", []
+        own = lambda name: w[f"{at}.self_attn.{name}.weight"]
+        a = norm(h, w[f"{at}.input_layernorm.weight"])
+        if c["q_lora_rank"] is None:
+            q = a @ own("q_proj").T
+        else:
+            q = norm(a @ own("q_a_proj").T, own("q_a_layernorm")) @ own("q_b_proj").T
+        latent, k_rope = (a @ own("kv_a_proj_with_mqa").T).split((c["kv_lora_rank"], r), 1)
+        kv = norm(latent, own("kv_a_layernorm")) @ own("kv_b_proj").T
+        for n in range(H):
+            q_nope, q_rope = q[:, n * (d + r):(n + 1) * (d + r)].split((d, r), 1)
+            k_nope, v = kv[:, n * (d + dv):(n + 1) * (d + dv)].split((d, dv), 1)
+            score = q_nope @ k_nope.T + turn_pairs(q_rope, c) @ turn_pairs(k_rope, c).T
+            score = score.masked_fill(future, -math.inf) * sharp / (d + r) ** 0.5
+            out.append(score.softmax(-1) @ v)
+        h = h + torch.cat(out, -1) @ own("o_proj").T
+        a = norm(h, w[f"{at}.post_attention_layernorm.weight"])
+        h = h + (feed if i < c["first_k_dense_replace"] else mixture)(a, f"{at}.mlp")
+    return norm(h, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+@pytest.mark.parametrize("change", [
+    dict(), dict(q_lora_rank=None), dict(n_shared_experts=0), dict(n_shared_experts=None),
+    dict(n_shared_experts=2), dict(first_k_dense_replace=0), dict(first_k_dense_replace=3),
+    dict(num_key_value_heads=None, n_group=1, topk_group=1), dict(tie_word_embeddings=True),
+    dict(rope_scaling=YARN), dict(routed_scaling_factor=1, rope_theta=10_000),
+    dict(model_type="kimi_k2", rope_scaling=YARN | dict(rope_type="yarn", beta_fast=1))], ids=str)
+def test_weights_of_deepseek_are_its_definition(tmp_path, change):
+    """Random weights by its names: our logits are those of the definition, whatever config.json says. Some of
+    it is 0 or null, which is not the same as no key."""
+    about = ABOUT | change
+    tensors, x = latent_tensors(about), torch.randint(50, (40,))
+    network = net.load_hf(hf_folder(tmp_path, about, tensors)).eval()
+    with torch.no_grad():
+        logits = network(x[None])[0].double()
+    torch.testing.assert_close(logits, latent_logits(tensors, x, about), rtol=0, atol=1e-4)
+
+
+OTHER_NUMBERS = dict(
+    scoring_func=["softmax"], topk_method=["greedy"], moe_layer_freq=[2], rope_interleave=[False, None],
+    norm_topk_prob=[False, GONE], hidden_act=["gelu", ["silu"]], attention_bias=[True], is_causal=[False],
+    rms_norm_eps=[1e-5, GONE, True, "1e-6"], partial_rotary_factor=[0.5], head_dim=[10, None],
+    num_local_experts=[4], per_layer_config=[{"1": {}}], model_type=[["motif"], "llama", GONE],
+    q_lora_rank=[0, GONE], kv_lora_rank=[0, None], n_group=[None, 0], topk_group=[None, 0],
+    n_routed_experts=[0, None, 10 ** 30], num_experts_per_tok=[0, None], qk_nope_head_dim=[None],
+    routed_scaling_factor=[0, None, -1.0], v_head_dim=[0], hidden_size=[32.0, "32", True, 10 ** 30],
+    num_hidden_layers=[-3, True, GONE], n_shared_experts=[True, GONE, -1], first_k_dense_replace=[1.0, None],
+    tie_word_embeddings=[0, None, GONE], num_key_value_heads=[0, GONE], rope_theta=[GONE, 0, None, "1e4"],
+    max_position_embeddings=[GONE, None], vocab_size=[10 ** 6])
+OTHER_YARN = dict(
+    factor=[0, GONE, None], mscale=[0.707, GONE], mscale_all_dim=[0, GONE], attention_factor=[1.5],
+    truncate=[False, None], original_max_position_embeddings=[GONE, 0, None], beta_fast=[0], beta_slow=[0],
+    partial_rotary_factor=[0.5], rope_type=["default", "linear", None])
+OTHER_FP8 = dict(quant_method=["awq", GONE], fmt=["e5m2"], activation_scheme=["static"], expert_dtype=["fp4"],
+                 weight_block_size=[None, 128, [128], [128, 0], [True, 128], [128.0, 128]])
+OTHER_MOTIF = dict(
+    attn_rms_norm_eps=[1e-6], use_bias=[True], qkv_bias=[True], attention_bias=[True], num_noise_heads=[2, 0],
+    use_sliding_window=[True], hidden_act=["silu", GONE], head_dim=[0, "6", 6.0], tie_word_embeddings=[GONE],
+    num_key_value_heads=[0, GONE], partial_rotary_factor=[0.5])
+
+
+@pytest.mark.parametrize("table, put", [
+    (OTHER_NUMBERS, lambda change: changed(ABOUT, **change)),
+    (OTHER_YARN, lambda change: ABOUT | dict(rope_scaling=changed(YARN, **change))),
+    (OTHER_FP8, lambda change: ABOUT | dict(quantization_config=changed(dict(quant_method="fp8"), **change))),
+    (OTHER_MOTIF, lambda change: changed(MOTIF_ABOUT, **change))], ids=["deepseek", "yarn", "fp8", "motif"])
+def test_a_configuration_that_means_other_numbers_is_refused(tmp_path, table, put):
+    """Key by key, in one line that names it and what it holds."""
+    for key, values in table.items():
+        for value in values:
+            about = put({key: value})
+            with pytest.raises(ValueError, match="config.json: ") as refused:
+                net.hf_config(hf_folder(tmp_path, about, {}))
+                pytest.fail(f"{key} {value} is read", pytrace=False)
+            said = "" if value is GONE else repr(value)[:60]
+            assert key.replace("rope_type", "type") in str(refused.value) and said in str(refused.value), key
+            assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(num_key_value_heads=1), "n_kv_head=n_head"), (dict(rope_theta=1), "rope_theta 1.0 must be above 1"),
+    (dict(rope_scaling=YARN | dict(factor=0.5)), "factor 0.5 at least 1"),
+    (dict(rope_scaling=YARN | dict(beta_fast=0.5)), "beta_fast 0.5 at least beta_slow 1.0"),
+    (dict(rope_scaling=0), "not an object"), (dict(rope_parameters=[YARN]), "not an object"),
+    (dict(quantization_config=[]), "quantization_config is not an object"),
+    (dict(rope_scaling=YARN, rope_parameters=dict(type="yarn")), "rope_scaling and rope_parameters differ"),
+    (dict(rope_scaling=YARN, original_max_position_embeddings=32), "max_position_embeddings 32, have 16"),
+    (MOTIF_ABOUT | dict(rope_scaling=YARN), "rope_type 'yarn', have 'default'"),
+    (MOTIF_ABOUT | dict(num_attention_heads=48), "rotary positions need an even width")])
+def test_a_configuration_that_contradicts_itself_is_refused(tmp_path, change, says):
+    with pytest.raises(ValueError, match=says):
+        net.hf_config(hf_folder(tmp_path, ABOUT | change, {}))
+
+
+def test_harmless_keys_are_ignored_and_all_faults_are_listed(tmp_path):
+    plain = net.hf_config(hf_folder(tmp_path, ABOUT, {}))
+    assert plain.n_shared == 1 and plain.q_rank == 14 and plain.norm_eps == 1e-6
+    may_miss = ("rope_interleave", "attention_bias", "scoring_func", "topk_method", "moe_layer_freq",
+                "rope_scaling")
+    for change in (dict.fromkeys(may_miss, GONE), dict(use_cache=False, attention_dropout=0.5, mscale=7),
+                   dict(rope_theta=GONE, rope_parameters=dict(rope_type="default", rope_theta=50_000)),
+                   dict(head_dim=8, num_local_experts=8, num_key_value_heads=None, rope_parameters={})):
+        assert net.hf_config(hf_folder(tmp_path, changed(ABOUT, **change), {})) == plain
+    motif = net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT, {}))
+    assert (motif.d_head, motif.n_kv_head, motif.lam_delay) == (6, 4, 1)
+    for change in (dict(head_dim=None), dict(head_dim=6), dict(num_key_value_heads=None, use_bias=None)):
+        assert net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT | change, {})) == motif
+
+    wrong = dict(scoring_func="softmax", topk_method="greedy", moe_layer_freq=2, hidden_size=None, n_group=0)
+    with pytest.raises(ValueError) as refused:
+        net.hf_config(hf_folder(tmp_path, ABOUT | wrong, {}))
+    assert all(key in str(refused.value) for key in wrong)
+
+
+def odd_value(rng, depth=0):
+    """A value that JSON can hold."""
+    if depth < 3 and rng.random() < 0.4:
+        inner = [odd_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+        return inner if rng.random() < 0.5 else {rng.choice(["type", "factor", "a"]): v for v in inner}
+    return rng.choice([None, True, False, 0, 1, -1, 2 ** 31, 10 ** 400, 0.5, -0.0, 1e300, "yarn", "\udcff"])
+
+
+def test_any_configuration_is_a_model_or_one_line(tmp_path):
+    """2,000 config.json with values out of place: a ModelConfig whose model can be laid out, or one line."""
+    rng, read = random.Random(0), 0
+    for _ in range(2000):
+        about = dict(rng.choice((ABOUT, ABOUT | dict(rope_scaling=YARN), MOTIF_ABOUT)))
+        for key in rng.sample(sorted(about), rng.choice((1, 1, 2))):
+            about[key] = odd_value(rng)
+        if type(about.get("rope_scaling")) is dict and rng.random() < 0.5:
+            about["rope_scaling"] = about["rope_scaling"] | {rng.choice(sorted(YARN)): odd_value(rng)}
+        hf_folder(tmp_path, about, {})
+        try:
+            config = net.hf_config(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 900, str(error)
+            continue
+        read += 1
+        with torch.device("meta"):
+            net.Transformer(replace(config, n_layer=1, n_dense=0))
+        assert net.rope_frequencies(config).isfinite().all()
+    assert 200 < read < 1800
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"[]", b"3", b"null", b'"x"', b"{", DEEP, b'{"a":' * 99_999, b"\xff\xfe", b'{"a": NaN}', b"\0",
+    b"9" * 5000, b'{"n_group": 3, "n_group": 4}', json.dumps(ABOUT).encode("utf-16")], ids=range(14))
+def test_a_config_json_that_is_no_object_is_refused_in_one_line(tmp_path, raw):
+    (tmp_path / "config.json").write_bytes(raw)
+    with pytest.raises(ValueError, match="config.json: ") as refused:
+        net.hf_config(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: No such file"):
+        net.hf_config(tmp_path)
+
+
+def test_sizes_that_the_files_cannot_fill_are_refused_before_room_is_made(tmp_path):
+    tensors, huge = latent_tensors(ABOUT), 500_000
+    for change in (dict(num_hidden_layers=huge), dict(n_routed_experts=huge, n_group=1, topk_group=1),
+                   dict(hidden_size=huge, intermediate_size=huge), dict(vocab_size=huge)):
+        with pytest.raises(ValueError, match="too few for|do not fit"):
+            net.load_hf(hf_folder(tmp_path, ABOUT | change, tensors))
+
+
+FP8_NAMES = ["model.layers.0.self_attn.q_b_proj.weight", "model.layers.1.self_attn.kv_b_proj.weight",
+             "model.layers.2.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+def in_fp8(tensors, block):
+    """`tensors` with FP8_NAMES in FP8 by blocks, and all of what they stand for, number by number."""
+    kept, meant = dict(tensors), dict(tensors)
+    for name in FP8_NAMES:
+        t, full = tensors[name], torch.empty_like(tensors[name])
+        scale = torch.rand(-(-t.shape[0] // block[0]), -(-t.shape[1] // block[1])) * 0.01 + 0.001
+        for i, j in itertools.product(*map(range, t.shape)):
+            full[i, j] = scale[i // block[0], j // block[1]]
+        kept |= {name: (t / full).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+        meant[name] = kept[name].float() * full
+    return kept, meant
+
+
+def fp8_about(*block, **more):
+    """ABOUT with scales for blocks of so many rows and columns."""
+    return ABOUT | more | dict(quantization_config=dict(quant_method="fp8", weight_block_size=block))
+
+
+@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 500_000), None])
+def test_fp8_weights_are_multiplied_out_by_the_blocks_of_config_json(tmp_path, block):
+    """Without a quantization_config they are 128 × 128, and one weight here is wider."""
+    about = fp8_about(*block, intermediate_size=200) if block else ABOUT | dict(intermediate_size=200)
+    kept, meant = in_fp8(latent_tensors(about), block or (128, 128))
+    found = net.load_hf(hf_folder(tmp_path / "fp8", about, kept)).state_dict()
+    plain = net.load_hf(hf_folder(tmp_path / "plain", about, meant)).state_dict()
+    assert all(torch.equal(t, plain[name]) for name, t in found.items())
+
+
+def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(tmp_path):
+    """A scale that is missing, of another block or no number; one without a weight, or whose weight is not
+    FP8. All are listed at once, and the model is as it was."""
+    good, _ = in_fp8(latent_tensors(ABOUT), (16, 8))
+    a, b, c, d = (f"{name}_scale_inv" for name in FP8_NAMES)
+    alone, gate, norm = "model.layers.1.x_scale_inv", "model.layers.1.mlp.gate.weight", "model.norm.weight"
+    plain = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    bad = changed(good, **{
+        a: GONE, b: good[b][:1], c: good[c].to(torch.int32), plain: torch.ones(2, 1), alone: torch.ones(1),
+        gate: torch.ones(8, 32, dtype=torch.int8), norm: torch.ones(32).to(torch.float8_e4m3fn)})
+    network = net.Transformer(net.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    with pytest.raises(ValueError, match="7 tensors do not fit") as refused:
+        net.fill_hf_(network, tmp_path)
+    for line in (f"{a} missing", f"{b} (1, 2) of torch.float32 for (2, 2)", f"{plain} unknown",
+                 f"{alone} unknown", f"{c} (1, 4) of torch.int32 for (1, 4)", f"{gate} of torch.int8",
+                 f"{norm} of torch.float8_e4m3fn"):
+        assert line in str(refused.value), line
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    hf_folder(tmp_path, ABOUT, good)                                   # blocks that config.json does not name
+    with pytest.raises(ValueError, match="4 tensors do not fit") as refused:
+        net.load_hf(tmp_path)
+    assert f"{d} (2, 5) of torch.float32 for (1, 1) of (128, 128)" in str(refused.value)
+
+
+def test_masters_get_the_numbers_of_the_files_and_not_their_roundings(tmp_path):
+    """A model in bfloat16 whose owner keeps float32: train.restore fills both from HFWeights. Rows, and
+    experts that begin elsewhere, come out too."""
+    kept, _ = in_fp8(latent_tensors(ABOUT), (128, 128))
+    config = net.hf_config(hf_folder(tmp_path, ABOUT, kept))
+    weights, whole = net.HFWeights(tmp_path, config), net.load_hf(tmp_path).state_dict()
+    network = net.Transformer(config)
+    for p in network.parameters():
+        p.data = p.data.bfloat16() if p.ndim > 1 else p.data
+    owners = owners_of(network, train.Config(), parallel.Mesh())
+    train.restore(network, owners, weights, moments=False)
+    for piece, master in owners.masters.items():
+        assert master.dtype == torch.float32 and torch.equal(master, whole[piece.name]), piece.name
+    for name, p in network.state_dict().items():
+        assert torch.equal(p, whole[name].to(p.dtype)), name
+    assert list(weights) == list(whole) and len(weights) == len(whole)
+    for name, t in whole.items():
+        assert weights.shape(name) == t.shape and torch.equal(weights[name], t), name
+        assert torch.equal(weights.rows(name, 1, 3), t[1:3]), name
+        assert torch.equal(weights.rows(name, 2), t[2:]), name
+    part = net.Transformer(config, layers=range(1, 3), experts=range(2, 5))
+    train.restore(part, None, weights)
+    assert torch.equal(part.state_dict()["layers.2.ffn.up"], whole["layers.2.ffn.up"][2:5])
+
+
+def test_weights_are_read_when_they_are_asked_for_and_not_held(tmp_path):
+    """Numbers that change in the file after all was checked, and again: those of now come out."""
+    weights = net.HFWeights(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), net.hf_config(tmp_path))
+    path = tmp_path / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8:8 + length])
+    for name, theirs in (("embed", "model.embed_tokens.weight"),
+                         ("layers.1.ffn.up", "model.layers.1.mlp.experts.0.up_proj.weight"),
+                         ("layers.0.attention.wuk", "model.layers.0.self_attn.kv_b_proj.weight")):
+        for value in (3.5, -7.0):
+            with open(path, "r+b") as file:
+                file.seek(8 + length + header[theirs]["data_offsets"][0])
+                file.write(np.full(10, value, "<f4").tobytes())
+            assert weights[name].flatten()[:10].eq(value).all(), name
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path):
+    """What no shape shows is compared too. What a run may choose anew is not."""
+    config = net.hf_config(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)))
+    other = replace(config, route_scale=1.0, n_active=2)
+    with pytest.raises(ValueError, match="has another model: n_active=3, not 2; route_scale=2.5, not 1.0$"):
+        net.fill_hf_(net.Transformer(other), tmp_path)
+    new = replace(config, context=128, rope_theta=9e4, yarn=4.0, balance_rate=0.0, balance_loss=1e-4)
+    net.fill_hf_(net.Transformer(new), tmp_path)
+
+
+def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_path):
+    """Every key without its value, and others: where our model loads, its logits are transformers'."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    tensors, x, read = latent_tensors(ABOUT), torch.randint(50, (1, 40)), 0
+    yarn = YARN | dict(rope_type="yarn")
+    cases = [{}] + [{key: value} for key in ABOUT for value in (GONE, None) if key != "model_type"]
+    cases += [dict(rope_scaling=changed(yarn, **{key: value})) for key in YARN for value in (GONE, 0, 2.0)]
+    cases += [dict(is_causal=False), dict(rope_interleave=False), dict(head_dim=4), dict(rms_norm_eps=1e-2),
+              dict(norm_topk_prob=False), dict(routed_scaling_factor=1.0), dict(topk_group=4),
+              dict(n_group=2), dict(num_experts_per_tok=1), dict(rope_theta=100.0),
+              dict(rope_parameters=dict(rope_theta=9.0))]
+    for change in cases:
+        folder = hf_folder(tmp_path, changed(ABOUT | dict(rope_scaling=yarn), **change), tensors)
+        try:
+            network = net.load_hf(folder, lambda _: None).eval()
+            theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except Exception as error:                                     # theirs takes no null for False, say
+            assert isinstance(error, ValueError) or "Strict" in type(error).__name__, change
+            continue
+        read += 1
+        with torch.no_grad():
+            ours, logits = network(x), theirs(x).logits
+        torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4, msg=lambda text: f"{change}: {text}")
+    assert read > 25
+
+
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
 
 BANDS = dict(classical=(0.31, 1.01), jordan=(0.68, 1.14), you=(0.97, 1.04), polar=(0.86, 1.13))   # from 0.01 on
@@ -2458,7 +2873,7 @@ def test_a_hugging_face_folder_is_written_read_and_trained_on(text, tmp_path, ca
     options = command(text, tmp_path / "on", "--steps=3", f"--init={tmp_path / 'hf'}", "--eval_windows=0")[2:]
     train.main([o for o in options if "--model" not in o and "tokenizer" not in o])
     said = capsys.readouterr().out
-    assert said.startswith("The ") and f"weights of {tmp_path / 'hf'}" in said
+    assert "\nThe " in f"\n{said}" and f"weights of {tmp_path / 'hf'}" in said
     row = log_of(tmp_path / "on")[0]
     assert float(row["val_mine"]) == pytest.approx(history[-1]["val_mine"], rel=1e-5)
     with pytest.raises(SystemExit, match="neither a run with a checkpoint nor a Hugging Face folder"):
