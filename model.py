@@ -16,9 +16,12 @@ Try:     python model.py                                             # every pre
 """
 import argparse
 import functools
+import io
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -819,7 +822,7 @@ def hf_values(found, fields, null):
             continue
         if kind is float and type(value) is int and abs(value) < 2 ** 53:
             value = float(value)
-        least = 0 if ours in ("n_shared", "n_dense") else 1
+        least = dict(n_shared=0, n_dense=0, n_active=2).get(ours, 1)       # of one alone, codes differ
         most = 2 ** 31 if ours in ("context", "yarn_from") else 2 ** 19    # no tensor of 2^63 bytes
         needs = {bool: "true or false", float: "a number above 0", int: f"whole, {least} to {most}"}
         fits = type(value) is kind
@@ -1050,10 +1053,32 @@ def load_hf(folder, say=print):
     return model
 
 
+def write_hf(model, folder, dtype, shard_bytes):
+    """The weights of a whole model under their names: files of about shard_bytes, and the index that names
+    them."""
+    shard, where, own = {}, {}, model.state_dict()
+
+    def write():
+        name = f"model-{len(set(where.values())):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        where.update(dict.fromkeys(shard, name))
+        shard.clear()
+    for ours, theirs, _, to_theirs in hf_map(model.config, own):
+        for name, t in zip(theirs, to_theirs(*(own[o] for o in ours))):
+            shard[name] = t if dtype is None or name.endswith("correction_bias") else t.to(dtype)
+            if sum(t.nbytes for t in shard.values()) > shard_bytes:
+                write()
+    if shard:
+        write()
+    index = dict(metadata={}, weight_map=where)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
 def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
-    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which transformers and what
-    serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init is not that of its code: only
-    lam_delay=1 is written). With a tokenizer, its tokenizer.json. ValueError: what the kind cannot hold."""
+    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which
+    transformers and what serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init
+    is not that of its code: only lam_delay=1 is written). With a tokenizer, its tokenizer.json. The folder is
+    there when it is complete, not before. ValueError: what the kind cannot hold."""
     c, folder = model.config, Path(folder)
     kind = "deepseek_v3" if c.kv_rank else "motif"
     needs = DEEPSEEK | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF
@@ -1075,28 +1100,23 @@ def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
     if c.yarn:
         about["rope_scaling"] = dict({theirs: getattr(c, ours) for ours, theirs in HF_YARN.items()}, type="yarn",
                                      mscale=1.0, mscale_all_dim=1.0)
-    beside = folder.with_name(folder.name + ".part")
-    beside.mkdir(parents=True, exist_ok=True)
-    shard, where, own = {}, {}, model.state_dict()
-
-    def write():
-        name = f"model-{len(set(where.values())):05d}.safetensors"
-        write_tensors(beside / name, shard)
-        where.update(dict.fromkeys(shard, name))
-        shard.clear()
-    for ours, theirs, _, to_theirs in hf_map(c, own):
-        for name, t in zip(theirs, to_theirs(*(own[o] for o in ours))):
-            shard[name] = t if dtype is None or name.endswith("correction_bias") else t.to(dtype)
-            if sum(t.nbytes for t in shard.values()) > shard_bytes:
-                write()
-    write()
-    index = dict(metadata={}, weight_map=where)
-    (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     if tokenizer:
         about["eos_token_id"] = tokenizer.eot
-        tokenizer.save_hf(beside)
-    (beside / "config.json").write_text(json.dumps(about, indent=1))
-    beside.rename(folder)
+
+    # Beside it, from nothing: an export that was killed may have left some
+    beside = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        (beside / "config.json").write_text(json.dumps(about, indent=1))
+        hf_config(beside)                                              # refuses what could not be read again
+        write_hf(model, beside, dtype, shard_bytes)
+        if tokenizer:
+            tokenizer.save_hf(beside)
+        os.sync()                                                      # to the disk, before it has its name
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
@@ -1128,6 +1148,51 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
     return tokens
 
 
+def sample(args):
+    """Print what the model of the folder args.sample writes after args.prompt, or write it to args.export.
+    ValueError: an option is out of its range, or the folder has no model or no tokenizer."""
+    from train import is_hf, load_run
+    ranges = dict(tokens=(0, 10 ** 9), temperature=(0, 1000), top_p=(0, 1), seed=(0, 2 ** 63 - 1),
+                  average=(1, 10 ** 9))
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be from {least} to {most}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt={args.prompt!r:.80}: is not UTF-8") from None
+    folder = Path(args.sample)
+    if is_hf(folder) and not (folder / "tokenizer.json").exists():     # said before its weights are read
+        raise ValueError(f"{folder} has no tokenizer.json, and nothing else is read as its tokenizer")
+    if is_hf(folder) and args.average > 1:
+        raise ValueError(f"--average={args.average}: {folder} is no run, and has no checkpoints")
+    try:
+        model, tokenizer = load_run(folder, args.average)
+    except TypeError:                                                  # it found nothing to take apart
+        raise ValueError(f"{folder}: every checkpoint is damaged") from None
+    if args.export:
+        return save_hf(model, args.export, tokenizer)
+
+    prompt, size = [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()], model.config.vocab_size
+    if max(prompt) >= size:
+        raise ValueError(f"{folder}: its tokenizer has a token {max(prompt)}, its model {size} of them")
+    cold = args.temperature < 1e-6                                     # logits divided by it would overflow
+    temperature = 0.0 if cold else args.temperature
+    out = generate(model, torch.tensor([prompt]), args.tokens, temperature, args.top_p, args.seed)
+    print(tokenizer.decode(out[0, 1:].tolist()))
+
+
+def count_presets():
+    print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
+          f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
+    for name, config in PRESETS.items():
+        counts = count_parameters(config)
+        print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
+              f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
+              f"{cache_per_token(config):>25,}")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
     parser.add_argument("--sample", metavar="RUN", help="folder of a run, or a Hugging Face folder")
@@ -1139,21 +1204,15 @@ def main(argv):
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.sample:
-        from train import load_run
-        model, tokenizer = load_run(args.sample, args.average)
-        if args.export:
-            return save_hf(model, args.export, tokenizer)
-        prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]])
-        out = generate(model, prompt, args.tokens, args.temperature, args.top_p, args.seed)
-        return print(tokenizer.decode(out[0, 1:].tolist()))
-    print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
-          f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
-    for name, config in PRESETS.items():
-        counts = count_parameters(config)
-        print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
-              f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
-              f"{cache_per_token(config):>25,}")
+    if args.sample is None and (args.export or args.prompt):
+        parser.error("--export and --prompt need --sample")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")                       # a terminal may lack some characters
+    try:
+        return count_presets() if args.sample is None else sample(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise SystemExit(f"model.py: {lines[0]}") from None
 
 
 if __name__ == "__main__":

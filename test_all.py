@@ -1659,8 +1659,8 @@ OTHER_NUMBERS = dict(
     rms_norm_eps=[1e-5, GONE, True, "1e-6"], partial_rotary_factor=[0.5], head_dim=[10, None],
     num_local_experts=[4], per_layer_config=[{"1": {}}], model_type=[["motif"], "llama", GONE],
     q_lora_rank=[0, GONE], kv_lora_rank=[0, None], n_group=[None, 0], topk_group=[None, 0],
-    n_routed_experts=[0, None, 10 ** 30], num_experts_per_tok=[0, None], qk_nope_head_dim=[None],
-    routed_scaling_factor=[0, None, -1.0], v_head_dim=[0], hidden_size=[32.0, "32", True, 10 ** 30],
+    n_routed_experts=[0, None, 10 ** 30], num_experts_per_tok=[0, 1, None], v_head_dim=[0],
+    routed_scaling_factor=[0, None, -1.0], qk_nope_head_dim=[None], hidden_size=[32.0, "32", True, 10 ** 30],
     num_hidden_layers=[-3, True, GONE], n_shared_experts=[True, GONE, -1], first_k_dense_replace=[1.0, None],
     tie_word_embeddings=[0, None, GONE], num_key_value_heads=[0, GONE], rope_theta=[GONE, 0, None, "1e4"],
     max_position_embeddings=[GONE, None], vocab_size=[10 ** 6])
@@ -1913,6 +1913,223 @@ def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_pat
             ours, logits = network(x), theirs(x).logits
         torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4, msg=lambda text: f"{change}: {text}")
     assert read > 25
+
+
+def write_index(folder, where):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+
+
+def shards(folder, tensors, n=2, name="model-{}.safetensors"):
+    """`tensors` in n files of a folder with ABOUT. → {their name: file}"""
+    where = {key: name.format(i % n) for i, key in enumerate(tensors)}
+    hf_folder(folder, ABOUT, {})
+    for file in set(where.values()):
+        kernels.write_tensors(folder / file, {key: t for key, t in tensors.items() if where[key] == file})
+    return where
+
+
+def test_weights_are_those_that_the_index_names(tmp_path):
+    """Old shards beside the new ones are left alone. What the index names has to be there."""
+    old, new = latent_tensors(ABOUT), latent_tensors(ABOUT)
+    shards(tmp_path, old, 3, "model-0000{}-of-00003.safetensors")
+    shards(tmp_path, old, 1, "model.safetensors")
+    where = shards(tmp_path, new, 2, "model-0000{}-of-00002.safetensors")
+    write_index(tmp_path, where)
+    x = torch.randint(50, (9,))
+    with torch.no_grad():
+        logits = net.load_hf(tmp_path).eval()(x[None])[0].double()
+    torch.testing.assert_close(logits, latent_logits(new, x, ABOUT), rtol=0, atol=1e-4)
+    found = net.HFWeights(tmp_path, net.hf_config(tmp_path)).files
+    assert found.keys() == new.keys() and all(torch.equal(t, new[name]) for name, t in found.items())
+
+    first = "model-00000-of-00002.safetensors"
+    kernels.write_tensors(tmp_path / first, {"model.norm.weight": torch.ones(32)})
+    with pytest.raises(ValueError, match=f"tensors of its index missing: .* in {first}.*; and .. more$"):
+        net.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("where, says", [
+    ({"model.norm.weight": "model-7.safetensors"}, "1 of 1 files of its index missing: model-7.safetensors$"),
+    ({f"model.layers.{i}.{'x' * 90}": f"model-{i // 500}.safetensors" for i in range(9000)},
+     "18 of 18 files of its index missing: model-0.safetensors; .*; model-7.safetensors; and 10 more$"),
+    *(({"a": file}, "names what is no file of its folder") for file in ("../x", "/etc/x", "", "x" * 3000)),
+    *((where, "weight_map is not one of tensors") for where in ({"a": 5}, {"a": None}, [], {}, None))])
+def test_an_index_that_names_what_is_not_there_is_one_short_line(tmp_path, where, says):
+    write_index(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), where)
+    with pytest.raises(ValueError, match=says) as refused:
+        net.load_hf(tmp_path)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
+
+
+def test_without_an_index_a_name_in_two_files_is_refused(tmp_path):
+    tensors = latent_tensors(ABOUT)
+    shards(tmp_path, tensors)
+    assert torch.equal(net.load_hf(tmp_path).state_dict()["norm.weight"], tensors["model.norm.weight"])
+    kernels.write_tensors(tmp_path / "model-old.safetensors", {"model.norm.weight": torch.zeros(32)})
+    with pytest.raises(ValueError, match="no model.safetensors.index.json says which file has model.norm.we"):
+        net.load_hf(tmp_path)
+    hf_folder(tmp_path, ABOUT, tensors | {"model.norm.weight": torch.full((32,), 2.0)})
+    assert net.load_hf(tmp_path).state_dict()["norm.weight"].eq(2).all()         # the one file is all of it
+    for raw in (b"[1]", DEEP, b"\xff", b'{"weight_map": {}, "weight_map": {}}'):
+        (tmp_path / "model.safetensors.index.json").write_bytes(raw)
+        with pytest.raises(ValueError, match="index.json: not"):
+            net.load_hf(tmp_path)
+
+
+def test_long_lists_of_what_does_not_fit_are_cut(tmp_path):
+    tensors = {f"model.{'x' * 300}.{i}": torch.ones(1) for i in range(2000)}
+    with pytest.raises(ValueError, match=r"20\d\d tensors do not fit: .*; and 20\d\d more$") as refused:
+        net.load_hf(hf_folder(tmp_path, ABOUT, tensors | {"model.a\nb": torch.ones(1)}))
+    assert len(str(refused.value)) < 2000 and "\n" not in str(refused.value)
+
+
+def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
+    """Angles, which follow from config.json; a head that is a copy of the embedding; empty tensors."""
+    about = ABOUT | dict(tie_word_embeddings=True, n_shared_experts=0)
+    tensors = latent_tensors(about)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    extra |= {"model.layers.1.mlp.shared_experts.up_proj.weight": torch.empty(0, 32), "lm_head.weight": copy,
+              "model.rotary_emb.inv_freq": torch.ones(4), "model.layers.3.embed_tokens.weight": copy}
+    plain = net.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
+    found = net.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
+    assert found.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in found.items())
+    for name, t, says in (("lm_head.weight", copy + 1e-6, "is not the embedding that it is tied to"),
+                          ("lm_head.weight", copy[:7], "is not the embedding"),
+                          ("lm_head.weight", copy.bfloat16(), "is not the embedding"),
+                          ("model.layers.x.rotary_emb.inv_freq", torch.ones(4), "unknown"),
+                          ("model.layers.0.self_attn.rotary_emb.inv", torch.ones(4), "unknown")):
+        with pytest.raises(ValueError, match=f"1 tensors do not fit: {name} {says}"):
+            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | {name: t}))
+
+
+class Dies:
+    """In place of a tokenizer: the process is killed, or the disk full, when the export comes to it."""
+    eot = 0
+
+    def __init__(self, kill):
+        self.kill = kill
+
+    def save_hf(self, folder):
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(28, "No space left on device")
+
+
+def test_an_export_is_complete_or_absent(tmp_path):
+    """Killed in the middle, it leaves nothing under its name, and nothing of it gets into the next one."""
+    network, target = lively(replace(K2, tie=False, d_value=8)), tmp_path / "hf"
+    child = os.fork()
+    if child == 0:
+        net.save_hf(lively(replace(K2, tie=False, n_layer=4)), target, Dies(True), shard_bytes=9000)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not target.exists()
+    left = [p.name for folder in tmp_path.iterdir() for p in folder.iterdir()]
+    assert len([name for name in left if name.startswith("model-")]) > 2
+    with pytest.raises(OSError, match="No space left"):
+        net.save_hf(network, target, Dies(False))
+    assert list(tmp_path.iterdir()) == []
+    net.save_hf(network, target)
+    assert {p.name for p in target.iterdir()} == {"config.json", "model-00000.safetensors",
+                                                  "model.safetensors.index.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    back = net.load_hf(target).state_dict()
+    assert all(torch.equal(t, back[name]) for name, t in network.state_dict().items())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        net.save_hf(network, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(n_active=1), "num_experts_per_tok 1"), (dict(norm_eps=1e-5), "norm_eps=1e-05, not 1e-06"),
+    (dict(yarn=4.0, yarn_fast=0.5), "beta_fast 0.5"), (dict(yarn=0.5), "factor 0.5"),
+    (dict(act="gelu"), "act=gelu"), (dict(kv_rank=0, d_rope=0), "differential=False, not True")])
+def test_what_a_kind_cannot_hold_is_not_exported(tmp_path, change, says):
+    with pytest.raises(ValueError, match=says):
+        net.save_hf(net.Transformer(replace(K2, **change)), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", [
+    replace(K2, tie=False, n_shared=0), replace(K2, n_shared=2, n_dense=3, n_group=1, top_group=1),
+    replace(K2, q_rank=0, n_dense=0, yarn=4.0, yarn_from=8, yarn_fast=2.0),
+    replace(TINY, lam_delay=1, tie=False, n_kv_head=2)], ids=range(4))
+def test_an_export_is_read_as_the_model_that_it_was(tmp_path, config):
+    """Zero shared experts, no queries' latent, no dense layer: what is 0 comes back as 0."""
+    network = lively(config)
+    net.save_hf(network, tmp_path / "hf", shard_bytes=20_000)
+    back = net.load_hf(tmp_path / "hf")
+    free = {name: getattr(config, name) for name in net.HF_FREE}
+    assert replace(back.config, **free) == config and back.config.yarn == config.yarn
+    assert all(torch.equal(t, network.state_dict()[name]) for name, t in back.state_dict().items())
+
+
+def run_model(capsys, *words):
+    """model.py with these words → (exit code, what it printed, its line on stderr)."""
+    try:
+        net.main([str(word) for word in words])
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 1
+        print("" if isinstance(leave.code, int) else leave.code, file=sys.stderr, end="")
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("word, code, says", [
+    ("--temperature=-1", 1, "--temperature=-1.0: must be from 0 to 1000"), ("--top-p=nan", 1, "=nan: must"),
+    ("--temperature=inf", 1, "=inf: must"), ("--top-p=1.5", 1, "--top-p=1.5: must be from 0 to 1"),
+    ("--temperature=nan", 1, "=nan: must"), ("--top-p=-0.1", 1, "must be"), ("--tokens=-1", 1, "-1: must be"),
+    ("--seed=-1", 1, "--seed=-1: must be"), ("--seed=99999999999999999999", 1, "must be from 0 to"),
+    ("--average=0", 1, "--average=0: must be from 1"), ("--average=99", 1, "checkpoints here, not 99"),
+    ("--prompt=a\udcffb", 1, r"--prompt='a\\udcffb': is not UTF-8"), ("--tokens=many", 2, "invalid int"),
+    ("--temperature=0", 0, ""), ("--temperature=1e-300", 0, ""), ("--top-p=0", 0, ""), ("--tokens=0", 0, ""),
+    ("--prompt=ü€🙂\n\0", 0, ""), ("--seed=9223372036854775807", 0, "")], ids=range(19))
+def test_sampling_is_text_or_one_line(finished, capsys, word, code, says):
+    left, out, error = run_model(capsys, "--sample", finished[0].parent.parent, "--tokens=3", word)
+    assert left == code and re.search(says, error) and "Traceback" not in error, error
+    if code == 1:
+        assert "\n" not in error.strip() and out == ""
+    if code == 0:
+        assert out.endswith("\n") and (word != "--tokens=0" or out == "\n")
+
+
+def test_folders_that_cannot_be_sampled_from_are_one_line(finished, tmp_path, capsys):
+    """All checkpoints damaged, no tokenizer or no such thing, no run, a kind that cannot be exported."""
+    run, hf = finished[0].parent.parent, hf_folder(tmp_path / "kimi", ABOUT, {})
+    for name in ("sick", "mute", "other"):
+        shutil.copytree(run, tmp_path / name)
+    for file in tmp_path.glob("sick/ckpt/*/rank-0.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (tmp_path / "mute/tokenizer.json").unlink()
+    (tmp_path / "other/tokenizer.json").write_text("[]")
+    (tmp_path / "file").write_text("x")
+    for words, says in (([tmp_path / "sick"], "sick: every checkpoint is damaged$"),
+                        ([tmp_path / "mute"], "No such file or directory: .*tokenizer.json'$"),
+                        ([tmp_path / "other"], "tokenizer.json"), ([tmp_path / "file"], "0 checkpoints here"),
+                        ([tmp_path / "nowhere"], "0 checkpoints here"), ([""], "0 checkpoints here"),
+                        ([hf], "kimi has no tokenizer.json"), ([hf, "--average=2"], "no tokenizer.json"),
+                        ([run, "--export", tmp_path / "out"], "model.py: a model of the kind motif cannot"),
+                        ([run, "--export", tmp_path / "file"], "model.py: ")):
+        code, _, error = run_model(capsys, "--sample", *words)
+        assert code == 1 and re.search(says, error) and "\n" not in error, error
+    (hf / "tokenizer.json").write_text("{}")                           # it is not read before the weights
+    assert "has no checkpoints" in run_model(capsys, "--sample", hf, "--average=2")[2]
+    assert "no model*.safetensors here" in run_model(capsys, "--sample", hf)[2]
+    assert run_model(capsys, "--prompt=x")[0] == 2 and run_model(capsys, "--export=x")[0] == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_shows_what_it_can(finished, encoding):
+    sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, "--tokens=2"]
+    environment = os.environ | dict(PYTHONIOENCODING=encoding)
+    shown = subprocess.run([*sampling, "--prompt=aü€🙂"], env=environment, capture_output=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("aü€🙂".encode(encoding, "replace")), shown.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(finished):
+    sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, b"--prompt=a\xff"]
+    refused = subprocess.run(sampling, capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr == "model.py: --prompt='a\\udcff': is not UTF-8\n"
 
 
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
