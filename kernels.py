@@ -362,11 +362,8 @@ def json_object(raw, where):
             raise ValueError("a key comes twice")
         "".join(found).encode()                                        # half a surrogate pair is no text
         return found
-
-    def refuse(word):
-        raise ValueError(f"{word} is no number of JSON")
     try:
-        found = json.loads(raw.decode(), object_pairs_hook=once, parse_constant=refuse)
+        found = json.loads(raw.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not good JSON: {str(error):.80}") from None
     if not isinstance(found, dict):
