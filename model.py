@@ -16,10 +16,15 @@ Try:     python model.py                                             # every pre
 """
 import argparse
 import functools
+import io
 import json
 import math
+import os
+import re
+import shutil
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import read_tensors, write_tensors
+from kernels import json_object, read_tensors, write_tensors
 
 
 # ---- configuration ------------------------------------------------------------------------------------------------
@@ -780,6 +785,35 @@ PLAIN = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1,
 DEEPSEEK = PLAIN | dict(differential=False, act="silu")
 MOTIF = PLAIN | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
 
+# Other keys of config.json that change numbers, and their values where the model is ours; `...`: no such key.
+HF_BOTH = dict(attention_bias=(False, None, ...), is_causal=(True, ...), per_layer_config=(None, ...),
+               partial_rotary_factor=(1, ...))
+HF_DEEPSEEK_IS = HF_BOTH | dict(
+    hidden_act=("silu",), norm_topk_prob=(True,), rope_interleave=(True, ...), scoring_func=("sigmoid", ...),
+    topk_method=("noaux_tc", ...), moe_layer_freq=(1, ...),
+    rms_norm_eps=(1e-6,))                                              # their code has it for latents anyway
+HF_MOTIF_IS = HF_BOTH | dict(
+    hidden_act=("poly_norm",), attn_rms_norm_eps=(1e-5, ...), use_bias=(False, None, ...),
+    qkv_bias=(False, None, ...), num_noise_heads=(None, ...), use_sliding_window=(False, None, ...))
+HF_YARN_IS = dict(mscale=(1,), mscale_all_dim=(1,), attention_factor=(None, ...), truncate=(True, ...))
+HF_FP8_IS = dict(quant_method=("fp8",), fmt=("e4m3", ...), activation_scheme=("dynamic", ...),
+                 expert_dtype=("fp8", ...))
+HF_LATENT = HF_CONFIG | HF_DEEPSEEK, DEEPSEEK, HF_DEEPSEEK_IS, ("default", "yarn")
+HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT, motif=(HF_CONFIG, MOTIF, HF_MOTIF_IS, ("default",)))
+
+# What a run may choose anew for weights that exist. The rest of its configuration has to be theirs.
+HF_FREE = {"context", "rope_theta", *HF_YARN, "balance_rate", "balance_loss", "compile_act", "zero_out",
+           "init_std", "loss_chunk"}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def listed(things, most=8):
+    """The first of many things in one line, and how many more there are."""
+    things = [str(thing).encode("unicode_escape").decode() for thing in things]
+    more = f"; and {len(things) - most} more" if len(things) > most else ""
+    return "; ".join(thing[:160] for thing in things[:most]) + more
+
 
 def turn_rotary(w, rows, rotary, back=False):
     """Their rotary pairs are neighbours, ours lie half a head apart. w (M·rows, inputs): the last `rotary` of each
@@ -816,92 +850,299 @@ def hf_map(config, names):
             yield ours, (theirs,), same, same
 
 
-def hf_config(folder):
-    """config.json of DeepSeek-V3's, Kimi K2's or Motif's kind → ModelConfig. ValueError: what we cannot build."""
+def unlike(found, needs):
+    """A line for each key of `needs` {key: values} that has another value in `found`."""
+    for key, can in needs.items():
+        if found.get(key, ...) not in can:
+            have = " or ".join(repr(value) for value in can if value is not ...)
+            said = repr(found[key])[:60] if key in found else "missing"
+            yield f"{key} {said}, have {have}"
+
+
+def hf_rope(found):
+    """What config.json says of positions, as one object, and lines on what contradicts itself. It stands in
+    one of two places; theta may stand outside."""
+    places = [found.get(key) for key in ("rope_scaling", "rope_parameters")]
+    if any(place is not None and type(place) is not dict for place in places):
+        return {}, ["rope_scaling or rope_parameters is not an object"]
+    outside = {"rope_theta": found["rope_theta"]} if "rope_theta" in found else {}
+    rope = outside | (places[0] or places[1] or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wrong = ["rope_scaling and rope_parameters differ"] if all(places) and places[0] != places[1] else []
+    wrong += unlike(rope, dict(type=(kind, ...), partial_rotary_factor=(1, ...)))
+    before = "original_max_position_embeddings"
+    wrong += unlike(found, {before: (rope.get(before), ...)})
+    return rope | dict(rope_type=kind), wrong
+
+
+def hf_values(found, fields, null):
+    """{our field: value} for `fields` {our field: key of `found`}, and lines on keys that are missing or do
+    not fit the field. `null` {our field: value}: what null stands for, where it stands for something."""
+    values, wrong = {}, []
+    for ours, key in fields.items():
+        value, kind = found.get(key, ...), type(getattr(ModelConfig, ours))
+        if value is None and ours in null:
+            values[ours] = null[ours]
+            continue
+        if kind is float and type(value) is int and abs(value) < 2 ** 53:
+            value = float(value)
+        least = dict(n_shared=0, n_dense=0, n_active=2).get(ours, 1)       # of one alone, codes differ
+        most = 2 ** 31 if ours in ("context", "yarn_from") else 2 ** 19    # no tensor of 2^63 bytes
+        needs = {bool: "true or false", float: "a number above 0", int: f"whole, {least} to {most}"}
+        fits = type(value) is kind
+        if fits and kind is int:
+            fits = least <= value <= most
+        if fits and kind is float:
+            fits = 0 < value < math.inf
+        if not fits:
+            said = repr(found[key])[:60] if key in found else "missing"
+            wrong.append(f"{key} {said}, needs {needs[kind]}")
+        values[ours] = value
+    return values, wrong
+
+
+def hf_block(found):
+    """Rows and columns of an FP8 weight that share a scale, by config.json, and lines on what is wrong."""
+    about = found.get("quantization_config")
+    if about is None:
+        return (128, 128), []                                          # [DeepSeek-V3's]
+    if type(about) is not dict:
+        return None, ["quantization_config is not an object"]
+    wrong, block = [*unlike(about, HF_FP8_IS)], about.get("weight_block_size", [128, 128])
+    if not (type(block) is list and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        wrong.append(f"weight_block_size {repr(block)[:60]}, needs two whole numbers above 0")
+    return block, [f"quantization_config: {line}" for line in wrong]
+
+
+def hf_about(folder):
+    """config.json → (ModelConfig, rows and columns that share a scale where weights are FP8). ValueError: all
+    that we cannot build, or would build otherwise than those who wrote it."""
     path = Path(folder) / "config.json"
     try:
-        found = json.loads(path.read_text())
-        kind = found.get("model_type")
-        if kind not in ("deepseek_v3", "kimi_k2", "motif"):
-            raise ValueError(f"{folder}: model_type {kind!r}; have deepseek_v3, kimi_k2, motif")
-        rope = dict(found.get("rope_scaling") or {}, rope_theta=found.get("rope_theta"))
-        rope = found.get("rope_parameters") or rope
-        known = rope | found | dict(rope_type=rope.get("rope_type", rope.get("type", "default")))
-        needs = dict(rope_type=("default", "yarn"), hidden_act=("silu",), norm_topk_prob=(True,),
-                     attention_bias=(False, None))
-        if kind == "motif":
-            needs = dict(rope_type=("default",), hidden_act=("poly_norm",), use_bias=(False, None),
-                         num_noise_heads=(None,), use_sliding_window=(False, None))
-        elif known["rope_type"] == "yarn":                             # both models': logits alone are sharpened
-            needs |= dict(mscale=(1,), mscale_all_dim=(1,), attention_factor=(None,), truncate=(None, True))
-        wrong = [f"{key} {known.get(key)!r}, have {' or '.join(map(repr, can))}" for key, can in needs.items()
-                 if known.get(key) not in can]
+        found = json_object(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    kind = found.get("model_type")
+    if kind not in list(HF_KINDS):
+        raise ValueError(f"{path}: model_type {repr(kind)[:60]}; have {', '.join(HF_KINDS)}")
+    fields, fixed, needs, turns = HF_KINDS[kind]
+
+    # Positions
+    rope, wrong = hf_rope(found)
+    wrong += unlike(rope, dict(rope_type=turns))
+    stretch = dict(rope_theta="rope_theta")
+    if rope.get("rope_type") == "yarn":
+        wrong += unlike(rope, HF_YARN_IS)
+        stretch |= {ours: key for ours, key in HF_YARN.items()
+                    if ours in ("yarn", "yarn_from") or rope.get(key) is not None}
+    turning, amiss = hf_values(rope, stretch, {})
+    wrong += amiss
+
+    # The network. What transformers calls the width of a latent head is that of its rotated part.
+    if kind != "motif":
+        needs = needs | dict(head_dim=(found.get("qk_rope_head_dim"), ...),
+                             num_local_experts=(found.get("n_routed_experts"), ...))
+    elif found.get("head_dim") is not None:
+        fields = fields | dict(d_head="head_dim")
+    null = dict(n_kv_head=found.get("num_attention_heads"), q_rank=0, n_shared=0)
+    values, amiss = hf_values(found, fields, null)
+    block, unfit = hf_block(found)
+    wrong += [*amiss, *unlike(found, needs), *unfit]
+    if wrong:
+        raise ValueError(f"{path}: {listed(wrong)}")
+    if kind == "motif":
+        values.setdefault("d_head", max(values["d_model"] // values["n_head"], 1))
+    try:
+        config = ModelConfig(**values | turning | fixed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.rope_theta <= 1 or turning.get("yarn", 1) < 1 or config.yarn_fast < config.yarn_slow:
+        raise ValueError(f"{path}: rope_theta {config.rope_theta} must be above 1; with YaRN, factor "
+                         f"{config.yarn} at least 1 and beta_fast {config.yarn_fast} at least beta_slow "
+                         f"{config.yarn_slow}")
+    return config, block
+
+
+def hf_config(folder):
+    """config.json of DeepSeek-V3's, Kimi K2's or Motif's kind → ModelConfig. ValueError: as hf_about."""
+    return hf_about(folder)[0]
+
+
+def hf_tensors(folder):
+    """{their name: tensor}: what model.safetensors.index.json names; without one, all model*.safetensors."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        alone = folder / "model.safetensors"
+        paths = [alone] if alone.exists() else sorted(folder.glob("model*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder}: no model*.safetensors here")
+        found = [read_tensors(path) for path in paths]
+        count = Counter(name for tensors in found for name in tensors)
+        twice = [name for name, n in count.items() if n > 1]
+        if twice:
+            raise ValueError(f"{folder}: no {index.name} says which file has {listed(twice)}")
+        return {name: t for tensors in found for name, t in tensors.items()}
+
+    where = json_object(index.read_bytes(), index).get("weight_map")
+    if type(where) is not dict or not where or any(type(file) is not str for file in where.values()):
+        raise ValueError(f"{index}: its weight_map is not one of tensors to files")
+    names = list(dict.fromkeys(where.values()))
+    odd = [name for name in names if not re.fullmatch(r"[\w.-]{1,200}", name)]
+    if odd:
+        raise ValueError(f"{index} names what is no file of its folder: {listed(odd)}")
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise ValueError(f"{folder}: {len(lost)} of {len(names)} files of its index missing: {listed(lost)}")
+    files = {name: read_tensors(folder / name) for name in names}
+    lost = [f"{name} in {file}" for name, file in where.items() if name not in files[file]]
+    if lost:
+        raise ValueError(f"{folder}: {len(lost)} tensors of its index missing: {listed(lost)}")
+    return {name: files[file][name] for name, file in where.items()}
+
+
+def hf_misfits(files, shapes, tied, block):
+    """A line for all that keeps the tensors `files` from being `shapes` {their name: shape}: a weight is
+    missing, misshapen or no floating numbers; an FP8 one has no scales, or scales have none; a name is
+    unknown."""
+    for name, shape in shapes.items():
+        t, scale = files.get(name), files.get(f"{name}_scale_inv")
+        if t is None:
+            yield f"{name} missing"
+        elif t.shape != shape:
+            yield f"{name} {tuple(t.shape)} for {tuple(shape)}"
+        elif t.dtype in FP8 and t.ndim == 2:
+            blocks = tuple(-(-n // width) for n, width in zip(t.shape, block))
+            if scale is None:
+                yield f"{name}_scale_inv missing"
+            elif scale.shape != blocks or scale.dtype not in (*FLOATS, torch.float8_e8m0fnu):
+                yield f"{name}_scale_inv {tuple(scale.shape)} of {scale.dtype} for {blocks} of {block}"
+        elif t.dtype not in FLOATS:
+            yield f"{name} of {t.dtype}"
+    embed = files.get("model.embed_tokens.weight")
+    for name, t in files.items():
+        weight = name.removesuffix("_scale_inv")
+        scales = weight != name and weight in shapes and weight in files and files[weight].dtype in FP8
+        angles = re.fullmatch(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", name)
+        if name in shapes or scales or angles or not t.numel():
+            continue
+        if name != "lm_head.weight" or not tied:
+            yield f"{name} unknown"
+        elif t.dtype not in FLOATS or embed is None or embed.dtype != t.dtype or not torch.equal(t, embed):
+            yield f"{name} is not the embedding that it is tied to"
+
+
+class HFWeights:
+    """The tensors of a Hugging Face folder under our names, as parallel.Saved has those of a checkpoint:
+    `weights[name]`, or some rows of it, in the precision they are kept in, FP8 ones multiplied out. Nothing
+    is read or put together before it is asked for, and nothing is held.
+
+    Layers beyond the last (the extra prediction layer) are left out, and counted. ValueError: all that is
+    missing, extra or misshapen, or a folder of another model than `config`."""
+
+    def __init__(self, folder, config, say=print):
+        theirs, self.block = hf_about(folder)
+        other = [f"{name}={value}, not {getattr(config, name)}" for name, value in vars(theirs).items()
+                 if name not in HF_FREE and value != getattr(config, name)]
+        if other:
+            raise ValueError(f"{folder} has another model: {listed(other)}")
+        self.files = hf_tensors(folder)
+        if len(self.files) < config.n_layer + (config.n_layer - config.n_dense) * config.n_expert:
+            raise ValueError(f"{folder}: {len(self.files)} tensors are too few for {config.n_layer} layers")
+        with torch.device("meta"):
+            self.whole = Transformer(config).state_dict()
+
+        # {our name: (their names, their tensors → ours, which of these)}
+        self.sources, shapes = {}, {}
+        for ours, names, to_ours, to_theirs in hf_map(config, self.whole):
+            self.sources |= {name: (names, to_ours, i) for i, name in enumerate(ours)}
+            given = to_theirs(*(self.whole[name] for name in ours))
+            shapes |= {name: t.shape for name, t in zip(names, given)}
+        number = {name: re.match(r"model\.layers\.(\d{1,9})\.", name) for name in self.files}
+        beyond = {name for name, found in number.items() if found and int(found[1]) >= config.n_layer}
+        here = {name: t for name, t in self.files.items() if name not in beyond}
+        wrong = list(hf_misfits(here, shapes, config.tie, self.block))
         if wrong:
-            raise ValueError(f"{folder}: {'; '.join(wrong)}")
-        values = dict(rope_theta=float(rope["rope_theta"])) | {o: found[theirs] for o, theirs in HF_CONFIG.items()}
-        if kind == "motif":
-            return ModelConfig(**values | MOTIF, d_head=found.get("head_dim") or values["d_model"] // values["n_head"])
-        values |= {ours: found[theirs] or getattr(ModelConfig, ours) for ours, theirs in HF_DEEPSEEK.items()}
-        values |= DEEPSEEK
-        if known["rope_type"] == "yarn":
-            values |= {ours: type(getattr(ModelConfig, ours))(rope.get(theirs) or getattr(ModelConfig, ours))
-                       for ours, theirs in HF_YARN.items()}
-        return ModelConfig(**values)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit: {listed(wrong)}")
+        if beyond:
+            say(f"{folder}: {len(beyond)} tensors of layers beyond the last of {config.n_layer} left out")
+
+    def __iter__(self):
+        return iter(self.whole)
+
+    def __len__(self):
+        return len(self.whole)
+
+    def __getitem__(self, name):
+        return self.rows(name)
+
+    def shape(self, name):
+        return self.whole[name].shape
+
+    def rows(self, name, start=0, stop=None):
+        """Rows start..stop, or all: of a stack of experts, some of them."""
+        theirs, to_ours, i = self.sources[name]
+        if self.whole[name].ndim == 3:
+            return to_ours(*map(self.read, theirs[start:stop]))[0]
+        return to_ours(*map(self.read, theirs))[i][start:stop]
+
+    def read(self, name):
+        """A tensor under their name; an FP8 one times its scales, one for a block of numbers."""
+        t, scale = self.files[name], self.files.get(f"{name}_scale_inv")
+        if scale is None:
+            return t
+        rows, columns = (min(width, n) for width, n in zip(self.block, t.shape))
+        scale = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return t.float() * scale[:t.shape[0], :t.shape[1]]
 
 
 @torch.no_grad()
 def fill_hf_(model, folder, say=print):
-    """Copy the weights of a Hugging Face folder into a model, whole or a range of layers, tensor by tensor.
-
-    FP8 weights are multiplied out by their scales, one for 128 × 128 numbers. Layers beyond the last (the extra
-    prediction layer) are left out, and counted. ValueError: all that is missing, extra or misshapen; nothing copied."""
-    folder, config, own = Path(folder), model.config, model.state_dict()
-    files = {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in read_tensors(path).items()}
-    if not files:
-        raise ValueError(f"{folder}: no model*.safetensors here")
-    beyond = {name for name in files if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.n_layer}
-    scales = {name for name in files if name.endswith("_scale_inv")}
-    with torch.device("meta"):
-        whole = Transformer(config).state_dict()
-    rows, shapes = list(hf_map(config, whole)), {}
-    for ours, theirs, _, out in rows:
-        shapes |= {name: t.shape for name, t in zip(theirs, out(*(whole[o] for o in ours)))}
-    wrong = [f"{name} missing" for name in shapes if name not in files]
-    wrong += [f"{name} {tuple(files[name].shape)} for {tuple(shape)}" for name, shape in shapes.items()
-              if name in files and files[name].shape != shape]
-    wrong += [f"{name} unknown" for name in files if name not in shapes and name not in beyond | scales]
-    if wrong:
-        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit: {'; '.join(wrong)}")
-    for ours, theirs, to_ours, _ in rows:
-        if ours[0] not in own:                                         # of another range
-            continue
-        read = [dequantised(files[name], files.get(f"{name}_scale_inv")) for name in theirs]
-        for name, t in zip(ours, to_ours(*read)):
-            own[name].copy_(t if t.ndim < 3 else t[model.experts.start:model.experts.stop])
-    if beyond:
-        say(f"{folder}: {len(beyond)} tensors of layers beyond the last of {config.n_layer} left out")
+    """Copy the weights of a Hugging Face folder into a model, whole or a range of layers or experts.
+    ValueError: as HFWeights, and nothing copied."""
+    weights = HFWeights(folder, model.config, say)
+    for name, p in model.state_dict().items():
+        first = model.experts.start if p.ndim == 3 else 0
+        p.copy_(weights.rows(name, first, first + len(p)))
 
 
-def dequantised(t, scale=None, block=128):
-    """t (R, C) times scale (⌈R/128⌉, ⌈C/128⌉), each number of it for a block; t itself where there is no scale."""
-    if scale is None:
-        return t
-    return t.float() * scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[:t.shape[0], :t.shape[1]]
-
-
+@torch.no_grad()
 def load_hf(folder, say=print):
-    """Build the model of a folder of DeepSeek-V3's, Kimi K2's or Motif's kind: config.json and model*.safetensors."""
-    model = Transformer(hf_config(folder))
-    fill_hf_(model, folder, say)
+    """Build the model of a folder of DeepSeek-V3's, Kimi K2's or Motif's kind. ValueError: as HFWeights."""
+    config = hf_config(folder)
+    weights = HFWeights(folder, config, say)                           # before room is made for a model
+    model = Transformer(config)
+    for name, p in model.state_dict().items():
+        p.copy_(weights[name])
     return model
 
 
+def write_hf(model, folder, dtype, shard_bytes):
+    """The weights of a whole model under their names: files of about shard_bytes, and the index that names
+    them."""
+    shard, where, own = {}, {}, model.state_dict()
+
+    def write():
+        name = f"model-{len(set(where.values())):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        where.update(dict.fromkeys(shard, name))
+        shard.clear()
+    for ours, theirs, _, to_theirs in hf_map(model.config, own):
+        for name, t in zip(theirs, to_theirs(*(own[o] for o in ours))):
+            shard[name] = t if dtype is None or name.endswith("correction_bias") else t.to(dtype)
+            if sum(t.nbytes for t in shard.values()) > shard_bytes:
+                write()
+    if shard:
+        write()
+    index = dict(metadata={}, weight_map=where)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
 def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
-    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which transformers and what
-    serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init is not that of its code: only
-    lam_delay=1 is written). With a tokenizer, its tokenizer.json. ValueError: what the kind cannot hold."""
+    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which
+    transformers and what serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init
+    is not that of its code: only lam_delay=1 is written). With a tokenizer, its tokenizer.json. The folder is
+    there when it is complete, not before. ValueError: what the kind cannot hold."""
     c, folder = model.config, Path(folder)
     kind = "deepseek_v3" if c.kv_rank else "motif"
     needs = DEEPSEEK | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF
@@ -923,28 +1164,23 @@ def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
     if c.yarn:
         about["rope_scaling"] = dict({theirs: getattr(c, ours) for ours, theirs in HF_YARN.items()}, type="yarn",
                                      mscale=1.0, mscale_all_dim=1.0)
-    beside = folder.with_name(folder.name + ".part")
-    beside.mkdir(parents=True, exist_ok=True)
-    shard, where, own = {}, {}, model.state_dict()
-
-    def write():
-        name = f"model-{len(set(where.values())):05d}.safetensors"
-        write_tensors(beside / name, shard)
-        where.update(dict.fromkeys(shard, name))
-        shard.clear()
-    for ours, theirs, _, to_theirs in hf_map(c, own):
-        for name, t in zip(theirs, to_theirs(*(own[o] for o in ours))):
-            shard[name] = t if dtype is None or name.endswith("correction_bias") else t.to(dtype)
-            if sum(t.nbytes for t in shard.values()) > shard_bytes:
-                write()
-    write()
-    index = dict(metadata={}, weight_map=where)
-    (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     if tokenizer:
         about["eos_token_id"] = tokenizer.eot
-        tokenizer.save_hf(beside)
-    (beside / "config.json").write_text(json.dumps(about, indent=1))
-    beside.rename(folder)
+
+    # Beside it, from nothing: an export that was killed may have left some
+    beside = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        (beside / "config.json").write_text(json.dumps(about, indent=1))
+        hf_config(beside)                                              # refuses what could not be read again
+        write_hf(model, beside, dtype, shard_bytes)
+        if tokenizer:
+            tokenizer.save_hf(beside)
+        os.sync()                                                      # to the disk, before it has its name
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
@@ -976,6 +1212,51 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
     return tokens
 
 
+def sample(args):
+    """Print what the model of the folder args.sample writes after args.prompt, or write it to args.export.
+    ValueError: an option is out of its range, or the folder has no model or no tokenizer."""
+    from train import is_hf, load_run
+    ranges = dict(tokens=(0, 10 ** 9), temperature=(0, 1000), top_p=(0, 1), seed=(0, 2 ** 63 - 1),
+                  average=(1, 10 ** 9))
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be from {least} to {most}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt={args.prompt!r:.80}: is not UTF-8") from None
+    folder = Path(args.sample)
+    if is_hf(folder) and not (folder / "tokenizer.json").exists():     # said before its weights are read
+        raise ValueError(f"{folder} has no tokenizer.json, and nothing else is read as its tokenizer")
+    if is_hf(folder) and args.average > 1:
+        raise ValueError(f"--average={args.average}: {folder} is no run, and has no checkpoints")
+    try:
+        model, tokenizer = load_run(folder, args.average)
+    except TypeError:                                                  # it found nothing to take apart
+        raise ValueError(f"{folder}: every checkpoint is damaged") from None
+    if args.export:
+        return save_hf(model, args.export, tokenizer)
+
+    prompt, size = [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()], model.config.vocab_size
+    if max(prompt) >= size:
+        raise ValueError(f"{folder}: its tokenizer has a token {max(prompt)}, its model {size} of them")
+    cold = args.temperature < 1e-6                                     # logits divided by it would overflow
+    temperature = 0.0 if cold else args.temperature
+    out = generate(model, torch.tensor([prompt]), args.tokens, temperature, args.top_p, args.seed)
+    print(tokenizer.decode(out[0, 1:].tolist()))
+
+
+def count_presets():
+    print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
+          f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
+    for name, config in PRESETS.items():
+        counts = count_parameters(config)
+        print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
+              f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
+              f"{cache_per_token(config):>25,}")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
     parser.add_argument("--sample", metavar="RUN", help="folder of a run, or a Hugging Face folder")
@@ -987,21 +1268,15 @@ def main(argv):
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.sample:
-        from train import load_run
-        model, tokenizer = load_run(args.sample, args.average)
-        if args.export:
-            return save_hf(model, args.export, tokenizer)
-        prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]])
-        out = generate(model, prompt, args.tokens, args.temperature, args.top_p, args.seed)
-        return print(tokenizer.decode(out[0, 1:].tolist()))
-    print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
-          f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
-    for name, config in PRESETS.items():
-        counts = count_parameters(config)
-        print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
-              f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
-              f"{cache_per_token(config):>25,}")
+    if args.sample is None and (args.export or args.prompt):
+        parser.error("--export and --prompt need --sample")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")                       # a terminal may lack some characters
+    try:
+        return count_presets() if args.sample is None else sample(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise SystemExit(f"model.py: {lines[0]}") from None
 
 
 if __name__ == "__main__":

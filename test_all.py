@@ -1201,6 +1201,141 @@ def test_broken_tensor_files_are_refused(tmp_path):
             kernels.read_tensors(tmp_path / "bad")
 
 
+def tensor_file(header, data=bytes(8), length=None):
+    """The bytes of a tensor file by the format's definition; `header` may be anything."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def one_tensor(**change):
+    """The header of a file of one tensor a, two float32, with some of its entry changed."""
+    return dict(a=dict(dtype="F32", shape=[2], data_offsets=[0, 8]) | change)
+
+
+def two_tensors(shape, offsets, size):
+    more = dict(b=dict(dtype="F32", shape=shape, data_offsets=offsets))
+    return tensor_file(one_tensor() | more, bytes(size))
+
+
+HEADER = json.dumps(one_tensor()).encode()
+DEEP = b"[" * 99_999 + b"]" * 99_999
+SHAPES = dict(negative=[-2], negatives=[-1, -2], fraction=[2.0], truth=[True, 2], text="2", object={"0": 2},
+              null=None, nested=[[2]], huge=[2 ** 64, 0], larger=[3], overflow=[2 ** 32, 2 ** 32],
+              zero=[2 ** 40, 2 ** 40, 0])
+OFFSETS = dict(negative=[-8, 0], reversed=[8, 0], three=[0, 8, 8], one=[0], fractions=[0.0, 8.0], text="08",
+               object={"0": 0, "1": 8}, huge=[0, 2 ** 80], null=None, late=[8, 16])
+HEADERS = dict(
+    list=b"[1]", number=b"1", null=b"null", text=b'"a"', nothing=b"", deep=DEEP, junk=HEADER + b"x",
+    nan=b'{"a": NaN}', utf8=HEADER.replace(b"a", b"\xff", 1), utf16=HEADER.decode().encode("utf-16"),
+    unmarked=HEADER.decode().encode("utf-16-le"), marked=b"\xef\xbb\xbf" + HEADER,
+    surrogate=HEADER.replace(b"a", b"\\ud800", 1), key=HEADER.replace(b'"d', b'"dtype": "F32", "d', 1),
+    metadata=b'{"__metadata__": {}, "__metadata__": {}, ' + HEADER[1:])
+ODD_DTYPES = ("F33", "f32", None, 4, ["F32"])
+ODD_FILES = {
+    **{f"shape {what}": tensor_file(one_tensor(shape=shape)) for what, shape in SHAPES.items()},
+    **{f"offsets {what}": tensor_file(one_tensor(data_offsets=at)) for what, at in OFFSETS.items()},
+    **{f"header {what}": tensor_file(text) for what, text in HEADERS.items()},
+    **{f"metadata {about!r}": tensor_file(dict(__metadata__=about) | one_tensor())
+       for about in ([], dict(x=1), dict(x=None), "pt", one_tensor()["a"])},
+    **{f"no {key}": tensor_file(dict(a={k: v for k, v in one_tensor()["a"].items() if k != key}))
+       for key in one_tensor()["a"]},
+    **{f"dtype {dtype!r}": tensor_file(one_tensor(dtype=dtype)) for dtype in ODD_DTYPES},
+    "entry null": tensor_file(dict(a=None)), "bytes of nobody": tensor_file({}),
+    "overflow of nothing": tensor_file(one_tensor(shape=[2 ** 40, 2 ** 40, 0], data_offsets=[0, 0]), b""),
+    "truth for numbers": tensor_file(one_tensor(dtype="U8", shape=[1], data_offsets=[False, True]), b"x"),
+    "a name twice": tensor_file(HEADER[:-1] + b", " + HEADER[1:].replace(b"[0, 8]", b"[8, 16]"), bytes(16)),
+    "overlap": two_tensors([2], [0, 8], 8), "half an overlap": two_tensors([2], [4, 12], 12),
+    "hole": two_tensors([2], [12, 20], 20), "empty in the middle": two_tensors([0], [4, 4], 8),
+    "first byte": tensor_file(one_tensor(data_offsets=[8, 16]), bytes(16)),
+    "too many bytes": tensor_file(one_tensor(), bytes(9)),
+    "too few bytes": tensor_file(one_tensor(), bytes(7)),
+    "length absurd": tensor_file(HEADER, length=2 ** 63),
+    "length -1": tensor_file(HEADER, length=2 ** 64 - 1),
+    "empty file": b"", "seven bytes": bytes(7), "zeros": bytes(8)}
+
+
+@pytest.mark.parametrize("raw", ODD_FILES.values(), ids=ODD_FILES.keys())
+def test_odd_tensor_files_are_refused_in_one_line(raw, tmp_path):
+    (tmp_path / "odd").write_bytes(raw)
+    with pytest.raises(ValueError) as refused:
+        kernels.read_tensors(tmp_path / "odd")
+    assert str(refused.value).startswith(f"{tmp_path}/odd: ") and "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 320 + len(str(tmp_path))
+
+
+def test_a_header_above_the_limit_of_the_format_is_not_read(tmp_path):
+    (tmp_path / "long").write_bytes(tensor_file(HEADER.ljust(100_000_001)))
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        kernels.read_tensors(tmp_path / "long")
+
+
+def test_the_safetensors_package_refuses_the_same_files(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    for what, raw in ODD_FILES.items():
+        (tmp_path / "odd").write_bytes(raw)
+        with pytest.raises(Exception), safetensors.safe_open(tmp_path / "odd", "pt") as file:
+            [file.get_tensor(name) for name in file.keys()]
+            pytest.fail(f"{what}: the package reads it", pytrace=False)
+
+
+def damaged_header(raw, header, rng):
+    """A tensor file with one to three bytes or pieces of its header changed, put in or cut out."""
+    pieces = [b"0", b"-1", b"1e9", b"true", b"null", b"[]", b"{}", b'"a"', b"18446744073709551616", b"[[",
+              b"NaN", b"\xff", b"\\ud800", b"\0", b",", b"}", b'"dtype":', b"F16", b"I8"]
+    new = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        at, piece = rng.randrange(min(len(new), header + 4)), rng.choice(pieces)
+        new[at:at + rng.randrange(5)] = rng.choice((piece, b"", bytes([new[at] ^ 1 << rng.randrange(8)])))
+    if rng.random() < 0.7:                                             # more get in where the length fits
+        new[:8] = max(header - 8 + len(new) - len(raw), 0).to_bytes(8, "little")
+    return bytes(new)
+
+
+def bytes_of(t):
+    return t.reshape(-1).view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)
+
+
+def test_any_damage_to_a_tensor_file_is_tensors_or_one_line(tmp_path):
+    """3,000 damaged files: one line, or tensors that cover the data, as the package (if here) reads them."""
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "half": torch.randn(2, 2).bfloat16(),
+               "one": torch.tensor(3), "none": torch.empty(0, 4), "fp8": torch.randn(5).to(torch.float8_e5m2)}
+    path, rng, read, load = tmp_path / "t", random.Random(0), 0, None
+    kernels.write_tensors(path, tensors)
+    raw = path.read_bytes()
+    with contextlib.suppress(ImportError):
+        from safetensors.torch import load
+    for _ in range(3000):
+        path.write_bytes(new := damaged_header(raw, 8 + int.from_bytes(raw[:8], "little"), rng))
+        try:
+            found = kernels.read_tensors(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400, str(error)
+            continue
+        read += 1
+        assert sum(t.nbytes for t in found.values()) == len(new) - 8 - int.from_bytes(new[:8], "little")
+        theirs = load(new) if load else found
+        assert theirs.keys() == found.keys()
+        for name, t in theirs.items():
+            assert t.dtype == found[name].dtype and t.shape == found[name].shape
+            assert torch.equal(bytes_of(t), bytes_of(found[name]))
+    assert 30 < read < 1500
+
+
+def test_files_of_the_safetensors_package_are_read_and_ours_by_it(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    tensors = {str(dtype): torch.arange(48, dtype=torch.uint8).view(dtype) for dtype in kernels.CODES
+               if dtype != torch.bool}
+    tensors |= {"bool": torch.tensor([True, False]), "one": torch.tensor(2.5), "none": torch.empty(3, 0),
+                "ünï\ncode": torch.ones(2)}
+    package.save_file(tensors, tmp_path / "theirs", {"format": "pt", "note": "ü"})
+    kernels.write_tensors(tmp_path / "ours", tensors)
+    for found in (kernels.read_tensors(tmp_path / "theirs"), package.load_file(tmp_path / "ours")):
+        assert found.keys() == tensors.keys()
+        for name, t in tensors.items():
+            assert found[name].dtype == t.dtype and found[name].shape == t.shape
+            assert torch.equal(bytes_of(found[name]), bytes_of(t))
+
+
 LATENT, EXPERTS, K2 = VARIANTS["latent"], VARIANTS["experts"], VARIANTS["k2"]
 
 
@@ -1534,6 +1669,639 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about | dict(model_type="llama")))
     with pytest.raises(ValueError, match="'llama'; have deepseek_v3, kimi_k2, motif"):
         net.load_hf(tmp_path)
+
+
+# A tiny folder of DeepSeek-V3's kind, with every key that such a config.json has, and one of Motif's.
+YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=1.0,
+            mscale=1.0, mscale_all_dim=1.0)
+ABOUT = dict(
+    architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=50, hidden_size=32,
+    intermediate_size=40, moe_intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, routed_scaling_factor=2.5, kv_lora_rank=10,
+    q_lora_rank=14, qk_rope_head_dim=8, v_head_dim=6, qk_nope_head_dim=10, n_group=4, topk_group=2,
+    num_experts_per_tok=3, first_k_dense_replace=1, norm_topk_prob=True, hidden_act="silu", rms_norm_eps=1e-6,
+    max_position_embeddings=64, rope_theta=50_000.0, rope_scaling=None, rope_interleave=True,
+    attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, scoring_func="sigmoid",
+    topk_method="noaux_tc", moe_layer_freq=1, seq_aux=True, aux_loss_alpha=0.001, ep_size=1, pretraining_tp=1,
+    num_nextn_predict_layers=1, bos_token_id=0, eos_token_id=1, initializer_range=0.02, use_cache=True,
+    torch_dtype="float32", transformers_version="4.48.3")
+MOTIF_ABOUT = dict(
+    model_type="motif", vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, rms_norm_eps=1e-6,
+    attn_rms_norm_eps=1e-5, rope_theta=10_000.0, rope_scaling=None, hidden_act="poly_norm", use_bias=False,
+    tie_word_embeddings=True, sliding_window=None, use_sliding_window=False, attention_dropout=0.0)
+GONE = object()
+
+
+def changed(about, **change):
+    """`about` with other values, and without the keys that are GONE."""
+    return {key: value for key, value in (about | change).items() if value is not GONE}
+
+
+def hf_folder(folder, about, tensors):
+    """A Hugging Face folder of one file, by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    if tensors:
+        kernels.write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def latent_tensors(c):
+    """Random weights by DeepSeek-V3's names, of the shapes that its config.json `c` gives them."""
+    H, C, E = c["num_attention_heads"], c["hidden_size"], c["n_routed_experts"]
+    d, r, dv, q, kv = (c[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank",
+                                          "kv_lora_rank"))
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], C), "model.norm.weight": (C,)}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = c["vocab_size"], C
+
+    def add(at, **more):
+        shapes.update({f"{at}.{name}.weight": shape for name, shape in more.items()})
+
+    def add_mlp(at, width):
+        add(at, gate_proj=(width, C), up_proj=(width, C), down_proj=(C, width))
+    for i in range(c["num_hidden_layers"]):
+        add(f"model.layers.{i}", input_layernorm=(C,), post_attention_layernorm=(C,))
+        at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        add(at, kv_a_proj_with_mqa=(kv + r, C), kv_a_layernorm=(kv,), kv_b_proj=(H * (d + dv), kv))
+        add(at, o_proj=(C, H * dv))
+        if q is None:
+            add(at, q_proj=(H * (d + r), C))
+        else:
+            add(at, q_a_proj=(q, C), q_a_layernorm=(q,), q_b_proj=(H * (d + r), q))
+        if i < c["first_k_dense_replace"]:
+            add_mlp(mlp, c["intermediate_size"])
+            continue
+        shapes |= {f"{mlp}.gate.weight": (E, C), f"{mlp}.gate.e_score_correction_bias": (E,)}
+        if c["n_shared_experts"]:
+            add_mlp(f"{mlp}.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
+        for e in range(E):
+            add_mlp(f"{mlp}.experts.{e}", c["moe_intermediate_size"])
+    return {name: torch.randn(shape) * 0.2 + float(len(shape) == 1) for name, shape in shapes.items()}
+
+
+def turn_pairs(x, c):
+    """Rotary positions from their definition, for pairs of neighbours, with YaRN.  x (T, r) → (T, r)"""
+    T, r, yarn, out = *x.shape, c["rope_scaling"], torch.empty_like(x)
+    theta = [c["rope_theta"] ** (-2 * i / r) for i in range(r // 2)]
+    if yarn:
+        def where(turns):
+            length = yarn["original_max_position_embeddings"]
+            return r * math.log(length / (2 * math.pi * turns)) / (2 * math.log(c["rope_theta"]))
+        low = max(math.floor(where(yarn["beta_fast"])), 0)
+        high = min(math.ceil(where(yarn["beta_slow"])), r - 1)
+        slow = [min(max((i - low) / max(high - low, 1e-3), 0), 1) for i in range(r // 2)]
+        theta = [t * (1 - g) + t / yarn["factor"] * g for t, g in zip(theta, slow)]
+    for i, t in enumerate(theta):
+        a, b, angle = x[:, 2 * i], x[:, 2 * i + 1], torch.arange(T).double() * t
+        out[:, 2 * i] = a * angle.cos() - b * angle.sin()
+        out[:, 2 * i + 1] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def latent_logits(w, x, c):
+    """DeepSeek-V3's block from its definition, on tensors by its names, in float64.  x (T,) → (T, V)"""
+    w, T, H = {name: t.double() for name, t in w.items()}, len(x), c["num_attention_heads"]
+    d, r, dv, E, G = (c[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                                         "n_routed_experts", "n_group"))
+    norm = lambda x, g: g * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    sharp = (0.1 * math.log(c["rope_scaling"]["factor"]) + 1) ** 2 if c["rope_scaling"] else 1.0
+
+    def feed(x, at):
+        inner = silu(x @ w[f"{at}.gate_proj.weight"].T) * (x @ w[f"{at}.up_proj.weight"].T)
+        return inner @ w[f"{at}.down_proj.weight"].T
+
+    def mixture(x, at):
+        s, out = (x @ w[f"{at}.gate.weight"].T).sigmoid(), torch.zeros_like(x)
+        choice = s + w[f"{at}.gate.e_score_correction_bias"]
+        for t in range(T):
+            rank = [sum(sorted(choice[t, g * E // G:(g + 1) * E // G].tolist())[-2:]) for g in range(G)]
+            groups = sorted(range(G), key=rank.__getitem__)[-c["topk_group"]:]
+            allowed = [e for e in range(E) if e * G // E in groups]
+            chosen = sorted(allowed, key=lambda e: choice[t, e].item())[-c["num_experts_per_tok"]:]
+            scale = c["routed_scaling_factor"] / sum(s[t, e] for e in chosen)
+            out[t] = sum(scale * s[t, e] * feed(x[t], f"{at}.experts.{e}") for e in chosen)
+        return out + feed(x, f"{at}.shared_experts") if c["n_shared_experts"] else out
+
+    h, future = w["model.embed_tokens.weight"][x], torch.ones(T, T).triu(1).bool()
+    for i in range(c["num_hidden_layers"]):
+        at, out = f"model.layers.{i}", []
+        own = lambda name: w[f"{at}.self_attn.{name}.weight"]
+        a = norm(h, w[f"{at}.input_layernorm.weight"])
+        if c["q_lora_rank"] is None:
+            q = a @ own("q_proj").T
+        else:
+            q = norm(a @ own("q_a_proj").T, own("q_a_layernorm")) @ own("q_b_proj").T
+        latent, k_rope = (a @ own("kv_a_proj_with_mqa").T).split((c["kv_lora_rank"], r), 1)
+        kv = norm(latent, own("kv_a_layernorm")) @ own("kv_b_proj").T
+        for n in range(H):
+            q_nope, q_rope = q[:, n * (d + r):(n + 1) * (d + r)].split((d, r), 1)
+            k_nope, v = kv[:, n * (d + dv):(n + 1) * (d + dv)].split((d, dv), 1)
+            score = q_nope @ k_nope.T + turn_pairs(q_rope, c) @ turn_pairs(k_rope, c).T
+            score = score.masked_fill(future, -math.inf) * sharp / (d + r) ** 0.5
+            out.append(score.softmax(-1) @ v)
+        h = h + torch.cat(out, -1) @ own("o_proj").T
+        a = norm(h, w[f"{at}.post_attention_layernorm.weight"])
+        h = h + (feed if i < c["first_k_dense_replace"] else mixture)(a, f"{at}.mlp")
+    return norm(h, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+
+
+@pytest.mark.parametrize("change", [
+    dict(), dict(q_lora_rank=None), dict(n_shared_experts=0), dict(n_shared_experts=None),
+    dict(n_shared_experts=2), dict(first_k_dense_replace=0), dict(first_k_dense_replace=3),
+    dict(num_key_value_heads=None, n_group=1, topk_group=1), dict(tie_word_embeddings=True),
+    dict(rope_scaling=YARN), dict(routed_scaling_factor=1, rope_theta=10_000),
+    dict(model_type="kimi_k2", rope_scaling=YARN | dict(rope_type="yarn", beta_fast=1))], ids=str)
+def test_weights_of_deepseek_are_its_definition(tmp_path, change):
+    """Random weights by its names: our logits are those of the definition, whatever config.json says. Some of
+    it is 0 or null, which is not the same as no key."""
+    about = ABOUT | change
+    tensors, x = latent_tensors(about), torch.randint(50, (40,))
+    network = net.load_hf(hf_folder(tmp_path, about, tensors)).eval()
+    with torch.no_grad():
+        logits = network(x[None])[0].double()
+    torch.testing.assert_close(logits, latent_logits(tensors, x, about), rtol=0, atol=1e-4)
+
+
+OTHER_NUMBERS = dict(
+    scoring_func=["softmax"], topk_method=["greedy"], moe_layer_freq=[2], rope_interleave=[False, None],
+    norm_topk_prob=[False, GONE], hidden_act=["gelu", ["silu"]], attention_bias=[True], is_causal=[False],
+    rms_norm_eps=[1e-5, GONE, True, "1e-6"], partial_rotary_factor=[0.5], head_dim=[10, None],
+    num_local_experts=[4], per_layer_config=[{"1": {}}], model_type=[["motif"], "llama", GONE],
+    q_lora_rank=[0, GONE], kv_lora_rank=[0, None], n_group=[None, 0], topk_group=[None, 0],
+    n_routed_experts=[0, None, 10 ** 30], num_experts_per_tok=[0, 1, None], v_head_dim=[0],
+    routed_scaling_factor=[0, None, -1.0], qk_nope_head_dim=[None], hidden_size=[32.0, "32", True, 10 ** 30],
+    num_hidden_layers=[-3, True, GONE], n_shared_experts=[True, GONE, -1], first_k_dense_replace=[1.0, None],
+    tie_word_embeddings=[0, None, GONE], num_key_value_heads=[0, GONE], rope_theta=[GONE, 0, None, "1e4"],
+    max_position_embeddings=[GONE, None], vocab_size=[10 ** 6])
+OTHER_YARN = dict(
+    factor=[0, GONE, None], mscale=[0.707, GONE], mscale_all_dim=[0, GONE], attention_factor=[1.5],
+    truncate=[False, None], original_max_position_embeddings=[GONE, 0, None], beta_fast=[0], beta_slow=[0],
+    partial_rotary_factor=[0.5], rope_type=["default", "linear", None])
+OTHER_FP8 = dict(quant_method=["awq", GONE], fmt=["e5m2"], activation_scheme=["static"], expert_dtype=["fp4"],
+                 weight_block_size=[None, 128, [128], [128, 0], [True, 128], [128.0, 128]])
+OTHER_MOTIF = dict(
+    attn_rms_norm_eps=[1e-6], use_bias=[True], qkv_bias=[True], attention_bias=[True], num_noise_heads=[2, 0],
+    use_sliding_window=[True], hidden_act=["silu", GONE], head_dim=[0, "6", 6.0], tie_word_embeddings=[GONE],
+    num_key_value_heads=[0, GONE], partial_rotary_factor=[0.5])
+
+
+@pytest.mark.parametrize("table, put", [
+    (OTHER_NUMBERS, lambda change: changed(ABOUT, **change)),
+    (OTHER_YARN, lambda change: ABOUT | dict(rope_scaling=changed(YARN, **change))),
+    (OTHER_FP8, lambda change: ABOUT | dict(quantization_config=changed(dict(quant_method="fp8"), **change))),
+    (OTHER_MOTIF, lambda change: changed(MOTIF_ABOUT, **change))], ids=["deepseek", "yarn", "fp8", "motif"])
+def test_a_configuration_that_means_other_numbers_is_refused(tmp_path, table, put):
+    """Key by key, in one line that names it and what it holds."""
+    for key, values in table.items():
+        for value in values:
+            about = put({key: value})
+            with pytest.raises(ValueError, match="config.json: ") as refused:
+                net.hf_config(hf_folder(tmp_path, about, {}))
+                pytest.fail(f"{key} {value} is read", pytrace=False)
+            said = "" if value is GONE else repr(value)[:60]
+            assert key.replace("rope_type", "type") in str(refused.value) and said in str(refused.value), key
+            assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(num_key_value_heads=1), "n_kv_head=n_head"), (dict(rope_theta=1), "rope_theta 1.0 must be above 1"),
+    (dict(rope_scaling=YARN | dict(factor=0.5)), "factor 0.5 at least 1"),
+    (dict(rope_scaling=YARN | dict(beta_fast=0.5)), "beta_fast 0.5 at least beta_slow 1.0"),
+    (dict(rope_scaling=0), "not an object"), (dict(rope_parameters=[YARN]), "not an object"),
+    (dict(quantization_config=[]), "quantization_config is not an object"),
+    (dict(rope_scaling=YARN, rope_parameters=dict(type="yarn")), "rope_scaling and rope_parameters differ"),
+    (dict(rope_scaling=YARN, original_max_position_embeddings=32), "max_position_embeddings 32, have 16"),
+    (MOTIF_ABOUT | dict(rope_scaling=YARN), "rope_type 'yarn', have 'default'"),
+    (MOTIF_ABOUT | dict(num_attention_heads=48), "rotary positions need an even width")])
+def test_a_configuration_that_contradicts_itself_is_refused(tmp_path, change, says):
+    with pytest.raises(ValueError, match=says):
+        net.hf_config(hf_folder(tmp_path, ABOUT | change, {}))
+
+
+def test_harmless_keys_are_ignored_and_all_faults_are_listed(tmp_path):
+    plain = net.hf_config(hf_folder(tmp_path, ABOUT, {}))
+    assert plain.n_shared == 1 and plain.q_rank == 14 and plain.norm_eps == 1e-6
+    may_miss = ("rope_interleave", "attention_bias", "scoring_func", "topk_method", "moe_layer_freq",
+                "rope_scaling")
+    for change in (dict.fromkeys(may_miss, GONE), dict(use_cache=False, attention_dropout=0.5, mscale=7),
+                   dict(rope_theta=GONE, rope_parameters=dict(rope_type="default", rope_theta=50_000)),
+                   dict(head_dim=8, num_local_experts=8, num_key_value_heads=None, rope_parameters={})):
+        assert net.hf_config(hf_folder(tmp_path, changed(ABOUT, **change), {})) == plain
+    motif = net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT, {}))
+    assert (motif.d_head, motif.n_kv_head, motif.lam_delay) == (6, 4, 1)
+    for change in (dict(head_dim=None), dict(head_dim=6), dict(num_key_value_heads=None, use_bias=None)):
+        assert net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT | change, {})) == motif
+
+    wrong = dict(scoring_func="softmax", topk_method="greedy", moe_layer_freq=2, hidden_size=None, n_group=0)
+    with pytest.raises(ValueError) as refused:
+        net.hf_config(hf_folder(tmp_path, ABOUT | wrong, {}))
+    assert all(key in str(refused.value) for key in wrong)
+
+
+def odd_value(rng, depth=0):
+    """A value that JSON can hold."""
+    if depth < 3 and rng.random() < 0.4:
+        inner = [odd_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+        return inner if rng.random() < 0.5 else {rng.choice(["type", "factor", "a"]): v for v in inner}
+    return rng.choice([None, True, False, 0, 1, -1, 2 ** 31, 10 ** 400, 0.5, -0.0, 1e300, "yarn", "\udcff"])
+
+
+def test_any_configuration_is_a_model_or_one_line(tmp_path):
+    """2,000 config.json with values out of place: a ModelConfig whose model can be laid out, or one line."""
+    rng, read = random.Random(0), 0
+    for _ in range(2000):
+        about = dict(rng.choice((ABOUT, ABOUT | dict(rope_scaling=YARN), MOTIF_ABOUT)))
+        for key in rng.sample(sorted(about), rng.choice((1, 1, 2))):
+            about[key] = odd_value(rng)
+        if type(about.get("rope_scaling")) is dict and rng.random() < 0.5:
+            about["rope_scaling"] = about["rope_scaling"] | {rng.choice(sorted(YARN)): odd_value(rng)}
+        hf_folder(tmp_path, about, {})
+        try:
+            config = net.hf_config(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 900, str(error)
+            continue
+        read += 1
+        with torch.device("meta"):
+            net.Transformer(replace(config, n_layer=1, n_dense=0))
+        assert net.rope_frequencies(config).isfinite().all()
+    assert 200 < read < 1800
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"[]", b"3", b"null", b'"x"', b"{", DEEP, b'{"a":' * 99_999, b"\xff\xfe", b'{"a": NaN}', b"\0",
+    b"9" * 5000, b'{"n_group": 3, "n_group": 4}', json.dumps(ABOUT).encode("utf-16")], ids=range(14))
+def test_a_config_json_that_is_no_object_is_refused_in_one_line(tmp_path, raw):
+    (tmp_path / "config.json").write_bytes(raw)
+    with pytest.raises(ValueError, match="config.json: ") as refused:
+        net.hf_config(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: No such file"):
+        net.hf_config(tmp_path)
+
+
+def test_sizes_that_the_files_cannot_fill_are_refused_before_room_is_made(tmp_path):
+    tensors, huge = latent_tensors(ABOUT), 500_000
+    for change in (dict(num_hidden_layers=huge), dict(n_routed_experts=huge, n_group=1, topk_group=1),
+                   dict(hidden_size=huge, intermediate_size=huge), dict(vocab_size=huge)):
+        with pytest.raises(ValueError, match="too few for|do not fit"):
+            net.load_hf(hf_folder(tmp_path, ABOUT | change, tensors))
+
+
+FP8_NAMES = ["model.layers.0.self_attn.q_b_proj.weight", "model.layers.1.self_attn.kv_b_proj.weight",
+             "model.layers.2.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+def in_fp8(tensors, block):
+    """`tensors` with FP8_NAMES in FP8 by blocks, and all of what they stand for, number by number."""
+    kept, meant = dict(tensors), dict(tensors)
+    for name in FP8_NAMES:
+        t, full = tensors[name], torch.empty_like(tensors[name])
+        scale = torch.rand(-(-t.shape[0] // block[0]), -(-t.shape[1] // block[1])) * 0.01 + 0.001
+        for i, j in itertools.product(*map(range, t.shape)):
+            full[i, j] = scale[i // block[0], j // block[1]]
+        kept |= {name: (t / full).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+        meant[name] = kept[name].float() * full
+    return kept, meant
+
+
+def fp8_about(*block, **more):
+    """ABOUT with scales for blocks of so many rows and columns."""
+    return ABOUT | more | dict(quantization_config=dict(quant_method="fp8", weight_block_size=block))
+
+
+@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 500_000), None])
+def test_fp8_weights_are_multiplied_out_by_the_blocks_of_config_json(tmp_path, block):
+    """Without a quantization_config they are 128 × 128, and one weight here is wider."""
+    about = fp8_about(*block, intermediate_size=200) if block else ABOUT | dict(intermediate_size=200)
+    kept, meant = in_fp8(latent_tensors(about), block or (128, 128))
+    found = net.load_hf(hf_folder(tmp_path / "fp8", about, kept)).state_dict()
+    plain = net.load_hf(hf_folder(tmp_path / "plain", about, meant)).state_dict()
+    assert all(torch.equal(t, plain[name]) for name, t in found.items())
+
+
+def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(tmp_path):
+    """A scale that is missing, of another block or no number; one without a weight, or whose weight is not
+    FP8. All are listed at once, and the model is as it was."""
+    good, _ = in_fp8(latent_tensors(ABOUT), (16, 8))
+    a, b, c, d = (f"{name}_scale_inv" for name in FP8_NAMES)
+    alone, gate, norm = "model.layers.1.x_scale_inv", "model.layers.1.mlp.gate.weight", "model.norm.weight"
+    plain = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    bad = changed(good, **{
+        a: GONE, b: good[b][:1], c: good[c].to(torch.int32), plain: torch.ones(2, 1), alone: torch.ones(1),
+        gate: torch.ones(8, 32, dtype=torch.int8), norm: torch.ones(32).to(torch.float8_e4m3fn)})
+    network = net.Transformer(net.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    with pytest.raises(ValueError, match="7 tensors do not fit") as refused:
+        net.fill_hf_(network, tmp_path)
+    for line in (f"{a} missing", f"{b} (1, 2) of torch.float32 for (2, 2)", f"{plain} unknown",
+                 f"{alone} unknown", f"{c} (1, 4) of torch.int32 for (1, 4)", f"{gate} of torch.int8",
+                 f"{norm} of torch.float8_e4m3fn"):
+        assert line in str(refused.value), line
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    hf_folder(tmp_path, ABOUT, good)                                   # blocks that config.json does not name
+    with pytest.raises(ValueError, match="4 tensors do not fit") as refused:
+        net.load_hf(tmp_path)
+    assert f"{d} (2, 5) of torch.float32 for (1, 1) of (128, 128)" in str(refused.value)
+
+
+def test_masters_get_the_numbers_of_the_files_and_not_their_roundings(tmp_path):
+    """A model in bfloat16 whose owner keeps float32: train.restore fills both from HFWeights. Rows, and
+    experts that begin elsewhere, come out too."""
+    kept, _ = in_fp8(latent_tensors(ABOUT), (128, 128))
+    config = net.hf_config(hf_folder(tmp_path, ABOUT, kept))
+    weights, whole = net.HFWeights(tmp_path, config), net.load_hf(tmp_path).state_dict()
+    network = net.Transformer(config)
+    for p in network.parameters():
+        p.data = p.data.bfloat16() if p.ndim > 1 else p.data
+    owners = owners_of(network, train.Config(), parallel.Mesh())
+    train.restore(network, owners, weights, moments=False)
+    for piece, master in owners.masters.items():
+        assert master.dtype == torch.float32 and torch.equal(master, whole[piece.name]), piece.name
+    for name, p in network.state_dict().items():
+        assert torch.equal(p, whole[name].to(p.dtype)), name
+    assert list(weights) == list(whole) and len(weights) == len(whole)
+    for name, t in whole.items():
+        assert weights.shape(name) == t.shape and torch.equal(weights[name], t), name
+        assert torch.equal(weights.rows(name, 1, 3), t[1:3]), name
+        assert torch.equal(weights.rows(name, 2), t[2:]), name
+    part = net.Transformer(config, layers=range(1, 3), experts=range(2, 5))
+    train.restore(part, None, weights)
+    assert torch.equal(part.state_dict()["layers.2.ffn.up"], whole["layers.2.ffn.up"][2:5])
+
+
+def test_weights_are_read_when_they_are_asked_for_and_not_held(tmp_path):
+    """Numbers that change in the file after all was checked, and again: those of now come out."""
+    weights = net.HFWeights(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), net.hf_config(tmp_path))
+    path = tmp_path / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8:8 + length])
+    for name, theirs in (("embed", "model.embed_tokens.weight"),
+                         ("layers.1.ffn.up", "model.layers.1.mlp.experts.0.up_proj.weight"),
+                         ("layers.0.attention.wuk", "model.layers.0.self_attn.kv_b_proj.weight")):
+        for value in (3.5, -7.0):
+            with open(path, "r+b") as file:
+                file.seek(8 + length + header[theirs]["data_offsets"][0])
+                file.write(np.full(10, value, "<f4").tobytes())
+            assert weights[name].flatten()[:10].eq(value).all(), name
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path):
+    """What no shape shows is compared too. What a run may choose anew is not."""
+    config = net.hf_config(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)))
+    other = replace(config, route_scale=1.0, n_active=2)
+    with pytest.raises(ValueError, match="has another model: n_active=3, not 2; route_scale=2.5, not 1.0$"):
+        net.fill_hf_(net.Transformer(other), tmp_path)
+    new = replace(config, context=128, rope_theta=9e4, yarn=4.0, balance_rate=0.0, balance_loss=1e-4)
+    net.fill_hf_(net.Transformer(new), tmp_path)
+
+
+def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_path):
+    """Every key without its value, and others: where our model loads, its logits are transformers'."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    tensors, x, read = latent_tensors(ABOUT), torch.randint(50, (1, 40)), 0
+    yarn = YARN | dict(rope_type="yarn")
+    cases = [{}] + [{key: value} for key in ABOUT for value in (GONE, None) if key != "model_type"]
+    cases += [dict(rope_scaling=changed(yarn, **{key: value})) for key in YARN for value in (GONE, 0, 2.0)]
+    cases += [dict(is_causal=False), dict(rope_interleave=False), dict(head_dim=4), dict(rms_norm_eps=1e-2),
+              dict(norm_topk_prob=False), dict(routed_scaling_factor=1.0), dict(topk_group=4),
+              dict(n_group=2), dict(num_experts_per_tok=1), dict(rope_theta=100.0),
+              dict(rope_parameters=dict(rope_theta=9.0))]
+    for change in cases:
+        folder = hf_folder(tmp_path, changed(ABOUT | dict(rope_scaling=yarn), **change), tensors)
+        try:
+            network = net.load_hf(folder, lambda _: None).eval()
+            theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except Exception as error:                                     # theirs takes no null for False, say
+            assert isinstance(error, ValueError) or "Strict" in type(error).__name__, change
+            continue
+        read += 1
+        with torch.no_grad():
+            ours, logits = network(x), theirs(x).logits
+        torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4, msg=lambda text: f"{change}: {text}")
+    assert read > 25
+
+
+def write_index(folder, where):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+
+
+def shards(folder, tensors, n=2, name="model-{}.safetensors"):
+    """`tensors` in n files of a folder with ABOUT. → {their name: file}"""
+    where = {key: name.format(i % n) for i, key in enumerate(tensors)}
+    hf_folder(folder, ABOUT, {})
+    for file in set(where.values()):
+        kernels.write_tensors(folder / file, {key: t for key, t in tensors.items() if where[key] == file})
+    return where
+
+
+def test_weights_are_those_that_the_index_names(tmp_path):
+    """Old shards beside the new ones are left alone. What the index names has to be there."""
+    old, new = latent_tensors(ABOUT), latent_tensors(ABOUT)
+    shards(tmp_path, old, 3, "model-0000{}-of-00003.safetensors")
+    shards(tmp_path, old, 1, "model.safetensors")
+    where = shards(tmp_path, new | {"model.unnamed": torch.ones(1)}, 2, "model-0000{}-of-00002.safetensors")
+    write_index(tmp_path, {name: file for name, file in where.items() if name != "model.unnamed"})
+    x = torch.randint(50, (9,))
+    with torch.no_grad():
+        logits = net.load_hf(tmp_path).eval()(x[None])[0].double()
+    torch.testing.assert_close(logits, latent_logits(new, x, ABOUT), rtol=0, atol=1e-4)
+    found = net.HFWeights(tmp_path, net.hf_config(tmp_path)).files
+    assert found.keys() == new.keys() and all(torch.equal(t, new[name]) for name, t in found.items())
+
+    first = "model-00000-of-00002.safetensors"
+    kernels.write_tensors(tmp_path / first, {"model.norm.weight": torch.ones(32)})
+    with pytest.raises(ValueError, match=f"tensors of its index missing: .* in {first}.*; and .. more$"):
+        net.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("where, says", [
+    ({"model.norm.weight": "model-7.safetensors"}, "1 of 1 files of its index missing: model-7.safetensors$"),
+    ({f"model.layers.{i}.{'x' * 90}": f"model-{i // 500}.safetensors" for i in range(9000)},
+     "18 of 18 files of its index missing: model-0.safetensors; .*; model-7.safetensors; and 10 more$"),
+    *(({"a": file}, "names what is no file of its folder") for file in ("../x", "/etc/x", "", "x" * 3000)),
+    *((where, "weight_map is not one of tensors") for where in ({"a": 5}, {"a": None}, [], {}, None))])
+def test_an_index_that_names_what_is_not_there_is_one_short_line(tmp_path, where, says):
+    write_index(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), where)
+    with pytest.raises(ValueError, match=says) as refused:
+        net.load_hf(tmp_path)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
+
+
+def test_without_an_index_a_name_in_two_files_is_refused(tmp_path):
+    tensors = latent_tensors(ABOUT)
+    shards(tmp_path, tensors)
+    assert torch.equal(net.load_hf(tmp_path).state_dict()["norm.weight"], tensors["model.norm.weight"])
+    kernels.write_tensors(tmp_path / "model-old.safetensors", {"model.norm.weight": torch.zeros(32)})
+    with pytest.raises(ValueError, match="no model.safetensors.index.json says which file has model.norm.we"):
+        net.load_hf(tmp_path)
+    hf_folder(tmp_path, ABOUT, tensors | {"model.norm.weight": torch.full((32,), 2.0)})
+    assert net.load_hf(tmp_path).state_dict()["norm.weight"].eq(2).all()         # the one file is all of it
+    for raw in (b"[1]", DEEP, b"\xff", b'{"weight_map": {}, "weight_map": {}}'):
+        (tmp_path / "model.safetensors.index.json").write_bytes(raw)
+        with pytest.raises(ValueError, match="index.json: not"):
+            net.load_hf(tmp_path)
+
+
+def test_long_lists_of_what_does_not_fit_are_cut(tmp_path):
+    tensors = {f"model.\n{'x' * 300}.{i}": torch.ones(1) for i in range(2000)}
+    with pytest.raises(ValueError, match=r"2000 tensors do not fit: model.\\nxxx") as refused:
+        net.load_hf(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT) | tensors))
+    assert len(str(refused.value)) < 2000 and "\n" not in str(refused.value)
+    assert str(refused.value).endswith("; and 1992 more")
+
+
+def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
+    """Angles, which follow from config.json; a head that is a copy of the embedding; empty tensors."""
+    about = ABOUT | dict(tie_word_embeddings=True, n_shared_experts=0)
+    tensors = latent_tensors(about)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    extra |= {"model.layers.1.mlp.shared_experts.up_proj.weight": torch.empty(0, 32), "lm_head.weight": copy,
+              "model.rotary_emb.inv_freq": torch.ones(4), "model.layers.3.embed_tokens.weight": copy}
+    plain = net.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
+    found = net.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
+    assert found.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in found.items())
+    for name, t, says in (("lm_head.weight", copy + 1e-6, "is not the embedding that it is tied to"),
+                          ("lm_head.weight", copy[:7], "is not the embedding"),
+                          ("lm_head.weight", copy.bfloat16(), "is not the embedding"),
+                          ("model.layers.x.rotary_emb.inv_freq", torch.ones(4), "unknown"),
+                          ("model.layers.0.self_attn.rotary_emb.inv", torch.ones(4), "unknown")):
+        with pytest.raises(ValueError, match=f"1 tensors do not fit: {name} {says}"):
+            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | {name: t}))
+
+
+class Dies:
+    """In place of a tokenizer: the process is killed, or the disk full, when the export comes to it."""
+    eot = 0
+
+    def __init__(self, kill):
+        self.kill = kill
+
+    def save_hf(self, folder):
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(28, "No space left on device")
+
+
+def test_an_export_is_complete_or_absent(tmp_path):
+    """Killed in the middle, it leaves nothing under its name, and nothing of it gets into the next one."""
+    network, target = lively(replace(K2, tie=False, d_value=8)), tmp_path / "hf"
+    child = os.fork()
+    if child == 0:
+        net.save_hf(lively(replace(K2, tie=False, n_layer=4)), target, Dies(True), shard_bytes=9000)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not target.exists()
+    left = [p.name for folder in tmp_path.iterdir() for p in folder.iterdir()]
+    assert len([name for name in left if name.startswith("model-")]) > 2
+    with pytest.raises(OSError, match="No space left"):
+        net.save_hf(network, target, Dies(False))
+    assert list(tmp_path.iterdir()) == []
+    net.save_hf(network, target)
+    assert {p.name for p in target.iterdir()} == {"config.json", "model-00000.safetensors",
+                                                  "model.safetensors.index.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    back = net.load_hf(target).state_dict()
+    assert all(torch.equal(t, back[name]) for name, t in network.state_dict().items())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        net.save_hf(network, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(n_active=1), "num_experts_per_tok 1"), (dict(norm_eps=1e-5), "norm_eps=1e-05, not 1e-06"),
+    (dict(yarn=4.0, yarn_fast=0.5), "beta_fast 0.5"), (dict(yarn=0.5), "factor 0.5"),
+    (dict(act="gelu"), "act=gelu"), (dict(kv_rank=0, d_rope=0), "differential=False, not True")])
+def test_what_a_kind_cannot_hold_is_not_exported(tmp_path, change, says):
+    with pytest.raises(ValueError, match=says):
+        net.save_hf(net.Transformer(replace(K2, **change)), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", [
+    replace(K2, tie=False, n_shared=0), replace(K2, n_shared=2, n_dense=3, n_group=1, top_group=1),
+    replace(K2, q_rank=0, n_dense=0, yarn=4.0, yarn_from=8, yarn_fast=2.0),
+    replace(TINY, lam_delay=1, tie=False, n_kv_head=2)], ids=range(4))
+def test_an_export_is_read_as_the_model_that_it_was(tmp_path, config):
+    """Zero shared experts, no queries' latent, no dense layer: what is 0 comes back as 0."""
+    network = lively(config)
+    net.save_hf(network, tmp_path / "hf", shard_bytes=20_000)
+    back = net.load_hf(tmp_path / "hf")
+    free = {name: getattr(config, name) for name in net.HF_FREE}
+    assert replace(back.config, **free) == config and back.config.yarn == config.yarn
+    assert all(torch.equal(t, network.state_dict()[name]) for name, t in back.state_dict().items())
+
+
+def run_model(capsys, *words):
+    """model.py with these words → (exit code, what it printed, its line on stderr)."""
+    try:
+        net.main([str(word) for word in words])
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 1
+        print("" if isinstance(leave.code, int) else leave.code, file=sys.stderr, end="")
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("word, code, says", [
+    ("--temperature=-1", 1, "--temperature=-1.0: must be from 0 to 1000"), ("--top-p=nan", 1, "=nan: must"),
+    ("--temperature=inf", 1, "=inf: must"), ("--top-p=1.5", 1, "--top-p=1.5: must be from 0 to 1"),
+    ("--temperature=nan", 1, "=nan: must"), ("--top-p=-0.1", 1, "must be"), ("--tokens=-1", 1, "-1: must be"),
+    ("--seed=-1", 1, "--seed=-1: must be"), ("--seed=99999999999999999999", 1, "must be from 0 to"),
+    ("--average=0", 1, "--average=0: must be from 1"), ("--average=99", 1, "checkpoints here, not 99"),
+    ("--prompt=a\udcffb", 1, r"--prompt='a\\udcffb': is not UTF-8"), ("--tokens=many", 2, "invalid int"),
+    ("--temperature=0", 0, ""), ("--temperature=1e-300", 0, ""), ("--top-p=0", 0, ""), ("--tokens=0", 0, ""),
+    ("--prompt=ü€🙂\n\0", 0, ""), ("--seed=9223372036854775807", 0, "")], ids=range(19))
+def test_sampling_is_text_or_one_line(finished, capsys, word, code, says):
+    left, out, error = run_model(capsys, "--sample", finished[0].parent.parent, "--tokens=3", word)
+    assert left == code and re.search(says, error) and "Traceback" not in error, error
+    if code == 1:
+        assert "\n" not in error.strip() and out == ""
+    if code == 0:
+        assert out.endswith("\n") and (word != "--tokens=0" or out == "\n")
+
+
+def test_folders_that_cannot_be_sampled_from_are_one_line(finished, tmp_path, capsys):
+    """All checkpoints damaged, no tokenizer or no such thing, no run, a kind that cannot be exported."""
+    run, hf = finished[0].parent.parent, hf_folder(tmp_path / "kimi", ABOUT, {})
+    for name in ("sick", "mute", "other"):
+        shutil.copytree(run, tmp_path / name)
+    for file in tmp_path.glob("sick/ckpt/*/rank-0.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (tmp_path / "mute/tokenizer.json").unlink()
+    (tmp_path / "other/tokenizer.json").write_text("[]")
+    (tmp_path / "file").write_text("x")
+    for words, says in (([tmp_path / "sick"], "sick: every checkpoint is damaged$"),
+                        ([tmp_path / "mute"], "No such file or directory: .*tokenizer.json'$"),
+                        ([tmp_path / "other"], "tokenizer.json"), ([tmp_path / "file"], "0 checkpoints here"),
+                        ([tmp_path / "nowhere"], "0 checkpoints here"), ([""], "0 checkpoints here"),
+                        ([hf], "kimi has no tokenizer.json"), ([hf, "--average=2"], "no tokenizer.json"),
+                        ([run, "--export", tmp_path / "out"], "model.py: a model of the kind motif cannot"),
+                        ([run, "--export", tmp_path / "file"], "model.py: ")):
+        code, _, error = run_model(capsys, "--sample", *words)
+        assert code == 1 and re.search(says, error) and "\n" not in error, error
+    (hf / "tokenizer.json").write_text("{}")                           # it is not read before the weights
+    assert "has no checkpoints" in run_model(capsys, "--sample", hf, "--average=2")[2]
+    assert "no model*.safetensors here" in run_model(capsys, "--sample", hf)[2]
+    assert run_model(capsys, "--prompt=x")[0] == 2 and run_model(capsys, "--export=x")[0] == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_shows_what_it_can(finished, encoding):
+    sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, "--tokens=2"]
+    environment = os.environ | dict(PYTHONIOENCODING=encoding)
+    shown = subprocess.run([*sampling, "--prompt=aü€🙂"], env=environment, capture_output=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("aü€🙂".encode(encoding, "replace")), shown.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(finished):
+    sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, b"--prompt=a\xff"]
+    refused = subprocess.run(sampling, capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr == "model.py: --prompt='a\\udcff': is not UTF-8\n"
 
 
 # ---- muonclip.py ----------------------------------------------------------------------------------------------------
@@ -2660,7 +3428,7 @@ def test_a_hugging_face_folder_is_written_read_and_trained_on(text, tmp_path, ca
     options = command(text, tmp_path / "on", "--steps=3", f"--init={tmp_path / 'hf'}", "--eval_windows=0")[2:]
     train.main([o for o in options if "--model" not in o and "tokenizer" not in o])
     said = capsys.readouterr().out
-    assert said.startswith("The ") and f"weights of {tmp_path / 'hf'}" in said
+    assert "\nThe " in f"\n{said}" and f"weights of {tmp_path / 'hf'}" in said
     row = log_of(tmp_path / "on")[0]
     assert float(row["val_mine"]) == pytest.approx(history[-1]["val_mine"], rel=1e-5)
     with pytest.raises(SystemExit, match="neither a run with a checkpoint nor a Hugging Face folder"):
