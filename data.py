@@ -12,7 +12,7 @@
 Letters:  N windows  D domains  B windows of a batch (b: of a rank)  T context, tokens  V vocabulary
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
 """
-import ast, contextlib, fcntl, functools, gzip, hashlib, heapq, inspect, json, math, os, random, sys, sysconfig
+import ast, contextlib, fcntl, functools, gzip, hashlib, heapq, inspect, json, math, os, random, re, sys, sysconfig
 import time, warnings, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +65,9 @@ def parse_domains(config):
         rows = [(name, 1 / len(paths), 1 / len(paths)) for name in paths]
 
     names = [name for name, _, _ in rows]
+    for name in (*names, *paths):                                # it becomes a part of file names
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+            raise ValueError(f"domains: {name!r} is no name: letters, digits and _ - . (not first), 64 at most")
     for name in names:
         if names.count(name) > 1: raise ValueError(f"domains: {name!r} is given twice")
         if name == "shakespeare" and name not in paths:
@@ -83,8 +86,8 @@ def parse_domains(config):
 
 # ---- Embedded corpus: the standard library -----------------------------------------------------------------
 
-def library_sources():
-    """[(module name, source bytes)] of the standard library, sorted; found as files, never imported.
+def library_files():
+    """[(module name, path)] of the standard library, sorted; found as files, never imported.
     Left out: tests; installed packages; `encodings` and html.entities, generated tables; what was generated
     when this Python was built (_sysconfigdata, config-*), which differs between machines and names paths."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "entities"}
@@ -92,7 +95,7 @@ def library_sources():
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if not any(p in skip or p.startswith(("_sysconfigdata", "config-")) for p in parts):
-            found.append((".".join(p for p in parts if p != "__init__"), path.read_bytes()))
+            found.append((".".join(p for p in parts if p != "__init__"), path))
     if not found: raise ValueError(f"no library sources in {root}: give your text, --data.files=NAME=PATH")
     return found
 
@@ -131,9 +134,9 @@ def split_docstrings(source, module):
 def library():
     """(prose documents, code documents): no docstring is in both, and none is in prose twice."""
     prose, code, seen = [], [], set()
-    for module, raw in library_sources():
+    for module, path in library_files():
         try:
-            source = raw.decode().replace("\r\n", "\n")
+            source = path.read_bytes().decode().replace("\r\n", "\n")
             if module == "pydoc_data.topics":                    # topics = {title: text}: language reference
                 table = ast.parse(source).body[-1].value
                 prose += [f"{title}\n\n{text.strip()}\n" for title, text in ast.literal_eval(table).items()]
@@ -329,25 +332,33 @@ def documents(name, path=None, skip_bad=False):
     ValueError: which file, and where; `skip_bad` leaves bad lines of jsonl out, and says how many."""
     if path is None: return worked_math() if name == "math" else library()[EMBEDDED.index(name)]
     found = []
-    for file, raw in read_own(name, path):
-        jsonl = file.name.endswith((".jsonl", ".jsonl.gz"))
-        texts = read_jsonl(file, raw, skip_bad) if jsonl else [read_text(file, raw)]
+    for file in own_files(name, path):
+        with reading(name): raw = file.read_bytes()
+        texts = read_jsonl(file, raw, skip_bad) if is_jsonl(file) else [read_text(file, raw)]
         found += [text for text in texts if text.strip()]
     if not found: raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
     return found
 
 
-def read_own(name, path):
-    """[(file, its bytes)], sorted by path."""
-    files = [Path(path)]
-    if files[0].is_dir():
-        files = sorted(file for kind in ("txt", "md", "jsonl", "jsonl.gz") for file in Path(path).rglob(f"*.{kind}"))
-        if not files: raise ValueError(f"files: {name}={path}: no .txt, .md, .jsonl or .jsonl.gz in this folder")
+def own_files(name, path):
+    """The files of a domain of one's own, sorted."""
+    if not Path(path).is_dir(): return [Path(path)]
+    files = sorted(file for kind in ("txt", "md", "jsonl", "jsonl.gz") for file in Path(path).rglob(f"*.{kind}"))
+    if not files: raise ValueError(f"files: {name}={path}: no .txt, .md, .jsonl or .jsonl.gz in this folder")
+    return files
+
+
+@contextlib.contextmanager
+def reading(name):
     try:
-        return [(file, file.read_bytes()) for file in files]
+        yield
     except OSError as error:
         raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text file, a .jsonl, "
                          "or a folder of them") from None
+
+
+def is_jsonl(file):
+    return file.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def read_text(file, raw):
@@ -390,15 +401,35 @@ def split_documents(docs, val=0.05):
     return [d for d, h in zip(docs, hashes) if h > cut], [d for d, h in zip(docs, hashes) if h <= cut]
 
 
-def text_key(name, path=None, skip_bad=False):
-    """Names the text of a domain, and how it is cut, without extracting it."""
+def text_key(record, name, path=None, skip_bad=False):
+    """Names the text of a domain, how it is read and how it is cut, without extracting it.  record: see `digest`."""
     if path:
         steps = documents, read_jsonl, split_documents
-        return sha256(str(skip_bad), *(raw for _, raw in read_own(name, path)), *map(inspect.getsource, steps))
+        with reading(name): parts = [f"{is_jsonl(file)} {digest(file, record)}" for file in own_files(name, path)]
+        return sha256(str(skip_bad), *parts, *map(inspect.getsource, steps))
     helpers = between, one_of, natural, nonzero, paren, polynomial, worked_math, *PROBLEMS
-    steps = library_sources, split_docstrings, library, documents, split_documents, *helpers
-    sources = (part for module in library_sources() for part in module)
-    return sha256(name, *sources, *map(inspect.getsource, steps))
+    steps = library_files, split_docstrings, library, documents, split_documents, *helpers
+    parts = [f"{module} {digest(file, record)}" for module, file in library_files()]
+    return sha256(name, *parts, *map(inspect.getsource, steps))
+
+
+def stamp(path):
+    """[size, time of the last change]: by these a file is known again."""
+    about = os.stat(path)
+    return [about.st_size, about.st_mtime_ns]
+
+
+def digest(path, record):
+    """sha256 of a file, which is read only where its size or time is not that of record {path: [size, time,
+    digest]}.  One that changed within the last two seconds is not recorded: it could do so again in that time."""
+    now, known = stamp(path), record.get(str(path.absolute()))
+    if type(known) is list and len(known) == 3 and known[:2] == now and type(known[2]) is str: return known[2]
+    h = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20): h.update(part)
+    record.pop(str(path.absolute()), None)
+    if now == stamp(path) and time.time_ns() - now[1] > 2e9: record[str(path.absolute())] = [*now, h.hexdigest()]
+    return h.hexdigest()
 
 
 def sha256(*parts):
@@ -544,7 +575,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self.text, self.theirs, self.eot = text, tokenizers.Tokenizer.from_str(text), eot
         except Exception as error:                               # the package has no class of its own for it
-            raise ValueError(f"not a tokenizer.json: {error}") from None
+            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]:.200}") from None
         self.theirs.encode_special_tokens = True                 # as text: specials are put in by id
         added = self.theirs.get_added_tokens_decoder()
         vocab = self.theirs.get_vocab(with_added_tokens=False)
@@ -576,7 +607,8 @@ def read_hf_tokenizer(path, text):
     try:
         eos = json.loads(path.with_name("tokenizer_config.json").read_bytes())["eos_token"]
         eos = eos["content"] if isinstance(eos, dict) else eos
-    except (OSError, KeyError, TypeError, ValueError):
+        if type(eos) is not str: raise ValueError
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: needs tokenizer_config.json beside it, with its eos_token") from None
     tokenizer = HuggingFaceTokenizer(text, -1)
     if eos not in tokenizer.specials: raise ValueError(f"{path}: eos_token {eos!r} is not one of its specials")
@@ -594,9 +626,13 @@ def load_tokenizer(path):
             if tokenizer.fingerprint != saved["fingerprint"]: raise ValueError
             return tokenizer
         theirs = (saved["huggingface"], saved["eot"]) if "huggingface" in saved else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ValueError(f"{path}: damaged") from None
-    return HuggingFaceTokenizer(*theirs) if theirs else read_hf_tokenizer(Path(path), text)
+    if not theirs: return read_hf_tokenizer(Path(path), text)
+    if [type(part) for part in theirs] != [str, int]: raise ValueError(f"{path}: damaged")
+    tokenizer = HuggingFaceTokenizer(*theirs)
+    if not 0 <= tokenizer.eot < tokenizer.n_vocab: raise ValueError(f"{path}: damaged: eot {tokenizer.eot}")
+    return tokenizer
 
 
 def known_encoding(name):
@@ -639,7 +675,7 @@ def read_json(path, *needs):
     try:
         found = json.loads(path.read_bytes())
         return {name: found[name] for name in needs}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         print(f"{path}: damaged, building it again")
 
 
@@ -669,15 +705,24 @@ class Domain(NamedTuple):
     sha256: list                 # of the tokens: train, val
 
 
-def cached_domain(folder, name, key, tokenizer, texts):
-    """texts(): (train documents, val documents), called only if there is something to build."""
+def cached_domain(folder, name, key, tokenizer, texts, verified):
+    """texts(): (train documents, val documents), called only if there is something to build.
+    verified {path: stamp}: shards whose digest was found right before; those found so now are added."""
     stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
     paths = [Path(folder, f"{stem}-{part}.bin") for part in ("train", "val")]
     dtype, about = np.dtype("<u2" if tokenizer.n_vocab <= 65536 else "<u4"), Path(folder, f"{stem}.json")
     facts = read_json(about, "tokens", "bytes", "documents", "sha256")
-    for path, n, digest in zip(paths, *(facts["tokens"], facts["sha256"]) if facts else ((), ())):
+    pairs = dict(tokens=int, bytes=int, sha256=str)              # of the training and the validation text
+    if facts and not all(type(facts[k]) is list and [type(v) for v in facts[k]] == [kind] * 2
+                         for k, kind in pairs.items()):
+        print(f"{about}: damaged, building it again")
+        facts = None
+    for path, n, right in zip(paths, *(facts["tokens"], facts["sha256"]) if facts else ((), ())):
         size = path.stat().st_size if path.exists() else 0
-        if size == n * dtype.itemsize and sha256(np.memmap(path, dtype, "r")) == digest: continue
+        known = path.exists() and verified.get(path.name) == stamp(path)
+        if size == n * dtype.itemsize and (known or sha256(np.memmap(path, dtype, "r")) == right):
+            verified[path.name] = stamp(path)
+            continue
         print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
         facts = None
     if not facts:
@@ -692,6 +737,7 @@ def cached_domain(folder, name, key, tokenizer, texts):
             facts["sha256"].append(sha256(ids))
         facts["documents"] = len(docs[0]) + len(docs[1])
         write_atomically(about, json.dumps(facts).encode())      # last: without it the shards do not count
+        verified |= {path.name: stamp(path) for path in paths}
         print(f"{about}: {sum(facts['bytes']) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
               f"{time.time() - began:.1f} s")
     train, val = (np.memmap(path, dtype, "r") for path in paths)
@@ -706,11 +752,19 @@ class Corpus(NamedTuple):
     fingerprint: str             # of the tokens of all domains and of the tokenizer; a checkpoint carries it
 
 
-def prepare(config, vocab_size):
-    """DataConfig, the model's vocab_size → Corpus; built once, then loaded.  ValueError: what to mend."""
+def prepare(config, vocab_size, launch=""):
+    """DataConfig, the model's vocab_size → Corpus; built once, then loaded.  ValueError: what to mend.
+    Text that is as large and as old as when it was last read is not read again. Of the processes that name the same
+    `launch`, the first one verifies the shards' digests; the others take its word for what has not changed since."""
     names, start, end, paths = parse_domains(config)
     with locked(config.cache):
-        keys = {name: text_key(name, paths.get(name), config.skip_bad) for name in names}
+        sources, seen = Path(config.cache, "sources.json"), Path(config.cache, "verified.json")
+        record = read_json(sources, "files")
+        record = record["files"] if record and type(record["files"]) is dict else {}
+        before, verified = dict(record), read_json(seen, "launch", "files")
+        trusted = launch and verified and verified["launch"] == launch and type(verified["files"]) is dict
+        verified = verified["files"] if trusted else {}
+        keys = {name: text_key(record, name, paths.get(name), config.skip_bad) for name in names}
         texts = functools.cache(lambda name: split_documents(documents(name, paths.get(name), config.skip_bad)))
         if config.tokenizer == "bpe":
             train = lambda: [doc for name in names for doc in texts(name)[0]]
@@ -724,7 +778,9 @@ def prepare(config, vocab_size):
         if vocab_size < tokenizer.n_vocab:
             raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
         build = {name: functools.partial(texts, name) for name in names}
-        domains = {n: cached_domain(config.cache, n, keys[n], tokenizer, build[n]) for n in names}
+        domains = {n: cached_domain(config.cache, n, keys[n], tokenizer, build[n], verified) for n in names}
+        if record != before: write_atomically(sources, json.dumps(dict(files=record)).encode())
+        if launch: write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
     digests = (part for name, domain in domains.items() for part in (name, *domain.sha256))
     return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
 

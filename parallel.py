@@ -644,12 +644,6 @@ class Zero1:
         found += [p.grad for p in self.parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found).isfinite()
 
-    @torch.no_grad()
-    def refresh(self):
-        """Masters from the parameters, which were given new values."""
-        for piece, master in self.masters.items():
-            master.copy_(self.rows(piece))
-
     def describe(self):
         """Where ranks have less to do than others, say so."""
         for axis in (self.mesh.dp, self.mesh.edp):

@@ -341,7 +341,8 @@ def test_code_still_parses_and_compiles_to_the_same_statements():
                 if ast.get_docstring(node) is not None: node.body = node.body[1:]
                 node.body = [n for n in node.body if not isinstance(n, ast.Pass)]
             return node
-    for module, raw in data.library_sources()[::25]:
+    for module, path in data.library_files()[::25]:
+        raw = path.read_bytes()
         try: source = raw.decode()
         except UnicodeDecodeError: continue
         _, code = data.split_docstrings(source, module)
@@ -614,6 +615,64 @@ def test_files_that_hold_no_text_are_named(tmp_path):
                        ("none", "no .txt, .md, .jsonl"), ("some", "x.txt is not UTF-8 at byte 3")):
         with pytest.raises(ValueError, match=says):
             data.prepare(data.DataConfig(files=f"a={tmp_path / path}", cache=str(tmp_path / "cache")), 300)
+
+
+def test_a_start_reads_what_has_changed_and_no_more(tmp_path, monkeypatch):
+    """Text of the same size and age is not read again, and the second process of a launch believes the first; what has
+    changed is read, and damage is found by the next launch."""
+    path, config = tmp_path / "mine.txt", data.DataConfig(files=f"mine={tmp_path / 'mine.txt'}", domains="mine:1:1",
+                                                          tokenizer="bytes", cache=str(tmp_path / "cache"))
+    path.write_text("One line after another. " * 400)
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    read, hashed, sha256 = [], [], data.sha256
+    monkeypatch.setattr(data, "open", lambda p, *mode: read.append(str(p)) or open(p, *mode), raising=False)
+    monkeypatch.setattr(data, "sha256", lambda *p: hashed.extend(type(part) for part in p) or sha256(*p))
+
+    def start(launch):
+        read.clear(), hashed.clear()
+        fingerprint = data.prepare(config, 300, launch).fingerprint
+        return fingerprint, str(path) in read, np.memmap in hashed
+    first, *_ = start("a")
+    assert start("a") == (first, False, False), "text known by size and time, shards by the first one's word"
+    assert start("b") == (first, False, True) == start("")
+    path.write_text("One line after another! " * 400)              # as long, and younger than two seconds
+    second, was_read, _ = start("b")
+    assert was_read and second != first
+    path.write_text("One line after another? " * 400)
+    assert start("b")[0] not in (first, second), "the same size and, perhaps, the same time"
+
+    shard = max(Path(config.cache).glob("*-train.bin"), key=lambda p: p.stat().st_mtime_ns)
+    right, about = data.prepare(config, 300).fingerprint, shard.stat()
+    raw = bytearray(shard.read_bytes())
+    raw[0] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))     # bits that have rotted: no sign of it from outside
+    assert data.prepare(config, 300, "c").fingerprint == right and shard.read_bytes() != bytes(raw)
+    for name, junk in itertools.product(("sources.json", "verified.json"), ("[" * 10 ** 5, "[]", '{"files": 3}', "x", '{'
+                                        f'"files": {{"{path}": [1]}}, "launch": "c"}}')):
+        Path(config.cache, name).write_text(junk)
+        assert data.prepare(config, 300, "c").fingerprint == right, name
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-x", "a b", "x" * 65, "ä"])
+def test_a_domain_writes_nowhere_but_in_the_cache(name, tmp_path):
+    (tmp_path / "mine.txt").write_text("text " * 500)
+    for files, domains in ((f"{name}={tmp_path / 'mine.txt'}", "prose:1:1"), ("", f"{name}:1:1")):
+        with pytest.raises(ValueError, match="is no name: letters, digits"):
+            data.prepare(data.DataConfig(files=files, domains=domains, cache=str(tmp_path / "in" / "cache")), 300)
+    assert not (tmp_path / "in").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", "3", "null", '{"pieces": 3}', '{"pieces": ["zz"]}', '"x"',
+                                  '{"pieces": ["61"], "name": "x", "pattern": "[", "fingerprint": ""}',
+                                  '{"huggingface": 3, "eot": 1}', '{"huggingface": "{}", "eot": "x"}',
+                                  '{"huggingface": "{}", "eot": true}', '{"pieces": [null, 1.5]}'])
+def test_a_broken_tokenizer_file_is_one_line(text, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="damaged|tokenizer_config.json|not a tokenizer|pip install") as error:
+        data.load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
 
 
 def prepare_in_child(config, queue):
@@ -3435,6 +3494,22 @@ def test_a_hugging_face_folder_is_written_read_and_trained_on(text, tmp_path, ca
         train.main([f"--init={tmp_path}", f"--out={tmp_path / 'x'}"])
 
 
+def test_masters_take_the_weights_of_others_at_their_own_precision(tmp_path):
+    """Where the ranks hold bfloat16, what they begin with is rounded for the computation alone."""
+    network = lively(replace(K2, tie=False))
+    net.save_hf(network, tmp_path / "hf")
+    config = tiny_run(tmp_path, model=network.config, init=str(tmp_path / "hf"))
+    mesh = parallel.Mesh(dp=parallel.Axis(0, 2), edp=parallel.Axis(0, 2))
+    narrow, exact = train.build(config, mesh, torch.bfloat16), dict(network.named_parameters())
+    owners = owners_of(narrow, config, mesh)
+    train.begin(config, narrow, owners, {}, mesh, lambda _: None)
+    assert len(owners.masters) > 10
+    for piece, master in owners.masters.items():
+        assert master.dtype == torch.float32 and torch.equal(master, exact[piece.name][piece.start:piece.stop])
+    for name, p in narrow.named_parameters():
+        assert torch.equal(p, exact[name].to(p.dtype)), name
+
+
 @pytest.mark.parametrize("recipe, tokens, rates", [
     ("motif-2.6b", (0, 1e12, 2e12, 2.5e12), (5e-4, 5e-4, 5e-4, 1.25e-4)),
     ("motif-2.6b-lc", (0, 80e9), (5e-4 / math.sqrt(13.6), 1.25e-4)),
@@ -4263,7 +4338,7 @@ with contextlib.suppress(ImportError):
     @given(st.data())
     def test_any_damage_to_a_shard_is_mended(damaged_cache, choose):
         config, fingerprint = damaged_cache
-        files = sorted(p for p in Path(config.cache).iterdir() if p.name != "lock")
+        files = sorted(p for p in Path(config.cache).iterdir() if p.name not in ("lock", "sources.json"))
         file = choose.draw(st.sampled_from(files))
         raw = bytearray(file.read_bytes())
         raw[choose.draw(st.integers(0, len(raw) - 1))] ^= choose.draw(st.integers(1, 255))

@@ -38,7 +38,7 @@ import torch
 import parallel
 from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
 from kernels import read_tensors, write_tensors
-from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, fill_hf_, flops_per_token, generate,
+from model import (PRESETS, HFWeights, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
                    hf_config, load_hf, renormalise_)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
@@ -423,8 +423,7 @@ def begin(config, model, owners, facts, mesh, say):
     """The weights of config.init: one of our runs, with its moments where the optimizer is the same, or a Hugging
     Face folder."""
     if is_hf(config.init):
-        fill_hf_(model, config.init, say)
-        owners.refresh()
+        restore(model, owners, HFWeights(config.init, config.model, say), moments=False)
         return say(f"weights of {config.init}")
     found = newest_checkpoint(Path(config.init), say, mesh)
     if not found:
@@ -684,7 +683,9 @@ def train(config, resume=False, quiet=False, watch=None):
             folder = RunFolder(config.out)
 
         # The text is made ready before anyone waits for anyone: that may take a while.
-        corpus = prepare(data_of(config), config.model.vocab_size)
+        # Of the ranks of a launch on a node, the first one verifies it, and the others load by its result.
+        launch = f"{parallel.launch_id()} {os.environ['TORCHELASTIC_RESTART_COUNT']}" if parallel.launch_id() else ""
+        corpus = prepare(data_of(config), config.model.vocab_size, launch)
         horizon = config.data.horizon or config.tokens
         batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
                           config.model.context)
