@@ -649,10 +649,48 @@ def test_a_start_reads_what_has_changed_and_no_more(tmp_path, monkeypatch):
     shard.write_bytes(raw)
     os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))     # bits that have rotted: no sign of it from outside
     assert data.prepare(config, 300, "c").fingerprint == right and shard.read_bytes() != bytes(raw)
-    for name, junk in itertools.product(("sources.json", "verified.json"), ("[" * 10 ** 5, "[]", '{"files": 3}', "x", '{'
-                                        f'"files": {{"{path}": [1]}}, "launch": "c"}}')):
+    odd = json.dumps(dict(files={str(path): [1]}, launch="c"))
+    for name, junk in itertools.product(("sources.json", "verified.json"), ("[" * 10 ** 5, "[]", '{"files": 3}', odd)):
         Path(config.cache, name).write_text(junk)
         assert data.prepare(config, 300, "c").fingerprint == right, name
+
+
+@pytest.mark.parametrize("blank", " \t\u3000\f\n")
+def test_a_million_blanks_in_a_row_are_text(blank, corpus):
+    text = f"a{blank * 1_000_000}b"
+    assert corpus.tokenizer.decode(corpus.tokenizer.encode(text).tolist()) == text
+
+
+def test_bpe_bounds_the_length_of_a_word(monkeypatch, capsys):
+    """Text without blanks: pairs inside pieces of 128 letters count, and the merges are those of these pieces."""
+    monkeypatch.setattr(data, "LONGEST", 8)
+    text = "".join(random.choice("ACGT") for _ in range(4000))
+    pieces = " ".join(text[i:i + 8] for i in range(0, 4000, 8))
+    monkeypatch.setattr(data, "PATTERN", r"[^ ]+")
+    assert data.train_bpe([text], 300) == data.train_bpe([pieces], 300)
+    assert max(map(len, data.train_bpe([text * 3], 400))) <= 8
+
+
+def test_settings_saved_in_a_tokenizer_change_no_text(tmp_path):
+    """Truncation, padding and dropout are switched off; what changes the text itself is refused, with the part."""
+    tokenizers = pytest.importorskip("tokenizers")
+    config, text = own(tmp_path, "bpe")
+    ours = data.prepare(config, 300).tokenizer
+    ours.save_hf(tmp_path)
+    kept = (tmp_path / "tokenizer.json").read_text()
+    theirs = tokenizers.Tokenizer.from_str(kept)
+    theirs.enable_truncation(16)
+    theirs.enable_padding(length=9000)
+    theirs.model.dropout = 0.5
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    read = data.load_tokenizer(tmp_path / "tokenizer.json")
+    assert read.encode(text).tolist() == read.encode(text).tolist() == ours.encode(text).tolist()
+    for key, value in (("normalizer", dict(type="Lowercase")), ("normalizer", dict(type="NFKC")),
+                       ("pre_tokenizer", dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True,
+                                              use_regex=True))):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(kept) | {key: value}))
+        with pytest.raises(ValueError, match="tokenizer.json changes text.*" + value["type"]):
+            data.load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-x", "a b", "x" * 65, "ä"])
