@@ -2070,7 +2070,7 @@ def fp8_about(*block, **more):
     return ABOUT | more | dict(quantization_config=dict(quant_method="fp8", weight_block_size=block))
 
 
-@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 500_000), None])
+@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 2 ** 40), (2 ** 40, 2 ** 40), None])
 def test_fp8_weights_are_multiplied_out_by_the_blocks_of_config_json(tmp_path, block):
     """Without a quantization_config they are 128 × 128, and one weight here is wider."""
     about = fp8_about(*block, intermediate_size=200) if block else ABOUT | dict(intermediate_size=200)
@@ -2263,13 +2263,16 @@ def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
     plain = net.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
     found = net.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
     assert found.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in found.items())
-    for name, t, says in (("lm_head.weight", copy + 1e-6, "is not the embedding that it is tied to"),
-                          ("lm_head.weight", copy[:7], "is not the embedding"),
-                          ("lm_head.weight", copy.bfloat16(), "is not the embedding"),
-                          ("model.layers.x.rotary_emb.inv_freq", torch.ones(4), "unknown"),
-                          ("model.layers.0.self_attn.rotary_emb.inv", torch.ones(4), "unknown")):
-        with pytest.raises(ValueError, match=f"1 tensors do not fit: {name} {says}"):
-            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | {name: t}))
+    small = {"model.embed_tokens.weight": copy.to(torch.float8_e4m3fn),
+             "model.embed_tokens.weight_scale_inv": torch.ones(1, 1)}
+    for more, says in (({"lm_head.weight": copy + 1e-6}, "is not the embedding that it is tied to"),
+                       ({"lm_head.weight": copy[:7]}, "is not the embedding"),
+                       ({"lm_head.weight": copy.bfloat16()}, "is not the embedding"),
+                       (small | {"lm_head.weight": copy}, "is not the embedding"),
+                       ({"model.layers.x.rotary_emb.inv_freq": torch.ones(4)}, "inv_freq unknown"),
+                       ({"model.layers.0.self_attn.rotary_emb.inv": torch.ones(4)}, "inv unknown")):
+        with pytest.raises(ValueError, match=f"1 tensors do not fit: .*{says}"):
+            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | more))
 
 
 class Dies:
@@ -2294,15 +2297,15 @@ def test_an_export_is_complete_or_absent(tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not target.exists()
     left = [p.name for folder in tmp_path.iterdir() for p in folder.iterdir()]
     assert len([name for name in left if name.startswith("model-")]) > 2
-    with pytest.raises(OSError, match="No space left"):
-        net.save_hf(network, target, Dies(False))
-    assert list(tmp_path.iterdir()) == []
     net.save_hf(network, target)
     assert {p.name for p in target.iterdir()} == {"config.json", "model-00000.safetensors",
                                                   "model.safetensors.index.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     back = net.load_hf(target).state_dict()
     assert all(torch.equal(t, back[name]) for name, t in network.state_dict().items())
+    with pytest.raises(OSError, match="No space left"):
+        net.save_hf(network, tmp_path / "full", Dies(False))
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="exists"):
         net.save_hf(network, tmp_path / "empty")
@@ -2365,16 +2368,20 @@ def test_sampling_is_text_or_one_line(finished, capsys, word, code, says):
 def test_folders_that_cannot_be_sampled_from_are_one_line(finished, tmp_path, capsys):
     """All checkpoints damaged, no tokenizer or no such thing, no run, a kind that cannot be exported."""
     run, hf = finished[0].parent.parent, hf_folder(tmp_path / "kimi", ABOUT, {})
-    for name in ("sick", "mute", "other"):
+    for name in ("sick", "mute", "other", "wide"):
         shutil.copytree(run, tmp_path / name)
     for file in tmp_path.glob("sick/ckpt/*/rank-0.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / "mute/tokenizer.json").unlink()
     (tmp_path / "other/tokenizer.json").write_text("[]")
+    ranks = {bytes([i]): i for i in range(256)} | {b"a" + bytes([i]): 256 + i for i in range(200)}
+    data.Tokenizer("wide", data.PATTERN, ranks).save(tmp_path / "wide/tokenizer.json")
     (tmp_path / "file").write_text("x")
     for words, says in (([tmp_path / "sick"], "sick: every checkpoint is damaged$"),
                         ([tmp_path / "mute"], "No such file or directory: .*tokenizer.json'$"),
-                        ([tmp_path / "other"], "tokenizer.json"), ([tmp_path / "file"], "0 checkpoints here"),
+                        ([tmp_path / "other"], "tokenizer.json"),
+                        ([tmp_path / "wide"], "its tokenizer has a token 456, its model 261 of them"),
+                        ([tmp_path / "file"], "0 checkpoints here"),
                         ([tmp_path / "nowhere"], "0 checkpoints here"), ([""], "0 checkpoints here"),
                         ([hf], "kimi has no tokenizer.json"), ([hf, "--average=2"], "no tokenizer.json"),
                         ([run, "--export", tmp_path / "out"], "model.py: a model of the kind motif cannot"),
