@@ -576,8 +576,8 @@ def halves(piece, ranks):
 
 
 # What a byte-level tokenizer has to give back as it was: blanks, line ends, forms of letters, marks, no text at all
-PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\u5b57 \U0001f642 1234567 Don't\u3000x\x00"
-         "\n\n\nEnd \n ")
+PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\u5b57 \U0001f642 1234567 "
+         "Don't\u3000x\x00\n\n\nEnd \n ")
 
 
 class HuggingFaceTokenizer(Tokenizer):
