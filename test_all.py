@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -3443,7 +3444,7 @@ def trial(kind, path, folder, wholes, rng):
 
 def campaign(path, folder, kinds, seed=0, say=lambda _: None):
     """kinds: {kind: how often}. → rows (kind, tried, survived, steps computed again: mean, most)."""
-    rng, wholes = random.Random(seed), (folder / "whole/run", folder / "pair/run", folder / "mixed/run")
+    wholes = folder / "whole/run", folder / "pair/run", folder / "mixed/run"
     for out in wholes:
         out.parent.mkdir(parents=True)
     process = start(command(path, wholes[0], *OPTIONS)[2:], folder / "whole/log.txt")
@@ -3453,9 +3454,10 @@ def campaign(path, folder, kinds, seed=0, say=lambda _: None):
         assert under_torchrun(path, wholes[1], 2).wait(120) == 0, (folder / "pair/log.txt").read_text()
     if "layout changed" in kinds:
         assert under_torchrun(path, wholes[2], 1, **MIXED).wait(120) == 0, (folder / "mixed/log.txt").read_text()
-    rows, number = [], itertools.count()
-    for kind, often in kinds.items():
-        again, survived = [], 0
+    number = itertools.count()
+
+    def tried(kind, often):
+        again, survived, rng = [], 0, random.Random(f"{seed} {kind}")
         while len(again) < often:
             own = folder / f"trial-{next(number)}"
             own.mkdir()
@@ -3474,10 +3476,12 @@ def campaign(path, folder, kinds, seed=0, say=lambda _: None):
                     subprocess.run(["umount", own])
             again += [] if steps is None else [steps]
             shutil.rmtree(own)
-        rows.append((kind, often, survived, sum(again) / often, max(again)))
+        row = kind, often, survived, sum(again) / often, max(again)
         if say:
-            say("{:<18}{:>6} tried{:>6} survived{:>8.1f} steps computed again, {} at most".format(*rows[-1]))
-    return rows
+            say("{:<18}{:>6} tried{:>6} survived{:>8.1f} steps computed again, {} at most".format(*row))
+        return row
+    with ThreadPoolExecutor(2) as two:                             # a trial mostly waits
+        return list(two.map(tried, kinds, kinds.values()))
 
 
 def test_a_run_survives_every_fault(text, tmp_path):
