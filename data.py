@@ -444,6 +444,8 @@ def sha256(*parts):
 
 # ---- Tokenizers --------------------------------------------------------------------------------------------
 
+BLANKS = re.compile(r"(\s{4096})")       # tiktoken's engine gives up on a million blanks in a row: such are cut
+LONGEST = 128                   # characters of a word that BPE training reads as one; longer ones are cut
 EOT = "<|endoftext|>"
 SPECIALS = EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"      # the last ids of every vocabulary
 BPE_CHARS = 32_000_000          # characters of a document that BPE training reads; more costs only memory
@@ -472,6 +474,9 @@ def train_bpe(texts, vocab_size):
         raise ValueError(f"vocab_size {vocab_size}: bpe needs at least {256 + len(SPECIALS)}")
     freq = Counter()
     for text in texts: freq.update(regex.findall(PATTERN, text[:BPE_CHARS]))
+    for word in [word for word in freq if len(word) > LONGEST]:
+        n = freq.pop(word)
+        for i in range(0, len(word), LONGEST): freq[word[i:i + LONGEST]] += n
     words, freq = [list(word.encode()) for word in freq], list(freq.values())
     count, where = Counter(), defaultdict(set)       # of a pair: how often, and the words that may hold it
     for w, word in enumerate(words):
@@ -482,7 +487,11 @@ def train_bpe(texts, vocab_size):
     pieces = [bytes([i]) for i in range(256)]
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
+    said = time.time()
     while (new := len(pieces)) < size:
+        if time.time() - said > 5:
+            print(f"bpe: {new} of {size} tokens", flush=True)
+            said = time.time()
         if not heap:
             raise ValueError(f"vocab_size {vocab_size}: the text gives only {new + len(SPECIALS)} tokens")
         n, pair = heapq.heappop(heap)
@@ -520,7 +529,8 @@ class Tokenizer:
 
     def encode(self, text):
         """str → ids, uint32"""
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        parts = BLANKS.split(text) if BLANKS.search(text) else [text]
+        return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def decode(self, ids):
         """ids → str; broken UTF-8, and ids of a padded vocabulary that stand for nothing, become U+FFFD"""
@@ -565,6 +575,11 @@ def halves(piece, ranks):
     return parts
 
 
+# What a byte-level tokenizer has to give back as it was: blanks, line ends, forms of letters, marks, no text at all
+PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\u5b57 \U0001f642 1234567 "
+         "Don't\u3000x\x00\n\n\nEnd \n ")
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A byte-level tokenizer.json of others, through the package tokenizers; `text` is the file, eot an id."""
     def __init__(self, text, eot):
@@ -577,6 +592,9 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:                               # the package has no class of its own for it
             raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]:.200}") from None
         self.theirs.encode_special_tokens = True                 # as text: specials are put in by id
+        self.theirs.no_truncation()                              # what was saved with it for other uses: here all of
+        self.theirs.no_padding()                                 # a text is read, always to the same ids
+        if getattr(self.theirs.model, "dropout", None): self.theirs.model.dropout = None
         added = self.theirs.get_added_tokens_decoder()
         vocab = self.theirs.get_vocab(with_added_tokens=False)
         self.n_vocab = max([*vocab.values(), *added]) + 1
@@ -591,6 +609,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.specials = {token.content: i for i, token in added.items() if token.special}
         self.token_bytes[list(self.specials.values())] = 0
         self.fingerprint = sha256(text, str(eot))
+        if (back := self.decode(self.encode(PROBE).tolist())) != PROBE:
+            about, at = json.loads(text), len(os.path.commonprefix([PROBE, back]))
+            parts = {key: about[key] for key in ("normalizer", "pre_tokenizer") if about.get(key)}
+            raise ValueError(f"tokenizer.json changes text: {PROBE[at:at + 9]!r} comes back as {back[at:at + 9]!r}; "
+                             f"it has {json.dumps(parts)[:300]}")
 
     def encode(self, text):
         return np.array(self.theirs.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -950,8 +973,9 @@ def stats(config, vocab_size):
 
 
 def main(argv):
+    if {"-h", "--help"} & set(argv): return print(__doc__)
     command, *options = argv or ["(none)"]
-    if command != "stats": raise SystemExit(f"unknown command {command}; known: stats")
+    if command != "stats": raise SystemExit(f"unknown command {command!r}; known: stats")
     config, vocab_size = DataConfig(), 4096
     known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
     for option in options:
@@ -962,8 +986,8 @@ def main(argv):
         else: raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
     try:
         stats(config, vocab_size)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"data.py: {error}") from None
 
 
 if __name__ == "__main__":

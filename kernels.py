@@ -219,7 +219,7 @@ def sight(T, S, doc_start=None, device=None):
 
 
 def attention(q, k, v, sees=None, scale=None, tau=OFF):
-    """attention_ref by torch's fused kernel → (y, what max_logits says of the logits with `tau`; None where it is OFF)"""
+    """attention_ref by torch's fused kernel → (y, what max_logits says of its logits with `tau`; None if it is OFF)"""
     mask = None if sees is None else sees.mask
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                                        enable_gqa=q.shape[1] != k.shape[1])

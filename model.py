@@ -173,7 +173,7 @@ PRESETS["kimi-k2"] = replace(                                                   
 
 def linear(name, weights, pre, params, *x, ends=None):
     """h = pre(*x), once; (h·wᵀ for w in weights).  `name` says which matmul of a layer this is; `params` are the
-    parameters that pre uses. With `ends` (E,) weights are stacks (E, out, in): rows ends[e-1] to ends[e] of h meet w[e].
+    parameters that pre uses. With `ends` (E,) weights are stacks (E, out, in): w[e] meets rows ends[e-1] to ends[e].
 
     h belongs to the matmul: whoever replaces this function may recompute it, store it smaller or elsewhere."""
     h = pre(*x)
@@ -441,7 +441,8 @@ class LatentAttention(Heads):
             q, k = torch.cat((q_nope @ wuk, q_rope), -1), torch.cat((ckv, k_rope), -1)
             y = kernels.attention(q, k, ckv, sees, scale)[0] @ wuv.mT
         else:
-            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, parameters_of(self.kv_norm), ckv)   # (2)
+            gains = parameters_of(self.kv_norm)
+            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, gains, ckv)                  # (2)
             q, k = torch.cat((q_nope, q_rope), -1), torch.cat((heads(k), k_rope.expand(-1, H, -1, -1)), -1)
             y, logits = kernels.attention(q, k, heads(v), sees, scale, self.asks())
             self.record(logits)
@@ -555,8 +556,8 @@ class MoE(nn.Module):
         return token, self.ops.exchange(rows, weight.flatten()[order, None].to(h.dtype), counts)
 
     def experts(self, rows, weight, counts):
-        """rows (M, C) and their weights (M, 1), sorted by expert, and how many each one here has → what the experts make
-        of them (M, C)."""
+        """rows (M, C) and their weights (M, 1), sorted by expert, and how many each one here has → what the experts
+        make of them (M, C)."""
         ends = counts.cumsum(0)
         gate, up = self.ops.linear("expert_up", (self.gate, self.up), identity, (), rows, ends=ends)
         return self.ops.linear("expert_down", (self.down,), self.inner, parameters_of(self.act), gate, up, weight,

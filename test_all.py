@@ -649,10 +649,48 @@ def test_a_start_reads_what_has_changed_and_no_more(tmp_path, monkeypatch):
     shard.write_bytes(raw)
     os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))     # bits that have rotted: no sign of it from outside
     assert data.prepare(config, 300, "c").fingerprint == right and shard.read_bytes() != bytes(raw)
-    for name, junk in itertools.product(("sources.json", "verified.json"), ("[" * 10 ** 5, "[]", '{"files": 3}', "x", '{'
-                                        f'"files": {{"{path}": [1]}}, "launch": "c"}}')):
+    odd = json.dumps(dict(files={str(path): [1]}, launch="c"))
+    for name, junk in itertools.product(("sources.json", "verified.json"), ("[" * 10 ** 5, "[]", '{"files": 3}', odd)):
         Path(config.cache, name).write_text(junk)
         assert data.prepare(config, 300, "c").fingerprint == right, name
+
+
+@pytest.mark.parametrize("blank", " \t\u3000\f\n")
+def test_a_million_blanks_in_a_row_are_text(blank, corpus):
+    text = f"a{blank * 1_000_000}b"
+    assert corpus.tokenizer.decode(corpus.tokenizer.encode(text).tolist()) == text
+
+
+def test_bpe_bounds_the_length_of_a_word(monkeypatch, capsys):
+    """Text without blanks: pairs inside pieces of 128 letters count, and the merges are those of these pieces."""
+    monkeypatch.setattr(data, "LONGEST", 8)
+    text = "".join(random.choice("ACGT") for _ in range(4000))
+    pieces = " ".join(text[i:i + 8] for i in range(0, 4000, 8))
+    monkeypatch.setattr(data, "PATTERN", r"[^ ]+")
+    assert data.train_bpe([text], 300) == data.train_bpe([pieces], 300)
+    assert max(map(len, data.train_bpe([text * 3], 400))) <= 8
+
+
+def test_settings_saved_in_a_tokenizer_change_no_text(tmp_path):
+    """Truncation, padding and dropout are switched off; what changes the text itself is refused, with the part."""
+    tokenizers = pytest.importorskip("tokenizers")
+    config, text = own(tmp_path, "bpe")
+    ours = data.prepare(config, 300).tokenizer
+    ours.save_hf(tmp_path)
+    kept = (tmp_path / "tokenizer.json").read_text()
+    theirs = tokenizers.Tokenizer.from_str(kept)
+    theirs.enable_truncation(16)
+    theirs.enable_padding(length=9000)
+    theirs.model.dropout = 0.5
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    read = data.load_tokenizer(tmp_path / "tokenizer.json")
+    assert read.encode(text).tolist() == read.encode(text).tolist() == ours.encode(text).tolist()
+    for key, value in (("normalizer", dict(type="Lowercase")), ("normalizer", dict(type="NFKC")),
+                       ("pre_tokenizer", dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True,
+                                              use_regex=True))):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(kept) | {key: value}))
+        with pytest.raises(ValueError, match="tokenizer.json changes text.*" + value["type"]):
+            data.load_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-x", "a b", "x" * 65, "ä"])
@@ -2032,7 +2070,7 @@ def fp8_about(*block, **more):
     return ABOUT | more | dict(quantization_config=dict(quant_method="fp8", weight_block_size=block))
 
 
-@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 500_000), None])
+@pytest.mark.parametrize("block", [(16, 8), (64, 64), (7, 2 ** 40), (2 ** 40, 2 ** 40), None])
 def test_fp8_weights_are_multiplied_out_by_the_blocks_of_config_json(tmp_path, block):
     """Without a quantization_config they are 128 × 128, and one weight here is wider."""
     about = fp8_about(*block, intermediate_size=200) if block else ABOUT | dict(intermediate_size=200)
@@ -2225,13 +2263,16 @@ def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
     plain = net.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
     found = net.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
     assert found.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in found.items())
-    for name, t, says in (("lm_head.weight", copy + 1e-6, "is not the embedding that it is tied to"),
-                          ("lm_head.weight", copy[:7], "is not the embedding"),
-                          ("lm_head.weight", copy.bfloat16(), "is not the embedding"),
-                          ("model.layers.x.rotary_emb.inv_freq", torch.ones(4), "unknown"),
-                          ("model.layers.0.self_attn.rotary_emb.inv", torch.ones(4), "unknown")):
-        with pytest.raises(ValueError, match=f"1 tensors do not fit: {name} {says}"):
-            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | {name: t}))
+    small = {"model.embed_tokens.weight": copy.to(torch.float8_e4m3fn),
+             "model.embed_tokens.weight_scale_inv": torch.ones(1, 1)}
+    for more, says in (({"lm_head.weight": copy + 1e-6}, "is not the embedding that it is tied to"),
+                       ({"lm_head.weight": copy[:7]}, "is not the embedding"),
+                       ({"lm_head.weight": copy.bfloat16()}, "is not the embedding"),
+                       (small | {"lm_head.weight": copy}, "is not the embedding"),
+                       ({"model.layers.x.rotary_emb.inv_freq": torch.ones(4)}, "inv_freq unknown"),
+                       ({"model.layers.0.self_attn.rotary_emb.inv": torch.ones(4)}, "inv unknown")):
+        with pytest.raises(ValueError, match=f"1 tensors do not fit: .*{says}"):
+            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | more))
 
 
 class Dies:
@@ -2256,15 +2297,15 @@ def test_an_export_is_complete_or_absent(tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not target.exists()
     left = [p.name for folder in tmp_path.iterdir() for p in folder.iterdir()]
     assert len([name for name in left if name.startswith("model-")]) > 2
-    with pytest.raises(OSError, match="No space left"):
-        net.save_hf(network, target, Dies(False))
-    assert list(tmp_path.iterdir()) == []
     net.save_hf(network, target)
     assert {p.name for p in target.iterdir()} == {"config.json", "model-00000.safetensors",
                                                   "model.safetensors.index.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     back = net.load_hf(target).state_dict()
     assert all(torch.equal(t, back[name]) for name, t in network.state_dict().items())
+    with pytest.raises(OSError, match="No space left"):
+        net.save_hf(network, tmp_path / "full", Dies(False))
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="exists"):
         net.save_hf(network, tmp_path / "empty")
@@ -2327,16 +2368,20 @@ def test_sampling_is_text_or_one_line(finished, capsys, word, code, says):
 def test_folders_that_cannot_be_sampled_from_are_one_line(finished, tmp_path, capsys):
     """All checkpoints damaged, no tokenizer or no such thing, no run, a kind that cannot be exported."""
     run, hf = finished[0].parent.parent, hf_folder(tmp_path / "kimi", ABOUT, {})
-    for name in ("sick", "mute", "other"):
+    for name in ("sick", "mute", "other", "wide"):
         shutil.copytree(run, tmp_path / name)
     for file in tmp_path.glob("sick/ckpt/*/rank-0.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / "mute/tokenizer.json").unlink()
     (tmp_path / "other/tokenizer.json").write_text("[]")
+    ranks = {bytes([i]): i for i in range(256)} | {b"a" + bytes([i]): 256 + i for i in range(200)}
+    data.Tokenizer("wide", data.PATTERN, ranks).save(tmp_path / "wide/tokenizer.json")
     (tmp_path / "file").write_text("x")
     for words, says in (([tmp_path / "sick"], "sick: every checkpoint is damaged$"),
                         ([tmp_path / "mute"], "No such file or directory: .*tokenizer.json'$"),
-                        ([tmp_path / "other"], "tokenizer.json"), ([tmp_path / "file"], "0 checkpoints here"),
+                        ([tmp_path / "other"], "tokenizer.json"),
+                        ([tmp_path / "wide"], "its tokenizer has a token 456, its model 261 of them"),
+                        ([tmp_path / "file"], "0 checkpoints here"),
                         ([tmp_path / "nowhere"], "0 checkpoints here"), ([""], "0 checkpoints here"),
                         ([hf], "kimi has no tokenizer.json"), ([hf, "--average=2"], "no tokenizer.json"),
                         ([run, "--export", tmp_path / "out"], "model.py: a model of the kind motif cannot"),
@@ -2657,11 +2702,12 @@ def test_qk_clip_on_latent_attention_leaves_the_shared_key_untouched(float64):
 
 def spawn(world, f, *args):
     """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in range(24)]
-        for one in free:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in free]
+    ports, some = [], random.Random(time.time_ns())
+    while len(ports) < 24:                                         # below those that the system gives to connections
+        with socket.socket() as free, contextlib.suppress(OSError):
+            port = some.randrange(15_000, 32_000)
+            free.bind(("127.0.0.1", port))
+            ports += [port] * (port not in ports)
     torch.multiprocessing.spawn(_enter, (world, ports, f, args), nprocs=world)
 
 
@@ -2941,11 +2987,11 @@ def memory_of_ranks(rank, folder):
         Path(folder, f"ep{ep}-{rank}").write_text(json.dumps(measured(HEAVY, mesh)))
         if ep == 2:
             with Alive() as alive:
-                arrive = parallel.expert_exchange(mesh)(torch.randn(40, 5000, requires_grad=True) * 1,
-                                                        torch.tensor([20, 20]))
-                tokens_here, _, back = arrive()
-                home = back(tokens_here)
-                del arrive, back, tokens_here
+                exchange, rows = parallel.expert_exchange(mesh), torch.randn(40, 5000, requires_grad=True)
+                arrive = exchange(rows * 1, torch.ones(40, 1), torch.tensor([20, 20]))
+                here, _, _, back = arrive()
+                home = back(here)
+                del arrive, back, here
             assert alive.bytes() < 3 * home.nbytes, "the input, and what came home; nothing of the way"
             home.sum().backward()
         parallel.leave_mesh()
@@ -4057,7 +4103,7 @@ def test_an_evaluation_comes_after_the_save_and_hears_a_stop(text, tmp_path, mon
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, batches, config, mesh, dtype, stop_asked)
     for name, fault in (("crash", crash), ("stop", stopped)):
-        for step in (0, 5, 10):
+        for step in (0, 5, 10) if name == "stop" else (5,):
             out = tmp_path / f"{name}-{step}"
             left = itertools.count(-step // 5)
             monkeypatch.setattr(train, "evaluate", lambda *a: fault(*a) if next(left) == 0 else evaluate(*a))
@@ -4089,7 +4135,7 @@ def test_only_step_and_digits_is_a_checkpoint(text, tmp_path):
     assert all((out / "ckpt" / name / "manifest.json").exists() for name in names)
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"\xff\xfe\0", b"a,b\n1,2\n", b"step,seconds\n1,x\n2\n"])
+@pytest.mark.parametrize("damage", [None, b"\xff\xfe\0", b"step,seconds\n1,x\n2\n"])
 def test_a_run_goes_on_without_its_log(text, tmp_path, damage, capsys):
     """Deleted, or not to be read: set aside under another name; the report does without what was before."""
     out = tmp_path / "run"
