@@ -271,6 +271,7 @@ def save_checkpoint(run, step, tensors, facts, keep, mesh=parallel.Mesh()):
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         sync_folder(ckpt)
+        sync_folder(run)                                           # the name ckpt itself
         kept = checkpoints(run)
         here = kept.index(final) + 1
         for old in kept[here:] + kept[:here][:-keep]:          # later ones are damaged, or this run began before them
