@@ -3321,8 +3321,8 @@ def layout_trial(path, out, whole, rng):
             again = max(again, reached - int(train.checkpoints(out)[-1].name[-8:]))
         elif i < 2:
             return None                                            # it ended before
-    said = (out.parent / "log.txt").read_text()
-    assert launcher.wait(120) == 0, said
+    code, said = launcher.wait(120), (out.parent / "log.txt").read_text()
+    assert code == 0, said[-2000:]
     assert "Traceback" not in said.replace("torch/distributed", ""), said
     ours, theirs = log_of(out), log_of(whole)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
