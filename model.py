@@ -1098,16 +1098,6 @@ class HFWeights:
 
 
 @torch.no_grad()
-def fill_hf_(model, folder, say=print):
-    """Copy the weights of a Hugging Face folder into a model, whole or a range of layers or experts.
-    ValueError: as HFWeights, and nothing copied."""
-    weights = HFWeights(folder, model.config, say)
-    for name, p in model.state_dict().items():
-        first = model.experts.start if p.ndim == 3 else 0
-        p.copy_(weights.rows(name, first, first + len(p)))
-
-
-@torch.no_grad()
 def load_hf(folder, say=print):
     """Build the model of a folder of DeepSeek-V3's, Kimi K2's or Motif's kind. ValueError: as HFWeights."""
     config = hf_config(folder)
@@ -1232,10 +1222,7 @@ def sample(args):
         raise ValueError(f"{folder} has no tokenizer.json, and nothing else is read as its tokenizer")
     if is_hf(folder) and args.average > 1:
         raise ValueError(f"--average={args.average}: {folder} is no run, and has no checkpoints")
-    try:
-        model, tokenizer = load_run(folder, args.average)
-    except TypeError:                                                  # it found nothing to take apart
-        raise ValueError(f"{folder}: every checkpoint is damaged") from None
+    model, tokenizer = load_run(folder, args.average)
     if args.export:
         return save_hf(model, args.export, tokenizer)
 

@@ -2094,7 +2094,7 @@ def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(
     network = net.Transformer(net.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
     before = {name: t.clone() for name, t in network.state_dict().items()}
     with pytest.raises(ValueError, match="7 tensors do not fit") as refused:
-        net.fill_hf_(network, tmp_path)
+        train.restore(network, None, net.HFWeights(tmp_path, network.config))
     for line in (f"{a} missing", f"{b} (1, 2) of torch.float32 for (2, 2)", f"{plain} unknown",
                  f"{alone} unknown", f"{c} (1, 4) of torch.int32 for (1, 4)", f"{gate} of torch.int8",
                  f"{norm} of torch.float8_e4m3fn"):
@@ -2152,9 +2152,9 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
     config = net.hf_config(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)))
     other = replace(config, route_scale=1.0, n_active=2)
     with pytest.raises(ValueError, match="has another model: n_active=3, not 2; route_scale=2.5, not 1.0$"):
-        net.fill_hf_(net.Transformer(other), tmp_path)
+        net.HFWeights(tmp_path, other)
     new = replace(config, context=128, rope_theta=9e4, yarn=4.0, balance_rate=0.0, balance_loss=1e-4)
-    net.fill_hf_(net.Transformer(new), tmp_path)
+    net.HFWeights(tmp_path, new)
 
 
 def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_path):

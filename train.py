@@ -454,12 +454,18 @@ def load_run(folder, average=1):
     of a Hugging Face folder."""
     run, mean = Path(folder), {}
     if is_hf(run):
-        return load_hf(run), load_tokenizer(run / "tokenizer.json")
+        tokenizer = load_tokenizer(run / "tokenizer.json")         # first: it is read in no time
+        return load_hf(run), tokenizer
     kept = checkpoints(run)[-average:]
     if len(kept) < average:
         raise SystemExit(f"{folder}: {len(kept)} checkpoints here, not {average}; train first (torchrun train.py "
                          f"--out={folder} --keep={average})")
-    for manifest, saved in map(read_checkpoint, kept) if average > 1 else [newest_checkpoint(run)]:
+    found = [newest_checkpoint(run)]
+    if average > 1:
+        found = map(read_checkpoint, kept)
+    elif found == [None]:
+        raise ValueError(f"{folder}: every checkpoint is damaged")
+    for manifest, saved in found:
         model = Transformer(from_dict(Config, manifest["config"]).model)
         restore(model, None, saved)
         add_snapshot_(mean, model.state_dict(), average)
@@ -685,7 +691,9 @@ def train(config, resume=False, quiet=False, watch=None):
 
         # The text is made ready before anyone waits for anyone: that may take a while.
         # Of the ranks of a launch on a node, the first one verifies it, and the others load by its result.
-        launch = f"{parallel.launch_id()} {os.environ['TORCHELASTIC_RESTART_COUNT']}" if parallel.launch_id() else ""
+        launch = parallel.launch_id()
+        if launch:
+            launch += " " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         corpus = prepare(data_of(config), config.model.vocab_size, launch)
         horizon = config.data.horizon or config.tokens
         batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
