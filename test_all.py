@@ -2389,8 +2389,10 @@ def test_folders_that_cannot_be_sampled_from_are_one_line(finished, tmp_path, ca
                         ([run, "--export", tmp_path / "file"], "model.py: ")):
         code, _, error = run_model(capsys, "--sample", *words)
         assert code == 1 and re.search(says, error) and "\n" not in error, error
-    (hf / "tokenizer.json").write_text("{}")                           # it is not read before the weights
+    (hf / "tokenizer.json").write_text("{}")                           # it is read before the weights
     assert "has no checkpoints" in run_model(capsys, "--sample", hf, "--average=2")[2]
+    assert "tokenizer_config.json" in run_model(capsys, "--sample", hf)[2]
+    shutil.copy(run / "tokenizer.json", hf)
     assert "no model*.safetensors here" in run_model(capsys, "--sample", hf)[2]
     assert run_model(capsys, "--prompt=x")[0] == 2 and run_model(capsys, "--export=x")[0] == 2
 
