@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional                             # imported later, its defaults would hold the group
 from torch.distributed.device_mesh import init_device_mesh
 
 from kernels import wide
@@ -51,10 +52,20 @@ class MeshConfig:
             raise ValueError(f"mesh.ep={self.ep} does not divide the model's {n_expert} experts")
 
 
+GROUPS = {}                      # axis: its process group
+
+
 class Axis(NamedTuple):
+    """One direction of the mesh. It holds the name of its process group, and not the group: gloo's threads end with the
+    last reference to their group, and one that outlives the interpreter aborts the process. So `leave_mesh` has to be
+    able to drop them all, whoever still holds a mesh."""
     rank: int = 0
     size: int = 1
-    group: object = None         # torch.distributed process group; None = nobody to talk to
+    name: str = ""               # "" where there is nobody to talk to
+
+    @property
+    def group(self):
+        return GROUPS[self.name]
 
 
 class Mesh(NamedTuple):
@@ -109,12 +120,15 @@ def join_mesh(config, facts=None):
     store = dist.PrefixStore(meet(store, rank, world, config.timeout), store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
-    everyone = Axis(rank, world, dist.group.WORLD)
+    GROUPS["world"] = dist.group.WORLD
+    everyone = Axis(rank, world, "world")
     compare(facts or {}, Mesh(everyone, device=device))
     axes, dp = dict(world=everyone), world // config.pp
     for names, sizes in ((("pp", "dp"), (config.pp, dp)), (("edp", "ep"), (world // config.ep, config.ep))):
         grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        axes |= {name: Axis(grid.get_local_rank(name), size, grid.get_group(name)) for name, size in zip(names, sizes)}
+        for name, size in zip(names, sizes):
+            GROUPS[name] = grid.get_group(name)
+            axes[name] = Axis(grid.get_local_rank(name), size, name)
     return Mesh(**axes, device=device)
 
 
@@ -142,6 +156,13 @@ def meet(store, rank, world, timeout):
 
 
 def leave_mesh():
+    """When all that was sent has arrived. The threads that talked have ended when this returns."""
+    GROUPS.clear()
+    abandon_mesh()
+
+
+def abandon_mesh():
+    """After an error: what is still under way is not waited for."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

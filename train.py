@@ -702,10 +702,10 @@ def train(config, resume=False, quiet=False, watch=None):
         with Stop() as stop:
             run = start(config, resume, mesh, corpus, batches, Status(quiet or mesh.world.rank > 0), stop, folder)
             loop(run, watch)
-            return run.history, run.model
+        parallel.leave_mesh()
+        return run.history, run.model
     finally:
-        if world > 1:
-            parallel.leave_mesh()
+        parallel.abandon_mesh()
         if folder:
             folder.close()
 
