@@ -29,9 +29,9 @@ import torch
 class DataConfig:
     domains: str = "prose:0.70:0.20,code:0.20:0.50,math:0.10:0.30"  # NAME:START_WEIGHT:END_WEIGHT,...  from
                                     # prose to code and math, as in Motif's schedule; the numbers:  [ours]
-    files: str = ""                 # NAME=PATH,...  UTF-8 text, .jsonl, .jsonl.gz or a folder of them (no comma
-                                    # in a path); names that `domains` does not know replace it, weights equal
-    skip_bad: bool = False          # leave out lines of jsonl without a `text`, rather than stop
+    files: str = ""                 # NAME=PATH,...  UTF-8 text, .jsonl, .json, these with .gz, or a folder of them
+                                    # (no comma in a path); names that `domains` does not know replace it, weights equal
+    skip_bad: bool = False          # leave out records without a `text`, rather than stop
     tokenizer: str = "bpe"          # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2") | a
                                     # tokenizer.json, of a run or of a Hugging Face folder
     horizon: int = 0                # tokens over which the weights move; the end weights hold after it. Its
@@ -327,25 +327,63 @@ def worked_math(size=2_000_000):
 # ---- Documents of a domain, and their split ----------------------------------------------------------------
 
 def documents(name, path=None, skip_bad=False):
-    """Every document of a domain, duplicates included.  Of one's own: a text file is one document, a line of
-    .jsonl or .jsonl.gz another, in its field `text`; a folder is all such files in it (.txt, .md, .jsonl[.gz]).
-    ValueError: which file, and where; `skip_bad` leaves bad lines of jsonl out, and says how many."""
+    """Every document of a domain, duplicates included.  Of one's own (.gz or not): a file of text is one document,
+    every record of .jsonl or .json another, in its field `text`; a folder is all such files in it (.txt, .md,
+    .jsonl, .json).  Prints what was read, and what was not.
+    ValueError: which file, and where; `skip_bad` leaves bad records out, and says how many."""
     if path is None: return worked_math() if name == "math" else library()[EMBEDDED.index(name)]
-    found = []
-    for file in own_files(name, path):
+    found, read, (files, left_out) = [], 0, own_files(name, path)
+    for file in files:
         with reading(name): raw = file.read_bytes()
-        texts = read_jsonl(file, raw, skip_bad) if is_jsonl(file) else [read_text(file, raw)]
-        found += [text for text in texts if text.strip()]
+        raw = unpack(file, raw) if file.name.lower().endswith(".gz") else raw
+        if kind_of(file) == "text":
+            texts = [read_text(file, raw)]
+        elif file != Path(path) and kind_of(file) == "json" and not holds_text(file, raw):
+            left_out["without a `text`"].append(file)            # package.json, say, between the texts of a folder
+            continue
+        else:
+            texts = read_records(file, raw, skip_bad)
+        texts = [text for text in texts if text.strip()]
+        found += texts
+        read += bool(texts)
+        if not texts: left_out["empty"].append(file)
     if not found: raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
+    size = sum(len(text.encode()) for text in found)
+    missing = [f"{len(them)} {why} ({', '.join(file.name for file in them[:3])}{', ...' * (len(them) > 3)})"
+               for why, them in left_out.items()]
+    print(f"{name}={path}: {read} files, {len(found):,} documents, {size:,} bytes"
+          + f"; left out: {', '.join(missing)}" * bool(missing))
     return found
 
 
 def own_files(name, path):
-    """The files of a domain of one's own, sorted."""
-    if not Path(path).is_dir(): return [Path(path)]
-    files = sorted(file for kind in ("txt", "md", "jsonl", "jsonl.gz") for file in Path(path).rglob(f"*.{kind}"))
-    if not files: raise ValueError(f"files: {name}={path}: no .txt, .md, .jsonl or .jsonl.gz in this folder")
-    return files
+    """→ (the files of a domain of one's own, sorted; {why: files and folders that are left out})"""
+    root, left_out = Path(path), defaultdict(list)
+    if not root.is_dir():
+        if root.exists() and not root.is_file():
+            raise ValueError(f"files: {name}={path} is a pipe or a device, which gives its text only once: save that "
+                             "in a file")
+        return [root], left_out
+
+    def unreadable(error): raise error
+    files, seen = [], set()
+    with reading(name):
+        for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+            seen.add(os.path.realpath(folder))                   # a link may lead back up
+            for part in sorted(folders):
+                if part.startswith("."): left_out["hidden"].append(Path(folder, part))
+                elif os.path.realpath(Path(folder, part)) in seen: left_out["read already"].append(Path(folder, part))
+                else: continue
+                folders.remove(part)
+            folders.sort()
+            for file in (Path(folder, name) for name in sorted(names)):
+                if file.name.startswith("."): left_out["hidden"].append(file)
+                elif not file.name.lower().removesuffix(".gz").endswith(KINDS): left_out["of another kind"].append(file)
+                elif not file.is_file(): left_out["neither file nor folder"].append(file)
+                else: files.append(file)
+    if not files:
+        raise ValueError(f"files: {name}={path}: no {', '.join(KINDS)} in this folder, nor one of these with .gz")
+    return sorted(files), left_out
 
 
 @contextlib.contextmanager
@@ -357,8 +395,20 @@ def reading(name):
                          "or a folder of them") from None
 
 
-def is_jsonl(file):
-    return file.name.endswith((".jsonl", ".jsonl.gz"))
+KINDS = ".txt", ".md", ".jsonl", ".json"
+
+
+def kind_of(file):
+    """How a file is read, which its name says: "text", "jsonl" or "json"."""
+    suffix = file.name.lower().removesuffix(".gz").rpartition(".")[2]
+    return suffix if suffix in ("jsonl", "json") else "text"
+
+
+def unpack(file, raw):
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"files: {file} is a damaged gzip file: {error}") from None
 
 
 def read_text(file, raw):
@@ -368,44 +418,75 @@ def read_text(file, raw):
         raise ValueError(f"files: {file} is not UTF-8 at byte {error.start}; convert it") from None
 
 
-def read_jsonl(file, raw, skip_bad):
-    """The field `text` of every line; blank lines are none."""
-    if file.suffix == ".gz":
+def records(file, raw):
+    """[(where, a record: its JSON in bytes, or what that says)].  A .json is an array, or one record, or lines after
+    all; blank lines are none."""
+    if kind_of(file) == "json":
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(raw)
+            whole = whole if isinstance(whole, list) else [whole]
+            return [(f"record {number}", record) for number, record in enumerate(whole, 1)]
+    return [(f"line {number}", line) for number, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
+
+
+def text_of(record):
+    """Its field `text`.  One of BAD_RECORD where there is none."""
+    text = (json.loads(record) if isinstance(record, bytes) else record)["text"]
+    text.encode()                                                # JSON can spell half of a surrogate pair
+    return text
+
+
+BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
+
+
+def holds_text(file, raw):
+    """Whether any record does."""
+    for _, record in records(file, raw):
+        with contextlib.suppress(*BAD_RECORD):
+            text_of(record)
+            return True
+    return False
+
+
+def read_records(file, raw, skip_bad):
+    """The field `text` of every record."""
+    found, bad, all_of_it = [], 0, records(file, raw)
+    for where, record in all_of_it:
         try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"files: {file} is a damaged gzip file: {error}") from None
-    found, bad = [], 0
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip(): continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()                                        # JSON can spell half of a surrogate pair
-            found.append(text)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            found.append(text_of(record))
+        except BAD_RECORD as error:
             if not skip_bad:
                 why = "no text in UTF-8" if isinstance(error, UnicodeError) else "no JSON object with a string `text`"
-                raise ValueError(f"files: {file}, line {number}: {why}; mend it, or --data.skip_bad=true") from None
+                raise ValueError(f"files: {file}, {where}: {why}; mend it, or --data.skip_bad=true") from None
             bad += 1
-    if bad: print(f"{file}: {bad} bad lines of {number} left out")
+    if bad: print(f"{file}: {bad} bad records of {len(all_of_it)} left out")
     return found
 
 
 def split_documents(docs, val=0.05):
     """docs → (train, val) without exact duplicates.  A hash of the text decides, so that a document keeps its
-    side when others come or go; at least one goes to validation.  A single document is cut: its last 10%."""
+    side when others come or go: the lowest `val` of all possible hashes are validation.  Few documents, or uneven
+    ones, need more care: validation is to have 1% of the bytes, so the next lowest hash follows until it has; and
+    at most 10%, so that a larger document stays in training, or gives its last tenth if there is no other."""
     docs = list(dict.fromkeys(docs))
-    if len(docs) == 1: return [docs[0][:len(docs[0]) * 9 // 10]], [docs[0][len(docs[0]) * 9 // 10:]]
-    hashes = [int(sha256(doc)[:8], 16) for doc in docs]
-    cut = max(val * 2 ** 32, min(hashes))
-    return [d for d, h in zip(docs, hashes) if h > cut], [d for d, h in zip(docs, hashes) if h <= cut]
+    hashes, sizes = [int(sha256(doc)[:8], 16) for doc in docs], [len(doc.encode()) for doc in docs]
+    total, held, keep = sum(sizes), 0, [len(doc) for doc in docs]       # bytes; characters left for training
+    for i in sorted(range(len(docs)), key=hashes.__getitem__):
+        enough = held >= total / 100
+        if hashes[i] > val * 2 ** 32 and enough: break
+        if held + sizes[i] <= total / 10: keep[i] = 0
+        elif not enough: keep[i] = len(docs[i]) * 9 // 10
+        held += len(docs[i][keep[i]:].encode())
+    train, held_out = ([doc[:n] for doc, n in zip(docs, keep)], [doc[n:] for doc, n in zip(docs, keep)])
+    return [part for part in train if part], [part for part in held_out if part]
 
 
 def text_key(record, name, path=None, skip_bad=False):
     """Names the text of a domain, how it is read and how it is cut, without extracting it.  record: see `digest`."""
     if path:
-        steps = documents, read_jsonl, split_documents
-        with reading(name): parts = [f"{is_jsonl(file)} {digest(file, record)}" for file in own_files(name, path)]
+        steps = documents, records, text_of, read_records, split_documents
+        files, _ = own_files(name, path)
+        with reading(name): parts = [f"{kind_of(file)} {digest(file, record)}" for file in files]
         return sha256(str(skip_bad), *parts, *map(inspect.getsource, steps))
     helpers = between, one_of, natural, nonzero, paren, polynomial, worked_math, *PROBLEMS
     steps = library_files, split_docstrings, library, documents, split_documents, *helpers
@@ -761,8 +842,9 @@ def cached_domain(folder, name, key, tokenizer, texts, verified):
         facts["documents"] = len(docs[0]) + len(docs[1])
         write_atomically(about, json.dumps(facts).encode())      # last: without it the shards do not count
         verified |= {path.name: stamp(path) for path in paths}
-        print(f"{about}: {sum(facts['bytes']) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
-              f"{time.time() - began:.1f} s")
+        train, val = facts["bytes"]
+        print(f"{about}: {(train + val) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, of which {val / (train + val):.1%} "
+              f"are validation, {time.time() - began:.1f} s")
     train, val = (np.memmap(path, dtype, "r") for path in paths)
     return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
 
