@@ -843,8 +843,8 @@ def cached_domain(folder, name, key, tokenizer, texts, verified):
         write_atomically(about, json.dumps(facts).encode())      # last: without it the shards do not count
         verified |= {path.name: stamp(path) for path in paths}
         train, val = facts["bytes"]
-        print(f"{about}: {(train + val) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, of which {val / (train + val):.1%} "
-              f"are validation, {time.time() - began:.1f} s")
+        print(f"{about}: {(train + val) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
+              f"of which {val / (train + val):.1%} are validation, {time.time() - began:.1f} s")
     train, val = (np.memmap(path, dtype, "r") for path in paths)
     return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
 

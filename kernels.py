@@ -6,15 +6,12 @@
   attention             softmax(q·kᵀ) v, causal, grouped keys; and its differential forms     [2410.05258 eq. 1-3]
   max_logits            largest q·k·scale of every head, without a T×T matrix                 [Kimi K2 §2.1]
   cross_entropy         loss and gradient in chunks of tokens, so that all logits never exist at once
-  tensor files          safetensors, read and written; here because every other file may import this one
 
 Shapes:  B batch  T time  S keys  H heads  d head width  D features  N tokens  V vocabulary
 `*_ref` is the definition: short, slow, the oracle of test_all.py.
 """
 import functools
-import json
 import math
-import mmap
 import os
 import shutil
 from typing import NamedTuple
@@ -393,105 +390,3 @@ def cross_entropy(h, w, targets, weight=None, chunk=1024):
     if not torch.is_grad_enabled():
         h, w = h.detach(), w.detach()                              # or the forward would make gradients nobody wants
     return CrossEntropy.apply(h, w, targets, weight, chunk)
-
-
-# ---- tensor files: the safetensors format -------------------------------------------------------------------------
-# 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, the raw bytes. No code is run.
-
-DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              I32=torch.int32, I16=torch.int16, I8=torch.int8, U64=torch.uint64, U32=torch.uint32,
-              U16=torch.uint16, U8=torch.uint8, BOOL=torch.bool, C64=torch.complex64,
-              F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, F8_E8M0=torch.float8_e8m0fnu,
-              F8_E4M3FNUZ=torch.float8_e4m3fnuz, F8_E5M2FNUZ=torch.float8_e5m2fnuz)
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-def write_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file and force it to the disk; tensors come to the CPU one at a time."""
-    header, offset = {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                    # the data begins aligned
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def json_object(raw, where):
-    """bytes → the JSON object that they are. ValueError, one line that begins with `where`: they are
-    something else, say a key twice, are not UTF-8, or nest deeper than Python follows."""
-    def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key comes twice")
-        "".join(found).encode()                                        # half a surrogate pair is no text
-        return found
-    try:
-        found = json.loads(raw.decode(), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not good JSON: {str(error):.80}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: not a JSON object")
-    return found
-
-
-def read_entry(entry):
-    """A header's entry → (dtype, shape, start, stop), or None: it is not one, or of another size."""
-    def sizes(numbers):
-        return type(numbers) is list and all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers)
-    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        return None
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if code not in list(DTYPES) or not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
-        return None
-    count = 1
-    for n in shape:
-        count *= n
-        if count >= 2 ** 63:
-            return None
-    fits = offsets[1] - offsets[0] == count * DTYPES[code].itemsize
-    return (DTYPES[code], shape, *offsets) if fits else None
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, memory-mapped: bytes are read where they are used, and writes do
-    not reach the file. ValueError: the file is not what its header says, or tensors are not all of its data,
-    one after the other."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):            # the format's own limit on headers
-            raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
-        header = json_object(file.read(length), f"{path}: its header")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    about = header.pop("__metadata__", None)
-    if about is not None and not (type(about) is dict and all(type(text) is str for text in about.values())):
-        raise ValueError(f"{path}: its __metadata__ is not text by name: {about!r:.80}")
-
-    # All entries before any tensor
-    entries = {name: read_entry(entry) for name, entry in header.items()}
-    for name, entry in entries.items():
-        if entry is None:
-            raise ValueError(f"{path}: bad header entry for {name!r:.80}: {header[name]!r:.120}")
-    end = 0
-    for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if start != end:
-            raise ValueError(f"{path}: {name!r:.80} begins at byte {start} of the data, not at {end}")
-        end = stop
-    if end != size - 8 - length:
-        raise ValueError(f"{path}: {size - 8 - length} bytes of data, but its tensors have {end}")
-
-    tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
-        flat = torch.empty(0, dtype=dtype)
-        if stop > start:
-            count = (stop - start) // dtype.itemsize
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + start)
-        tensors[name] = flat.view(shape)
-    return tensors

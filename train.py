@@ -37,9 +37,8 @@ import torch
 
 import parallel
 from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
-from kernels import read_tensors, write_tensors
 from model import (PRESETS, HFWeights, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
-                   hf_config, load_hf, renormalise_)
+                   hf_config, load_hf, read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
 from parallel import MeshConfig, Zero1

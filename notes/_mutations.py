@@ -35,7 +35,6 @@ TABLE = {
         ("cross-entropy's gradient by chunk", "grad.div_(N) if", "grad.div_(len(target)) if",
          "cross_entropy_in_chunks"),
         ("an expert's gradient of all rows", "dw[e] = g[rows].mT @ x[rows]", "dw[e] = g.mT @ x", "weighted_sum"),
-        ("tensor files are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
     ],
     "data.py": [
         ("ties of pairs to the largest", "heappush(heap, (-count[p], p))",
@@ -59,6 +58,7 @@ TABLE = {
         ("shards are not forced to disk", "os.fsync(f.fileno())", "pass", DISK),
     ],
     "model.py": [
+        ("tensor files are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
         ("rotated the other way", "torch.cat((-sin, sin), -1)", "torch.cat((sin, -sin), -1)", ONE),
         ("rotary pairs are neighbours", "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)", ONE),
         ("no sharpness of YaRN, MHA", "return q * c.sharpness if c.yarn else q", "return q", "yarn_sharpens"),
