@@ -624,103 +624,9 @@ class Tokenizer:
                      fingerprint=self.fingerprint)
         write_atomically(path, json.dumps(saved).encode())
 
-    def save_hf(self, folder):
-        """tokenizer.json and tokenizer_config.json, which the package tokenizers (and transformers) reads."""
-        ranks = {piece: i for i, piece in enumerate(self.pieces[:self.eot]) if piece}
-        shown = lambda piece: "".join(BYTE_CHARS[b] for b in piece)
-        merges = [[shown(half) for half in halves(piece, ranks)] for piece in ranks if len(piece) > 1]
-        split = dict(type="Split", pattern=dict(Regex=self.encoding._pat_str), behavior="Isolated", invert=False)
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        saved = dict(version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
-                     added_tokens=[dict(id=i, content=name) | special for name, i in self.specials.items()],
-                     pre_tokenizer=dict(type="Sequence", pretokenizers=[split] * bool(merges) + [level]),
-                     decoder=level, model=dict(type="BPE", vocab={shown(p): i for p, i in ranks.items()},
-                                               merges=merges))
-        about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=EOT, clean_up_tokenization_spaces=False)
-        write_atomically(Path(folder) / "tokenizer.json", json.dumps(saved).encode())
-        write_atomically(Path(folder) / "tokenizer_config.json", json.dumps(about).encode())
-
-
-# The printable character that stands for a byte in tokenizer.json: itself, or one from 256 on   [GPT-2's table]
-PLAIN = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_CHARS = [chr(b) if b in PLAIN else chr(256 + sum(c not in PLAIN for c in range(b))) for b in range(256)]
-
-
-def halves(piece, ranks):
-    """The two pieces that BPE joins last to make this one."""
-    parts = [piece[i:i + 1] for i in range(len(piece))]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-# What a byte-level tokenizer has to give back as it was: blanks, line ends, forms of letters, marks, no text at all
-PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\u5b57 \U0001f642 1234567 "
-         "Don't\u3000x\x00\n\n\nEnd \n ")
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level tokenizer.json of others, through the package tokenizers; `text` is the file, eot an id."""
-    def __init__(self, text, eot):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("a Hugging Face tokenizer.json needs: pip install tokenizers") from None
-        try:
-            self.text, self.theirs, self.eot = text, tokenizers.Tokenizer.from_str(text), eot
-        except Exception as error:                               # the package has no class of its own for it
-            raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]:.200}") from None
-        self.theirs.encode_special_tokens = True                 # as text: specials are put in by id
-        self.theirs.no_truncation()                              # what was saved with it for other uses: here all of
-        self.theirs.no_padding()                                 # a text is read, always to the same ids
-        if getattr(self.theirs.model, "dropout", None): self.theirs.model.dropout = None
-        added = self.theirs.get_added_tokens_decoder()
-        vocab = self.theirs.get_vocab(with_added_tokens=False)
-        self.n_vocab = max([*vocab.values(), *added]) + 1
-        self.pieces, byte_of = [b""] * self.n_vocab, {c: b for b, c in enumerate(BYTE_CHARS)}
-        for piece, i in vocab.items():
-            if i in added: continue
-            if not byte_of.keys() >= set(piece):
-                raise ValueError(f"tokenizer.json: {piece!r} is not made of bytes: only byte-level ones are read")
-            self.pieces[i] = bytes(byte_of[c] for c in piece)
-        for i, token in added.items(): self.pieces[i] = token.content.encode()
-        self.token_bytes = np.array([len(piece) for piece in self.pieces])
-        self.specials = {token.content: i for i, token in added.items() if token.special}
-        self.token_bytes[list(self.specials.values())] = 0
-        self.fingerprint = sha256(text, str(eot))
-        if (back := self.decode(self.encode(PROBE).tolist())) != PROBE:
-            about, at = json.loads(text), len(os.path.commonprefix([PROBE, back]))
-            parts = {key: about[key] for key in ("normalizer", "pre_tokenizer") if about.get(key)}
-            raise ValueError(f"tokenizer.json changes text: {PROBE[at:at + 9]!r} comes back as {back[at:at + 9]!r}; "
-                             f"it has {json.dumps(parts)[:300]}")
-
-    def encode(self, text):
-        return np.array(self.theirs.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def save(self, path):
-        write_atomically(path, json.dumps(dict(huggingface=self.text, eot=self.eot)).encode())
-
-    def save_hf(self, folder):
-        write_atomically(Path(folder) / "tokenizer.json", self.text.encode())
-
-
-def read_hf_tokenizer(path, text):
-    """tokenizer.json with, beside it, the tokenizer_config.json that names the end of a document."""
-    try:
-        eos = json.loads(path.with_name("tokenizer_config.json").read_bytes())["eos_token"]
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        if type(eos) is not str: raise ValueError
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: needs tokenizer_config.json beside it, with its eos_token") from None
-    tokenizer = HuggingFaceTokenizer(text, -1)
-    if eos not in tokenizer.specials: raise ValueError(f"{path}: eos_token {eos!r} is not one of its specials")
-    return HuggingFaceTokenizer(text, tokenizer.specials[eos])
-
 
 def load_tokenizer(path):
-    """What Tokenizer.save or save_hf wrote.  ValueError if the file is damaged."""
+    """What Tokenizer.save wrote, or the tokenizer.json of a Hugging Face folder.  ValueError if the file is damaged."""
     try:
         text = Path(path).read_text("utf-8")
         saved = json.loads(text)
@@ -732,6 +638,7 @@ def load_tokenizer(path):
         theirs = (saved["huggingface"], saved["eot"]) if "huggingface" in saved else None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ValueError(f"{path}: damaged") from None
+    from notes.huggingface import HuggingFaceTokenizer, read_hf_tokenizer
     if not theirs: return read_hf_tokenizer(Path(path), text)
     if [type(part) for part in theirs] != [str, int]: raise ValueError(f"{path}: damaged")
     tokenizer = HuggingFaceTokenizer(*theirs)

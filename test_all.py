@@ -46,7 +46,7 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note
+from notes import _figure, _note, huggingface
 
 HERE = Path(__file__).parent
 TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61, context=32)
@@ -535,7 +535,7 @@ def test_the_package_tokenizers_reads_our_bpe_and_we_read_its_files(tmp_path):
                  data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})):
         folder = tmp_path / str(ours.n_vocab)
         folder.mkdir()
-        ours.save_hf(folder)
+        huggingface.save_tokenizer(ours, folder)
         theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         plain = text.replace("<|user|>", "")
         assert theirs.encode(plain).ids == ours.encode(plain).tolist()
@@ -740,7 +740,7 @@ def test_settings_saved_in_a_tokenizer_change_no_text(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     config, text = own(tmp_path, "bpe")
     ours = data.prepare(config, 300).tokenizer
-    ours.save_hf(tmp_path)
+    huggingface.save_tokenizer(ours, tmp_path)
     kept = (tmp_path / "tokenizer.json").read_text()
     theirs = tokenizers.Tokenizer.from_str(kept)
     theirs.enable_truncation(16)
@@ -1693,7 +1693,7 @@ GOLDEN = HERE.parent / "shared/golden/k2-like"
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs the logits of a tiny model, computed by transformers")
 def test_logits_are_those_of_transformers():
-    network = net.load_hf(GOLDEN)
+    network = huggingface.load_hf(GOLDEN)
     reference = net.read_tensors(GOLDEN / "reference.safetensors")
     network.eval()
     with torch.no_grad():
@@ -1725,12 +1725,12 @@ def test_transformers_and_this_model_agree_both_ways(tmp_path, kind):
                 p += 0.1 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path / "theirs")
     x = torch.randint(160, (2, 70))
-    network = net.load_hf(tmp_path / "theirs").eval()
+    network = huggingface.load_hf(tmp_path / "theirs").eval()
     assert network.config.yarn == 8 and network.config.top_group == (2 if grouped else 1)
     with torch.no_grad():
         torch.testing.assert_close(network(x), theirs(x).logits, rtol=0, atol=1e-4)
         lively_ = lively(network.config).eval()
-        net.save_hf(lively_, tmp_path / "ours", shard_bytes=40_000)
+        huggingface.save_hf(lively_, tmp_path / "ours", shard_bytes=40_000)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
         assert type(back).__name__ == "DeepseekV3ForCausalLM"
         torch.testing.assert_close(back(x).logits, lively_(x), rtol=0, atol=1e-4)
@@ -1775,17 +1775,17 @@ def test_motif_weights_come_in_and_go_out(tmp_path):
     config = replace(net.PRESETS["motif-2.6b"], n_layer=3, n_head=4, n_kv_head=4, d_model=24, d_head=6, d_ff=40,
                      vocab_size=50, lam_delay=1)
     first = lively(config)
-    net.save_hf(first, tmp_path / "motif")
+    huggingface.save_hf(first, tmp_path / "motif")
     files = {n: t for p in (tmp_path / "motif").glob("*.safetensors") for n, t in net.read_tensors(p).items()}
     assert len(files) == 2 + 3 * 16 and "model.layers.2.self_attn.subln.weight" in files
-    network, x = net.load_hf(tmp_path / "motif").eval(), torch.randint(50, (1, 19))
+    network, x = huggingface.load_hf(tmp_path / "motif").eval(), torch.randint(50, (1, 19))
     assert network.config == config
     with torch.no_grad():
         torch.testing.assert_close(network(x)[0].double(), motif_logits(files, x[0], 4, 10_000.0), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="lam_delay=0, not 1"):
-        net.save_hf(lively(replace(config, lam_delay=0)), tmp_path / "other")
+        huggingface.save_hf(lively(replace(config, lam_delay=0)), tmp_path / "other")
     with pytest.raises(ValueError, match="exists"):
-        net.save_hf(first, tmp_path / "motif")
+        huggingface.save_hf(first, tmp_path / "motif")
 
 
 def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
@@ -1794,7 +1794,7 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
     config = replace(K2, d_model=160, tie=False)                       # wider than a block of scales
     network, said, theirs = lively(config), [], {}
     own = network.state_dict()
-    for ours, names, _, to_theirs in net.hf_map(config, own):
+    for ours, names, _, to_theirs in huggingface.hf_map(config, own):
         theirs |= dict(zip(names, to_theirs(*(own[name] for name in ours)), strict=True))
     name = "model.layers.1.self_attn.o_proj.weight"
     assert theirs[name].shape == (160, 24) and sum(t.numel() for t in theirs.values()) == sum(
@@ -1814,7 +1814,7 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
                  n_shared_experts=1, moe_intermediate_size=16, n_group=4, topk_group=2, routed_scaling_factor=2.0,
                  tie_word_embeddings=False)
     (tmp_path / "config.json").write_text(json.dumps(about))
-    found = net.load_hf(tmp_path, said.append)
+    found = huggingface.load_hf(tmp_path, said.append)
     assert "1 tensors of layers beyond the last of 3" in said[0]
     for key, t in found.state_dict().items():
         assert torch.equal(t, own[key]), key
@@ -1826,10 +1826,10 @@ def test_weights_of_others_are_read_whole_or_not_at_all(tmp_path):
         parts[gone], "model.norm.weight")})
     with pytest.raises(ValueError, match=r"3 tensors do not fit: .*experts.5.up_proj.weight missing; model.norm.weight "
                                          r"\(7,\) for \(160,\); model.extra unknown"):
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(about | dict(model_type="llama")))
     with pytest.raises(ValueError, match="'llama'; have deepseek_v3, kimi_k2, motif"):
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
 
 
 # A tiny folder of DeepSeek-V3's kind, with every key that such a config.json has, and one of Motif's.
@@ -1979,7 +1979,7 @@ def test_weights_of_deepseek_are_its_definition(tmp_path, change):
     it is 0 or null, which is not the same as no key."""
     about = ABOUT | change
     tensors, x = latent_tensors(about), torch.randint(50, (40,))
-    network = net.load_hf(hf_folder(tmp_path, about, tensors)).eval()
+    network = huggingface.load_hf(hf_folder(tmp_path, about, tensors)).eval()
     with torch.no_grad():
         logits = network(x[None])[0].double()
     torch.testing.assert_close(logits, latent_logits(tensors, x, about), rtol=0, atol=1e-4)
@@ -2019,7 +2019,7 @@ def test_a_configuration_that_means_other_numbers_is_refused(tmp_path, table, pu
         for value in values:
             about = put({key: value})
             with pytest.raises(ValueError, match="config.json: ") as refused:
-                net.hf_config(hf_folder(tmp_path, about, {}))
+                huggingface.hf_config(hf_folder(tmp_path, about, {}))
                 pytest.fail(f"{key} {value} is read", pytrace=False)
             said = "" if value is GONE else repr(value)[:60]
             assert key.replace("rope_type", "type") in str(refused.value) and said in str(refused.value), key
@@ -2038,26 +2038,26 @@ def test_a_configuration_that_means_other_numbers_is_refused(tmp_path, table, pu
     (MOTIF_ABOUT | dict(num_attention_heads=48), "rotary positions need an even width")])
 def test_a_configuration_that_contradicts_itself_is_refused(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
-        net.hf_config(hf_folder(tmp_path, ABOUT | change, {}))
+        huggingface.hf_config(hf_folder(tmp_path, ABOUT | change, {}))
 
 
 def test_harmless_keys_are_ignored_and_all_faults_are_listed(tmp_path):
-    plain = net.hf_config(hf_folder(tmp_path, ABOUT, {}))
+    plain = huggingface.hf_config(hf_folder(tmp_path, ABOUT, {}))
     assert plain.n_shared == 1 and plain.q_rank == 14 and plain.norm_eps == 1e-6
     may_miss = ("rope_interleave", "attention_bias", "scoring_func", "topk_method", "moe_layer_freq",
                 "rope_scaling")
     for change in (dict.fromkeys(may_miss, GONE), dict(use_cache=False, attention_dropout=0.5, mscale=7),
                    dict(rope_theta=GONE, rope_parameters=dict(rope_type="default", rope_theta=50_000)),
                    dict(head_dim=8, num_local_experts=8, num_key_value_heads=None, rope_parameters={})):
-        assert net.hf_config(hf_folder(tmp_path, changed(ABOUT, **change), {})) == plain
-    motif = net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT, {}))
+        assert huggingface.hf_config(hf_folder(tmp_path, changed(ABOUT, **change), {})) == plain
+    motif = huggingface.hf_config(hf_folder(tmp_path, MOTIF_ABOUT, {}))
     assert (motif.d_head, motif.n_kv_head, motif.lam_delay) == (6, 4, 1)
     for change in (dict(head_dim=None), dict(head_dim=6), dict(num_key_value_heads=None, use_bias=None)):
-        assert net.hf_config(hf_folder(tmp_path, MOTIF_ABOUT | change, {})) == motif
+        assert huggingface.hf_config(hf_folder(tmp_path, MOTIF_ABOUT | change, {})) == motif
 
     wrong = dict(scoring_func="softmax", topk_method="greedy", moe_layer_freq=2, hidden_size=None, n_group=0)
     with pytest.raises(ValueError) as refused:
-        net.hf_config(hf_folder(tmp_path, ABOUT | wrong, {}))
+        huggingface.hf_config(hf_folder(tmp_path, ABOUT | wrong, {}))
     assert all(key in str(refused.value) for key in wrong)
 
 
@@ -2080,7 +2080,7 @@ def test_any_configuration_is_a_model_or_one_line(tmp_path):
             about["rope_scaling"] = about["rope_scaling"] | {rng.choice(sorted(YARN)): odd_value(rng)}
         hf_folder(tmp_path, about, {})
         try:
-            config = net.hf_config(tmp_path)
+            config = huggingface.hf_config(tmp_path)
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 900, str(error)
             continue
@@ -2097,11 +2097,11 @@ def test_any_configuration_is_a_model_or_one_line(tmp_path):
 def test_a_config_json_that_is_no_object_is_refused_in_one_line(tmp_path, raw):
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ValueError, match="config.json: ") as refused:
-        net.hf_config(tmp_path)
+        huggingface.hf_config(tmp_path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json: No such file"):
-        net.hf_config(tmp_path)
+        huggingface.hf_config(tmp_path)
 
 
 def test_sizes_that_the_files_cannot_fill_are_refused_before_room_is_made(tmp_path):
@@ -2109,7 +2109,7 @@ def test_sizes_that_the_files_cannot_fill_are_refused_before_room_is_made(tmp_pa
     for change in (dict(num_hidden_layers=huge), dict(n_routed_experts=huge, n_group=1, topk_group=1),
                    dict(hidden_size=huge, intermediate_size=huge), dict(vocab_size=huge)):
         with pytest.raises(ValueError, match="too few for|do not fit"):
-            net.load_hf(hf_folder(tmp_path, ABOUT | change, tensors))
+            huggingface.load_hf(hf_folder(tmp_path, ABOUT | change, tensors))
 
 
 FP8_NAMES = ["model.layers.0.self_attn.q_b_proj.weight", "model.layers.1.self_attn.kv_b_proj.weight",
@@ -2139,8 +2139,8 @@ def test_fp8_weights_are_multiplied_out_by_the_blocks_of_config_json(tmp_path, b
     """Without a quantization_config they are 128 × 128, and one weight here is wider."""
     about = fp8_about(*block, intermediate_size=200) if block else ABOUT | dict(intermediate_size=200)
     kept, meant = in_fp8(latent_tensors(about), block or (128, 128))
-    found = net.load_hf(hf_folder(tmp_path / "fp8", about, kept)).state_dict()
-    plain = net.load_hf(hf_folder(tmp_path / "plain", about, meant)).state_dict()
+    found = huggingface.load_hf(hf_folder(tmp_path / "fp8", about, kept)).state_dict()
+    plain = huggingface.load_hf(hf_folder(tmp_path / "plain", about, meant)).state_dict()
     assert all(torch.equal(t, plain[name]) for name, t in found.items())
 
 
@@ -2154,10 +2154,10 @@ def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(
     bad = changed(good, **{
         a: GONE, b: good[b][:1], c: good[c].to(torch.int32), plain: torch.ones(2, 1), alone: torch.ones(1),
         gate: torch.ones(8, 32, dtype=torch.int8), norm: torch.ones(32).to(torch.float8_e4m3fn)})
-    network = net.Transformer(net.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
+    network = net.Transformer(huggingface.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
     before = {name: t.clone() for name, t in network.state_dict().items()}
     with pytest.raises(ValueError, match="7 tensors do not fit") as refused:
-        train.restore(network, None, net.HFWeights(tmp_path, network.config))
+        train.restore(network, None, huggingface.HFWeights(tmp_path, network.config))
     for line in (f"{a} missing", f"{b} (1, 2) of torch.float32 for (2, 2)", f"{plain} unknown",
                  f"{alone} unknown", f"{c} (1, 4) of torch.int32 for (1, 4)", f"{gate} of torch.int8",
                  f"{norm} of torch.float8_e4m3fn"):
@@ -2165,7 +2165,7 @@ def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
     hf_folder(tmp_path, ABOUT, good)                                   # blocks that config.json does not name
     with pytest.raises(ValueError, match="4 tensors do not fit") as refused:
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
     assert f"{d} (2, 5) of torch.float32 for (1, 1) of (128, 128)" in str(refused.value)
 
 
@@ -2173,8 +2173,8 @@ def test_masters_get_the_numbers_of_the_files_and_not_their_roundings(tmp_path):
     """A model in bfloat16 whose owner keeps float32: train.restore fills both from HFWeights. Rows, and
     experts that begin elsewhere, come out too."""
     kept, _ = in_fp8(latent_tensors(ABOUT), (128, 128))
-    config = net.hf_config(hf_folder(tmp_path, ABOUT, kept))
-    weights, whole = net.HFWeights(tmp_path, config), net.load_hf(tmp_path).state_dict()
+    config = huggingface.hf_config(hf_folder(tmp_path, ABOUT, kept))
+    weights, whole = huggingface.HFWeights(tmp_path, config), huggingface.load_hf(tmp_path).state_dict()
     network = net.Transformer(config)
     for p in network.parameters():
         p.data = p.data.bfloat16() if p.ndim > 1 else p.data
@@ -2196,7 +2196,7 @@ def test_masters_get_the_numbers_of_the_files_and_not_their_roundings(tmp_path):
 
 def test_weights_are_read_when_they_are_asked_for_and_not_held(tmp_path):
     """Numbers that change in the file after all was checked, and again: those of now come out."""
-    weights = net.HFWeights(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), net.hf_config(tmp_path))
+    weights = huggingface.HFWeights(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), huggingface.hf_config(tmp_path))
     path = tmp_path / "model.safetensors"
     length = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8:8 + length])
@@ -2212,12 +2212,12 @@ def test_weights_are_read_when_they_are_asked_for_and_not_held(tmp_path):
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     """What no shape shows is compared too. What a run may choose anew is not."""
-    config = net.hf_config(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)))
+    config = huggingface.hf_config(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)))
     other = replace(config, route_scale=1.0, n_active=2)
     with pytest.raises(ValueError, match="has another model: n_active=3, not 2; route_scale=2.5, not 1.0$"):
-        net.HFWeights(tmp_path, other)
+        huggingface.HFWeights(tmp_path, other)
     new = replace(config, context=128, rope_theta=9e4, yarn=4.0, balance_rate=0.0, balance_loss=1e-4)
-    net.HFWeights(tmp_path, new)
+    huggingface.HFWeights(tmp_path, new)
 
 
 def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_path):
@@ -2235,7 +2235,7 @@ def test_what_transformers_reads_from_config_json_is_honoured_or_refused(tmp_pat
     for change in cases:
         folder = hf_folder(tmp_path, changed(ABOUT | dict(rope_scaling=yarn), **change), tensors)
         try:
-            network = net.load_hf(folder, lambda _: None).eval()
+            network = huggingface.load_hf(folder, lambda _: None).eval()
             theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         except Exception as error:                                     # theirs takes no null for False, say
             assert isinstance(error, ValueError) or "Strict" in type(error).__name__, change
@@ -2269,15 +2269,15 @@ def test_weights_are_those_that_the_index_names(tmp_path):
     write_index(tmp_path, {name: file for name, file in where.items() if name != "model.unnamed"})
     x = torch.randint(50, (9,))
     with torch.no_grad():
-        logits = net.load_hf(tmp_path).eval()(x[None])[0].double()
+        logits = huggingface.load_hf(tmp_path).eval()(x[None])[0].double()
     torch.testing.assert_close(logits, latent_logits(new, x, ABOUT), rtol=0, atol=1e-4)
-    found = net.HFWeights(tmp_path, net.hf_config(tmp_path)).files
+    found = huggingface.HFWeights(tmp_path, huggingface.hf_config(tmp_path)).files
     assert found.keys() == new.keys() and all(torch.equal(t, new[name]) for name, t in found.items())
 
     first = "model-00000-of-00002.safetensors"
     net.write_tensors(tmp_path / first, {"model.norm.weight": torch.ones(32)})
     with pytest.raises(ValueError, match=f"tensors of its index missing: .* in {first}.*; and .. more$"):
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
 
 
 @pytest.mark.parametrize("where, says", [
@@ -2289,29 +2289,29 @@ def test_weights_are_those_that_the_index_names(tmp_path):
 def test_an_index_that_names_what_is_not_there_is_one_short_line(tmp_path, where, says):
     write_index(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT)), where)
     with pytest.raises(ValueError, match=says) as refused:
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
     assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
 
 
 def test_without_an_index_a_name_in_two_files_is_refused(tmp_path):
     tensors = latent_tensors(ABOUT)
     shards(tmp_path, tensors)
-    assert torch.equal(net.load_hf(tmp_path).state_dict()["norm.weight"], tensors["model.norm.weight"])
+    assert torch.equal(huggingface.load_hf(tmp_path).state_dict()["norm.weight"], tensors["model.norm.weight"])
     net.write_tensors(tmp_path / "model-old.safetensors", {"model.norm.weight": torch.zeros(32)})
     with pytest.raises(ValueError, match="no model.safetensors.index.json says which file has model.norm.we"):
-        net.load_hf(tmp_path)
+        huggingface.load_hf(tmp_path)
     hf_folder(tmp_path, ABOUT, tensors | {"model.norm.weight": torch.full((32,), 2.0)})
-    assert net.load_hf(tmp_path).state_dict()["norm.weight"].eq(2).all()         # the one file is all of it
+    assert huggingface.load_hf(tmp_path).state_dict()["norm.weight"].eq(2).all()         # the one file is all of it
     for raw in (b"[1]", DEEP, b"\xff", b'{"weight_map": {}, "weight_map": {}}'):
         (tmp_path / "model.safetensors.index.json").write_bytes(raw)
         with pytest.raises(ValueError, match="index.json: not"):
-            net.load_hf(tmp_path)
+            huggingface.load_hf(tmp_path)
 
 
 def test_long_lists_of_what_does_not_fit_are_cut(tmp_path):
     tensors = {f"model.\n{'x' * 300}.{i}": torch.ones(1) for i in range(2000)}
     with pytest.raises(ValueError, match=r"2000 tensors do not fit: model.\\nxxx") as refused:
-        net.load_hf(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT) | tensors))
+        huggingface.load_hf(hf_folder(tmp_path, ABOUT, latent_tensors(ABOUT) | tensors))
     assert len(str(refused.value)) < 2000 and "\n" not in str(refused.value)
     assert str(refused.value).endswith("; and 1992 more")
 
@@ -2324,8 +2324,8 @@ def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
     extra |= {"model.layers.1.mlp.shared_experts.up_proj.weight": torch.empty(0, 32), "lm_head.weight": copy,
               "model.rotary_emb.inv_freq": torch.ones(4), "model.layers.3.embed_tokens.weight": copy}
-    plain = net.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
-    found = net.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
+    plain = huggingface.load_hf(hf_folder(tmp_path / "plain", about, tensors)).state_dict()
+    found = huggingface.load_hf(hf_folder(tmp_path / "extra", about, tensors | extra)).state_dict()
     assert found.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in found.items())
     small = {"model.embed_tokens.weight": copy.to(torch.float8_e4m3fn),
              "model.embed_tokens.weight_scale_inv": torch.ones(1, 1)}
@@ -2336,7 +2336,7 @@ def test_what_others_keep_beside_the_weights_is_harmless(tmp_path):
                        ({"model.layers.x.rotary_emb.inv_freq": torch.ones(4)}, "inv_freq unknown"),
                        ({"model.layers.0.self_attn.rotary_emb.inv": torch.ones(4)}, "inv unknown")):
         with pytest.raises(ValueError, match=f"1 tensors do not fit: .*{says}"):
-            net.load_hf(hf_folder(tmp_path / "extra", about, tensors | more))
+            huggingface.load_hf(hf_folder(tmp_path / "extra", about, tensors | more))
 
 
 class Dies:
@@ -2346,7 +2346,8 @@ class Dies:
     def __init__(self, kill):
         self.kill = kill
 
-    def save_hf(self, folder):
+    @property
+    def pieces(self):
         if self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(28, "No space left on device")
@@ -2357,22 +2358,22 @@ def test_an_export_is_complete_or_absent(tmp_path):
     network, target = lively(replace(K2, tie=False, d_value=8)), tmp_path / "hf"
     child = os.fork()
     if child == 0:
-        net.save_hf(lively(replace(K2, tie=False, n_layer=4)), target, Dies(True), shard_bytes=9000)
+        huggingface.save_hf(lively(replace(K2, tie=False, n_layer=4)), target, Dies(True), shard_bytes=9000)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and not target.exists()
     left = [p.name for folder in tmp_path.iterdir() for p in folder.iterdir()]
     assert len([name for name in left if name.startswith("model-")]) > 2
-    net.save_hf(network, target)
+    huggingface.save_hf(network, target)
     assert {p.name for p in target.iterdir()} == {"config.json", "model-00000.safetensors",
                                                   "model.safetensors.index.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    back = net.load_hf(target).state_dict()
+    back = huggingface.load_hf(target).state_dict()
     assert all(torch.equal(t, back[name]) for name, t in network.state_dict().items())
     with pytest.raises(OSError, match="No space left"):
-        net.save_hf(network, tmp_path / "full", Dies(False))
+        huggingface.save_hf(network, tmp_path / "full", Dies(False))
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        net.save_hf(network, tmp_path / "empty")
+        huggingface.save_hf(network, tmp_path / "empty")
 
 
 @pytest.mark.parametrize("change, says", [
@@ -2381,7 +2382,7 @@ def test_an_export_is_complete_or_absent(tmp_path):
     (dict(act="gelu"), "act=gelu"), (dict(kv_rank=0, d_rope=0), "differential=False, not True")])
 def test_what_a_kind_cannot_hold_is_not_exported(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
-        net.save_hf(net.Transformer(replace(K2, **change)), tmp_path / "hf")
+        huggingface.save_hf(net.Transformer(replace(K2, **change)), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -2392,9 +2393,9 @@ def test_what_a_kind_cannot_hold_is_not_exported(tmp_path, change, says):
 def test_an_export_is_read_as_the_model_that_it_was(tmp_path, config):
     """Zero shared experts, no queries' latent, no dense layer: what is 0 comes back as 0."""
     network = lively(config)
-    net.save_hf(network, tmp_path / "hf", shard_bytes=20_000)
-    back = net.load_hf(tmp_path / "hf")
-    free = {name: getattr(config, name) for name in net.HF_FREE}
+    huggingface.save_hf(network, tmp_path / "hf", shard_bytes=20_000)
+    back = huggingface.load_hf(tmp_path / "hf")
+    free = {name: getattr(config, name) for name in huggingface.HF_FREE}
     assert replace(back.config, **free) == config and back.config.yarn == config.yarn
     assert all(torch.equal(t, network.state_dict()[name]) for name, t in back.state_dict().items())
 
@@ -3620,7 +3621,7 @@ def test_a_hugging_face_folder_is_written_read_and_trained_on(text, tmp_path, ca
 def test_masters_take_the_weights_of_others_at_their_own_precision(tmp_path):
     """Where the ranks hold bfloat16, what they begin with is rounded for the computation alone."""
     network = lively(replace(K2, tie=False))
-    net.save_hf(network, tmp_path / "hf")
+    huggingface.save_hf(network, tmp_path / "hf")
     config = tiny_run(tmp_path, model=network.config, init=str(tmp_path / "hf"))
     mesh = parallel.Mesh(dp=parallel.Axis(0, 2), edp=parallel.Axis(0, 2))
     narrow, exact = train.build(config, mesh, torch.bfloat16), dict(network.named_parameters())
@@ -4578,7 +4579,7 @@ def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
     assert (tmp_path / "speed.md").read_text("utf-8") == page and (tmp_path / "speed.png").stat().st_size > 10_000
 
 
-NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.py") if path.stem != "speed")
+NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.md") if path.stem != "speed")
 
 
 def quiet_main(name, *args):

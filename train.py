@@ -37,8 +37,8 @@ import torch
 
 import parallel
 from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
-from model import (PRESETS, HFWeights, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
-                   hf_config, load_hf, read_tensors, renormalise_, write_tensors)
+from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate, listed,
+                   read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
 from parallel import MeshConfig, Zero1
@@ -395,8 +395,7 @@ def restore(model, owners, saved, moments=True):
              for name in whole if name not in kept or saved.shape(name) != whole[name].shape]
     wrong += [f"{name} unknown" for name in kept if name not in whole]
     if wrong:
-        raise ValueError(f"the checkpoint is of another architecture: {'; '.join(wrong[:8])}"
-                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(f"the checkpoint is of another architecture: {listed(wrong)}")
     with torch.no_grad():
         for name, p in model.state_dict().items():
             first = model.experts.start if p.ndim == 3 else 0
@@ -423,6 +422,7 @@ def begin(config, model, owners, facts, mesh, say):
     """The weights of config.init: one of our runs, with its moments where the optimizer is the same, or a Hugging
     Face folder."""
     if is_hf(config.init):
+        from notes.huggingface import HFWeights
         restore(model, owners, HFWeights(config.init, config.model, say), moments=False)
         return say(f"weights of {config.init}")
     found = newest_checkpoint(Path(config.init), say, mesh)
@@ -453,6 +453,7 @@ def load_run(folder, average=1):
     of a Hugging Face folder."""
     run, mean = Path(folder), {}
     if is_hf(run):
+        from notes.huggingface import load_hf
         tokenizer = load_tokenizer(run / "tokenizer.json")         # first: it is read in no time
         return load_hf(run), tokenizer
     kept = checkpoints(run)[-average:]
@@ -1123,7 +1124,11 @@ def parse(argv):
     if (folder := options.get("init")) and not words:
         if not is_hf(folder) and not kept_config(folder):
             raise ValueError(f"--init={folder}: neither a run with a checkpoint nor a Hugging Face folder")
-        config = replace(config, model=hf_config(folder) if is_hf(folder) else kept_config(folder).model)
+        if is_hf(folder):
+            from notes.huggingface import hf_config
+            config = replace(config, model=hf_config(folder))
+        else:
+            config = replace(config, model=kept_config(folder).model)
     config = override(config, options)
     config = config if config.out else replace(config, out=f"out/{config.recipe}")
     resume = "resume" in flags or begun_by_this_launch(config.out)
