@@ -742,7 +742,7 @@ def main(argv):
         else: raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
     try:
         stats(config, vocab_size)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None
 
 

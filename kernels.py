@@ -285,7 +285,7 @@ def max_logits_ref(q, k, mask=None):
 
 def exact_max_logits(q, k, mask=None, block=128):
     """max_logits_ref in blocks of queries, each against the keys up to its own end: no T×T matrix."""
-    (B, H, T, d), S = q.shape, k.shape[2]
+    (_, H, T, d), S = q.shape, k.shape[2]
     largest = q.new_full((H,), -torch.inf)
     for start in range(0, T, block):
         stop = min(start + block, T)

@@ -953,7 +953,7 @@ def main(argv):
         sys.stdout.reconfigure(errors="replace")                       # a terminal may lack some characters
     try:
         return count_presets() if args.sample is None else sample(args)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise SystemExit(f"model.py: {lines[0]}") from None
 

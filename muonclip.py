@@ -386,7 +386,10 @@ class MuonClip(torch.optim.Optimizer):
 
 
 def main(argv):
-    from notes import appendix_e                       # the long way: a grid of runs, a figure, a page
+    try:
+        from notes import appendix_e                   # the long way: a grid of runs, a figure, a page
+    except ImportError as error:
+        raise SystemExit(f"muonclip.py: {error}") from None
     appendix_e.main(argv)
 
 

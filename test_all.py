@@ -6,7 +6,6 @@ on a CPU: several ranks are processes that talk over gloo. A tolerance stands be
 import ast
 import contextlib
 import copy
-import csv
 import functools
 import gzip
 import importlib
@@ -18,18 +17,16 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
 import string
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +42,9 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note, huggingface
+from notes import _figure, _note, faults, huggingface
 from notes import corpus as embedded
+from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
 HERE = Path(__file__).parent
 TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61, context=32)
@@ -93,6 +91,34 @@ def test_files_can_be_read_on_one_screen_width():
     for path in (*HERE.glob("*.py"), *HERE.glob("notes/*.py")):
         wide = [i for i, line in enumerate(path.read_text("utf-8").splitlines(), 1) if len(line) > 120]
         assert not wide, f"{path.name}: lines {wide} are wider than 120 columns"
+
+
+def test_the_recipes_need_no_notes(tmp_path):
+    """What lives in notes/ is none of the ideas: without it one's own text is trained on, resumed and sampled. The
+    default text is asked for in one line."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    write_sentences(tmp_path)
+    options = command(tmp_path / "mine.txt", "out")[2:]
+    script = f"""
+import data, model, muonclip, train
+train.main({options + ["--steps=4"]})
+train.main({options + ["--resume", "--steps=8"]})
+model.main(["--sample=out", "--prompt=The ", "--tokens=9"])
+for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stats"]), (muonclip.main, []),
+                    (model.main, ["--sample=out", "--export=there"])):
+    try:
+        main(words)
+    except SystemExit as leave:
+        print("REFUSED", leave.code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=""))
+    assert done.returncode == 0 and "step 4/30" in done.stdout and "resuming out at step 4" in done.stdout, done.stderr
+    assert "\nThe " in done.stdout
+    refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    asked, missing = "the default text is made by notes/corpus.py, which is not here", "No module named 'notes'"
+    assert [says in line for says, line in zip((asked, asked, missing, missing), refused, strict=True)] == [True] * 4
 
 
 # ---- kernels.py -----------------------------------------------------------------------------------------------------
@@ -3062,7 +3088,6 @@ def test_meshes_that_cannot_be_are_refused(mesh, world, experts, says):
         parallel.MeshConfig(**mesh).check(world, experts)
 
 
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]                   # dp, ep
 
 
 @contextlib.contextmanager
@@ -3164,362 +3189,12 @@ def text(tmp_path_factory):
     return write_sentences(tmp_path_factory.mktemp("text"))
 
 
-def write_sentences(folder):
-    """A small text file of sentences with something to learn."""
-    rng = random.Random(0)
-    nouns, verbs = "river stone lamp garden engine letter winter harbour".split(), "holds finds turns keeps".split()
-    lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n" for _ in range(2000))
-    (folder / "mine.txt").write_text("".join(lines))
-    return folder / "mine.txt"
-
-
-def tiny_run(path, **changes):
-    model = replace(TINY, n_layer=2, vocab_size=261)
-    config = train.Config(model=model, tokens=30 * 8 * 32, batch=8, micro=4, eval_every=10, eval_windows=4,
-                          save_every=4, optim=muonclip.OptimConfig(lr=0.02, tau=0.3, exact_logits=True),
-                          data=data.DataConfig(domains="mine:1:1", files=f"mine={path}", tokenizer="bytes",
-                                               cache=str(path.parent / "cache")))
-    return replace(config, **changes)
-
-
-def command(path, out, *more, **changes):
-    """A worker by itself, with the options of tiny_run."""
-    config = tiny_run(path, **changes)
-    options = [f"--{f}={getattr(config, f)}" for f in ("tokens", "batch", "micro", "eval_every", "eval_windows",
-                                                        "save_every")]
-    for part in ("model", "optim", "data"):
-        default, own = getattr(train.RECIPES["laptop"], part), getattr(config, part)
-        options += [f"--{part}.{f.name}={getattr(own, f.name)}" for f in fields(own)
-                    if getattr(own, f.name) != getattr(default, f.name)]
-    return [sys.executable, str(HERE / "train.py"), *options, f"--out={out}", *more]
-
-
-def log_of(out):
-    """log.csv without the columns of time and speed."""
-    with open(out / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "seconds")}
-                for row in csv.DictReader(file)]
-
-
-def weights_of(out):
-    return train.newest_checkpoint(out)[1]
-
-
-# A campaign of faults: each befalls a real training process, then one command resumes the run, and it has to end with
-# the weights, optimizer state and log of one that was never stopped.   python test_all.py --faults N
-
-FAULTS = "kill", "kill in save", "kill in average", "kill in evaluation", "flipped byte", "flipped value", \
-    "missing file", "full disk", "stop in save", "launcher killed", "rank killed", "layout changed", "node killed"
-PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
-OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
-
-
-def worker(args, log, befalls=(), number=0, fault=""):
-    """A training process. Before the `number`-th line of ours that runs inside the functions `befalls` of train.py (and
-    what they call), the fault strikes."""
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    count = itertools.count(1)
-
-    def strike():
-        if "kill" in fault:
-            os.kill(os.getpid(), signal.SIGKILL)
-        print("struck", flush=True)
-        if fault == "stop in save":
-            os.kill(os.getpid(), signal.SIGTERM if number % 2 else signal.SIGINT)
-        elif os.path.ismount(Path(log).parent):                    # a disk of our own: fill it
-            with contextlib.suppress(OSError), open(Path(log).parent / "filler", "wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(1 << 12))
-        else:                                                      # else a file must not grow beyond so many bytes
-            resource.setrlimit(resource.RLIMIT_FSIZE, (number % 1000, resource.RLIM_INFINITY))
-
-    def trace(frame, event, _):
-        if event == "line" and next(count) == number:
-            strike()
-        return trace if Path(frame.f_code.co_filename).parent == HERE else None
-
-    def watched(f):
-        @functools.wraps(f)
-        def run(*args, **kwargs):
-            sys.settrace(trace)
-            try:
-                return f(*args, **kwargs)
-            finally:
-                sys.settrace(None)
-        return run
-    for name in befalls:
-        setattr(train, name, watched(getattr(train, name)))
-    train.main(args)
-
-
-def start(args, log, *fault):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])               # seconds each
-    process = context.Process(target=worker, args=(args, str(log), *fault))
-    process.start()
-    return process
-
-
-def wait_for(step, out, alive, saved=1):
-    """Until the log has that step and there are `saved` checkpoints. → False if the process ended first."""
-    deadline = time.monotonic() + 90
-    while alive():
-        assert time.monotonic() < deadline, f"{out}: step {step} was not reached"
-        if last_step(out) >= step and len(train.checkpoints(out)) >= saved:
-            return True
-        time.sleep(0.002)
-    return False
-
-
-def last_step(out):
-    """The last step in the log; 0 where there is none yet."""
-    with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-        return int((out / "log.csv").read_text().splitlines()[-1].split(",")[0])
-    return 0
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def under_torchrun(path, out, ranks, restarts=0, more=(), **changes):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-           f"--max-restarts={restarts}", *command(path, out, *OPTIONS, *more, **changes)[1:]]
-    env = dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="")
-    return subprocess.Popen(run, stdout=open(out.parent / "log.txt", "a"), stderr=subprocess.STDOUT, env=env,
-                            cwd=out.parent, start_new_session=True)
-
-
-def node(path, out, number, port, *more):
-    """One of two torchrun agents that are two nodes, with a rank each; node 0 hosts their rendezvous."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
-           "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={int(number == 0)}",
-           "--local-addr=127.0.0.1", *command(path, out, *OPTIONS, "--mesh.timeout=20", *more)[1:]]
-    with open(out.parent / f"log-{number}.txt", "a") as log:
-        return subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=out.parent, start_new_session=True,
-                                env=dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="",
-                                         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
-
-
-def node_trial(path, out, whole, rng):
-    """Two nodes; the one that does not host is killed, agent and rank, and started again with --resume: the other has
-    restarted its own rank meanwhile, and the run ends as if nothing had been. → steps computed again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    host, other = node(path, out, 0, port), node(path, out, 1, port)
-    if not wait_for(rng.randrange(2, 20), out, lambda: host.poll() is None):
-        return None
-    children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
-    for pid in (other.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    other.wait()
-    reached, saved = last_step(out), int(train.checkpoints(out)[-1].name[-8:])
-    other = node(path, out, 1, port, "--resume")
-    assert host.wait(180) == 0 and other.wait(60) == 0, "".join(p.read_text() for p in out.parent.glob("log-*.txt"))
-    ours, theirs = log_of(out), log_of(whole)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    assert float(ours[-1]["val_mine"]) == pytest.approx(float(theirs[-1]["val_mine"]), rel=2e-3)
-    return max(0, reached - saved)
-
-
-MIXED = dict(model=replace(K2, vocab_size=261, tie=False))
-
-
-def layout_trial(path, out, whole, rng):
-    """A run of experts, killed at a random moment with all its ranks, is resumed in another layout, and killed and
-    resumed in a third. → steps computed again. Its log has every step; in float32, where a rounding may send a token to
-    another expert, its losses stay near those of one process."""
-    layouts, again = rng.sample(LAYOUTS, 3), 0
-    for i, (dp, ep) in enumerate(layouts):
-        launcher = under_torchrun(path, out, dp, more=[f"--mesh.ep={ep}"] + ["--resume"] * (i > 0), **MIXED)
-        before = last_step(out)
-        if i < 2 and wait_for(before + rng.randrange(1, 13), out, lambda: launcher.poll() is None):
-            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-            for pid in [launcher.pid, *map(int, children)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            launcher.wait()
-            deadline = time.monotonic() + 30
-            while any(is_alive(pid) for pid in map(int, children)):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            reached = last_step(out)
-            again = max(again, reached - int(train.checkpoints(out)[-1].name[-8:]))
-        elif i < 2:
-            return None                                            # it ended before
-    code, said = launcher.wait(120), (out.parent / "log.txt").read_text()
-    assert code == 0, said[-2000:]
-    assert "Traceback" not in said.replace("torch/distributed", ""), said
-    ours, theirs = log_of(out), log_of(whole)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for a, b in zip(ours, theirs):
-        assert float(a["loss"] or 0) == pytest.approx(float(b["loss"] or 0), rel=5e-3), (layouts, a["step"])
-    assert float(ours[-1]["val_mine"]) == pytest.approx(float(theirs[-1]["val_mine"]), rel=2e-3), layouts
-    return again
-
-
-def flip_value(file, rng):
-    """One digit of a number of its configuration becomes another: JSON as good as before, which says something else."""
-    text = file.read_text()
-    config = text.index('"config"'), text.index("}\n }", text.index('"config"'))
-    digits = [i for i in range(*config) if text[i].isdigit() and text[i - 1] in " .0123456789"]
-    while True:
-        at = rng.choice(digits)
-        changed = text[:at] + rng.choice("0123456789") + text[at + 1:]
-        with contextlib.suppress(ValueError):
-            if json.loads(changed) != json.loads(text):
-                return file.write_text(changed)
-
-
-def befall(kind, path, out, rng):
-    """Start a run and let the fault strike. → the step that the run had reached, None where it ended before."""
-    args, log = command(path, out, *OPTIONS)[2:], out.parent / "log.txt"
-    step = rng.randrange(1, 29)
-    if kind == "launcher killed":
-        launcher = under_torchrun(path, out, 1)
-        if not wait_for(step, out, lambda: launcher.poll() is None):
-            return None
-        pid = int((out / "lock").read_text())
-        launcher.kill()
-        launcher.wait()
-        if is_alive(pid):
-            with contextlib.suppress(FileNotFoundError), pytest.raises(ValueError, match=f"in use by process {pid}"):
-                train.RunFolder(out).close()
-                assert is_alive(pid), "the worker lives, and yet somebody else was let in"
-                raise FileNotFoundError                            # it ended in between: nothing to be seen
-        deadline = time.monotonic() + 25
-        while is_alive(pid):
-            assert time.monotonic() < deadline, "the worker outlives its launcher"
-            time.sleep(0.01)
-        return last_step(out)
-    if kind == "rank killed":
-        launcher = under_torchrun(path, out, 2, restarts=1)
-        if not wait_for(step, out, lambda: launcher.poll() is None):
-            return None
-        reached = last_step(out)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(children[step % 2]), signal.SIGKILL)
-        assert launcher.wait(120) == 0, log.read_text()
-        return reached if "lost contact" in log.read_text() or "Signal 9" in log.read_text() else None
-    if kind in ("kill", "flipped byte", "flipped value", "missing file"):
-        process = start(args, log)
-        struck = wait_for(step, out, process.is_alive, saved=1 if kind == "kill" else 2)
-        process.kill()
-        process.join()
-        if not struck or process.exitcode != -signal.SIGKILL:
-            return None
-        if kind == "kill":
-            return last_step(out)
-        newest = train.checkpoints(out)[-1]
-        file = newest / rng.choice(["manifest.json", "rank-0.safetensors"])
-        if kind == "flipped value":
-            flip_value(newest / "manifest.json", rng)
-        elif kind == "missing file":
-            file.unlink()
-        else:
-            raw = bytearray(file.read_bytes())
-            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-            file.write_bytes(raw)
-        return last_step(out)
-    where, lines = {"kill in average": (("add_snapshot_", "put_back_"), 400),
-                    "kill in evaluation": (("evaluate", "record"), 400)}.get(kind, (("save_checkpoint",), 4000))
-    process = start(args, log, where, rng.randrange(1, lines), kind)
-    process.join(60)
-    said = log.read_text() if log.exists() else ""
-    assert "Traceback" not in said, said
-    if kind == "stop in save":
-        assert process.exitcode == 0, said
-        return last_step(out) if "struck" in said else None
-    if kind == "full disk":
-        (out.parent / "filler").unlink(missing_ok=True)
-        if "struck" in said and process.exitcode:
-            assert process.exitcode == 1 and ("No space left" in said or "too large" in said), said
-        return last_step(out) if "struck" in said else None
-    return last_step(out) if process.exitcode == -signal.SIGKILL else None
-
-
-def trial(kind, path, folder, wholes, rng):
-    """One fault, one resume, one comparison. → steps that were computed again; None where the fault came too late."""
-    out, log = folder / "run", folder / "log.txt"
-    if kind == "layout changed":
-        return layout_trial(path, out, wholes[2], rng)
-    if kind == "node killed":
-        return node_trial(path, out, wholes[0], rng)
-    reached = befall(kind, path, out, rng)
-    if reached is None:
-        return None
-    before = log.stat().st_size if log.exists() else 0
-    if kind != "rank killed":                                      # torchrun has resumed that one by itself
-        options = command(path, out, *OPTIONS)[2:]
-        if kind == "flipped value":                                # its configuration comes from the run alone
-            options = [option for option in options if option.startswith(("--out", "--data.cache"))]
-        process = start([*options, "--resume"], log)
-        process.join(60)
-        assert process.exitcode == 0, log.read_text()
-    said = log.read_bytes()[before if kind != "rank killed" else 0:].decode()
-    if kind.startswith("flipped") or kind == "missing file":
-        assert "damaged" in said and "trying the one before" in said, said
-    whole = wholes[kind == "rank killed"]
-    assert log_of(out) == log_of(whole), kind
-    ours, theirs = weights_of(out), weights_of(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
-    at = re.search(r"resuming .* at step (\d+)", said)
-    return max(0, reached - int(at[1])) if at else 0
-
-
-def campaign(path, folder, kinds, seed=0, say=lambda _: None):
-    """kinds: {kind: how often}. → rows (kind, tried, survived, steps computed again: mean, most)."""
-    wholes = folder / "whole/run", folder / "pair/run", folder / "mixed/run"
-    for out in wholes:
-        out.parent.mkdir(parents=True)
-    process = start(command(path, wholes[0], *OPTIONS)[2:], folder / "whole/log.txt")
-    process.join(60)
-    assert process.exitcode == 0, (folder / "whole/log.txt").read_text()
-    if "rank killed" in kinds:
-        assert under_torchrun(path, wholes[1], 2).wait(120) == 0, (folder / "pair/log.txt").read_text()
-    if "layout changed" in kinds:
-        assert under_torchrun(path, wholes[2], 1, **MIXED).wait(120) == 0, (folder / "mixed/log.txt").read_text()
-    number = itertools.count()
-
-    def tried(kind, often):
-        again, survived, rng = [], 0, random.Random(f"{seed} {kind}")
-        while len(again) < often:
-            own = folder / f"trial-{next(number)}"
-            own.mkdir()
-            disk = kind == "full disk" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", own],
-                                                          capture_output=True).returncode == 0
-            try:
-                steps = trial(kind, path, own, wholes, rng)
-                survived += steps is not None
-            except AssertionError as error:
-                if say is None:
-                    raise
-                say(f"{kind}, {own.name}: {str(error)[:2000]}")
-                steps = 0
-            finally:
-                if disk:
-                    subprocess.run(["umount", own])
-            again += [] if steps is None else [steps]
-            shutil.rmtree(own)
-        row = kind, often, survived, sum(again) / often, max(again)
-        if say:
-            say("{:<18}{:>6} tried{:>6} survived{:>8.1f} steps computed again, {} at most".format(*row))
-        return row
+def test_a_run_survives_every_fault(tmp_path):
+    """One of each but the slowest two, and no more: `python -m notes.faults` is the campaign."""
     with ThreadPoolExecutor(2) as two:                             # a trial mostly waits
-        return list(two.map(tried, kinds, kinds.values()))
-
-
-def test_a_run_survives_every_fault(text, tmp_path):
-    """One of each but the slowest two, and no more: `python test_all.py --faults 20` is the campaign."""
-    campaign(text, tmp_path, dict.fromkeys(FAULTS[:-2], 1), say=None)
+        kinds = [kind for kind in faults.KINDS if kind not in ("layout changed", "node killed")]
+        for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
+            assert 0 <= again <= 29, kind
 
 
 def test_a_stage_begins_with_the_weights_of_another_run(text, tmp_path):
@@ -4380,7 +4055,7 @@ with contextlib.suppress(ImportError):
         except ValueError as error:
             one_line(error)
 
-    OWN_OPTIONS = dict(train=keys, muonclip=st.sampled_from(["quick", "plot"]), test_all=st.just("faults"),
+    OWN_OPTIONS = dict(train=keys, muonclip=st.sampled_from(["quick", "plot"]), faults=st.sampled_from(["quick"]),
                        model=st.sampled_from("prompt temperature top-p seed average export".split()),
                        data=st.sampled_from("vocab files domains skip_bad doc_mask tokenizer horizon".split()))
 
@@ -4395,7 +4070,7 @@ with contextlib.suppress(ImportError):
         elif script == "data":
             data.main(["stats", f"--files=mine={text}", "--tokenizer=bytes", f"--cache={run.parent}/cache", *words])
         else:
-            main(["--faults", "0", *words])
+            _note.main("faults", faults.cells, faults.run, faults.show, [*words, "--nonsense"])
 
     @anything
     @given(st.data(), st.sampled_from(list(OWN_OPTIONS)))
@@ -4538,7 +4213,7 @@ def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
     assert (tmp_path / "speed.md").read_text("utf-8") == page and (tmp_path / "speed.png").stat().st_size > 10_000
 
 
-NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.md") if path.stem != "speed")
+NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.md") if path.stem not in ("speed", "faults"))
 
 
 def quiet_main(name, *args):
@@ -4598,19 +4273,3 @@ def test_a_grid_goes_on_where_it_was_killed(tmp_path, capsys):
     changed = [(arm, seed, 8 if arm == "b" else setting) for arm, seed, setting in cells]
     assert len(_note.grid(path, changed, run)) == 8 and calls[5:] == [("b", 0), ("b", 1)], "other settings: run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
-
-
-def main(argv):
-    """The campaign of faults: N of each kind, or of those that are named."""
-    times = int(argv[1]) if len(argv) > 1 and argv[0] == "--faults" and argv[1].isdecimal() else 0
-    kinds = dict.fromkeys(argv[2:] or FAULTS, times)
-    if not times or not set(kinds) <= set(FAULTS):
-        raise SystemExit(f"python -m pytest test_all.py   or   python test_all.py --faults N [{' | '.join(FAULTS)}]")
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_sentences(Path(folder))
-        rows = campaign(path, Path(folder), kinds, say=print)
-    raise SystemExit(0 if all(tried == survived for _, tried, survived, *_ in rows) else 1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

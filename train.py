@@ -1190,7 +1190,7 @@ def main(argv):
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
             model = model if config.mesh.ep == 1 else load_run(config.out)[0]      # here: some of its experts
             report(config, history, model, prepare(data_of(config), config.model.vocab_size))
-    except (ValueError, FloatingPointError, OSError, parallel.LostRank) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, parallel.LostRank) as error:
         give_up(error)
 
 
