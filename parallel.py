@@ -12,7 +12,9 @@ the same on all dp ranks; an expert is on dp/ep of them (`edp`).
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import time
 import uuid
@@ -430,6 +432,55 @@ def share_out(items, n):
     return [sorted(pieces) for pieces in own]
 
 
+def pieces_of(name, p, cost, mesh, axis):
+    """A parameter → [(piece, bytes, operations)]. cost: of all of it. Where experts have replicas, each is a piece."""
+    stacked = p.ndim == 3
+    first = mesh.ep.rank * len(p) if stacked else 0
+    stops = range(first + 1, first + len(p) + 1) if stacked and axis.size > 1 else [first + len(p)]
+    starts = [first, *stops[:-1]]
+    rows = len(p) * (mesh.ep.size if stacked else 1)
+    return [(Piece(name, start, stop, rows), *(c / len(stops) for c in cost)) for start, stop in zip(starts, stops)]
+
+
+def numbers(piece, p):
+    """How many numbers of parameter p a piece has."""
+    return (piece.stop - piece.start) * (p.numel() // len(p))
+
+
+def gradient_bytes(pieces, parameters):
+    """Gradients are kept in float32, or wider."""
+    return sum(numbers(piece, parameters[piece.name]) * wide(parameters[piece.name].dtype).itemsize
+               for piece in pieces)
+
+
+def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
+    """Who owns what → {"dp" or "edp": [the buckets of each owner on that axis]}; a bucket is a list of pieces. Pure: it
+    is the same on all ranks of the axis, and nothing is moved.
+
+    `parameters` {name: parameter}: 3-D ones are stacks of this rank's experts, others are the same on every dp rank.
+    `weigh(name, parameter)` → (bytes of its state, operations of its update; 0: element by element). The gradients of a
+    bucket are of one dtype and of one chunk of layers (`chunk(name)`), and of `room` bytes; one piece may be larger."""
+    def kind(piece):
+        return chunk(piece.name), str(parameters[piece.name].dtype)
+
+    def cut(pieces, room):
+        buckets = []
+        for piece in sorted(pieces, key=kind):
+            if not buckets or kind(piece) != kind(buckets[-1][0]) or \
+                    gradient_bytes([*buckets[-1], piece], parameters) > room:
+                buckets.append([])
+            buckets[-1].append(piece)
+        return buckets
+    owned = {}
+    for name, axis in (("dp", mesh.dp), ("edp", mesh.edp)):
+        items = [item for name_of, p in parameters.items() if (p.ndim == 3) == (name == "edp")
+                 for item in pieces_of(name_of, p, weigh(name_of, p), mesh, axis)]
+        owned[name] = [cut(pieces, room if axis.size > 1 else math.inf) for pieces in share_out(items, axis.size)]
+    return owned
+
+
+# ---- ZeRO-1: gradients to their owners, weights back --------------------------------------------------------------
+
 @dataclass(eq=False)
 class Bucket:
     """Pieces of one dtype that travel together, from or to their owner: a rank of `axis`."""
@@ -438,59 +489,53 @@ class Bucket:
     pieces: list
     gradient: torch.Tensor = None    # flat: this rank's own, in float32 or wider; None where there is none yet
 
+    @property
+    def mine(self):
+        return self.owner == self.axis.rank
+
 
 class Zero1:
     """Each piece of the model has one owner among the ranks that hold it; only there is its optimizer state [ZeRO §5.1]
 
-    `parameters` {name: parameter}: 3-D ones are stacks of this rank's experts, others are the same on every dp rank.
-    `make([(key, tensor)])` → a torch optimizer for these; `weigh(name, parameter)` → (bytes of its state, operations of
-    its update; 0: element by element). Where parameters are narrower than float32, owners keep a float32 master.
+    `parameters`, `weigh`, `chunk`: see `layout`. `make([(key, tensor)])` → a torch optimizer for these. Where parameters
+    are narrower than float32, owners keep a float32 master.
 
     Gradients. One process leaves them where autograd puts them. On several ranks, each is added to its bucket's float32
     sum as soon as it appears (`accumulate`) and dropped; the bucket is what travels, and the owner's `master.grad` is a
     view of it. So 4 bytes a number are alive until `reduce`, and only the owner's after it. No more than `in_air` bytes
     are on their way at a time, and a bucket is small enough for one of every owner to be."""
 
-    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20):
+    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20, chunk=lambda name: 0):
         self.mesh, self.parameters, self.in_air = mesh, parameters, in_air
-        self.works, self.flying = {}, []                           # flying: (request, tensor, bucket, land)
-        self.rounds = []                                           # lists of buckets, one an owner, in one order
-        for stacked, axis in ((False, mesh.dp), (True, mesh.edp)):
-            items = []
-            for name, p in parameters.items():
-                if (p.ndim == 3) != stacked:
-                    continue
-                first = mesh.ep.rank * len(p) if stacked else 0
-                whole = Piece(name, first, first + len(p), len(p) * (mesh.ep.size if stacked else 1))
-                size, work = weigh(name, p)
-                self.works[name] = work
-                alone = stacked and axis.size > 1                  # experts have owners of their own
-                cuts = range(first, first + len(p)) if alone else [None]
-                items += [(whole if e is None else whole._replace(start=e, stop=e + 1), size / len(cuts),
-                           work / len(cuts)) for e in cuts]
-            if axis.size > 1:
-                room = min(bucket_bytes, in_air // axis.size)
-                plan = [self.cut(pieces, room) for pieces in share_out(items, axis.size)]
-            else:                                                  # nothing to be sent: all at once
-                plan = [[[piece for piece, *_ in items]] if items else []]
-            for k in range(max(map(len, plan))):
-                self.rounds.append([Bucket(axis, r, lists[k]) for r, lists in enumerate(plan) if k < len(lists)])
-        self.masters, self.optimizers = {}, {}                     # of own buckets
+        self.works = {name: weigh(name, p)[1] for name, p in parameters.items()}
+        self.flying = []                                           # (request, tensor, bucket, land)
+
+        # Rounds: a bucket of each owner, which are computed at the same time and sent after another.
+        self.rounds = []
+        room = min(bucket_bytes, in_air // mesh.dp.size)
+        for name, owners in layout(parameters, weigh, mesh, room, chunk).items():
+            for some in itertools.zip_longest(*owners):
+                self.rounds.append([Bucket(getattr(mesh, name), r, pieces) for r, pieces in enumerate(some) if pieces])
+
+        # What is owned here: masters, and an optimizer a bucket.
+        self.masters, self.optimizers = {}, {}
         for bucket in self.buckets():
-            if bucket.owner == bucket.axis.rank:
+            if bucket.mine:
                 for piece in bucket.pieces:
                     here = self.rows(piece)
                     self.masters[piece] = here if here.dtype == wide(here.dtype) else here.float()
                 trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
                 if trained:
                     self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
-        self.places = {}                                           # name → [(bucket, piece, where in its sum)]
+
+        # Where the gradient of a parameter goes: name → [(bucket, piece, where in its sum)].
+        self.places = {}
         for bucket in self.buckets():
             at = 0
             for piece in bucket.pieces:
-                numbers = self.rows(piece).numel()
-                self.places.setdefault(piece.name, []).append((bucket, piece, slice(at, at + numbers)))
-                at += numbers
+                stop = at + numbers(piece, parameters[piece.name])
+                self.places.setdefault(piece.name, []).append((bucket, piece, slice(at, stop)))
+                at = stop
         if mesh.dp.size > 1:
             for name, p in parameters.items():
                 if p.requires_grad:
@@ -509,21 +554,6 @@ class Zero1:
         first = self.mesh.ep.rank * len(p) if p.ndim == 3 else 0
         return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
 
-    def cut(self, pieces, room):
-        """Lists of pieces of one dtype, with `room` bytes of gradients each; one piece may be larger."""
-        lists, size, dtype = [], 0, lambda piece: str(self.parameters[piece.name].dtype)
-        for piece in sorted(pieces, key=dtype):
-            nbytes = self.nbytes([piece])
-            if not lists or size + nbytes > room or dtype(piece) != dtype(lists[-1][0]):
-                lists, size = [*lists, []], 0
-            lists[-1].append(piece)
-            size += nbytes
-        return lists
-
-    def nbytes(self, pieces):
-        """Of their gradients: in float32, or wider."""
-        return sum(self.rows(piece).numel() * wide(self.parameters[piece.name].dtype).itemsize for piece in pieces)
-
     def take(self, name, p):
         """Called by autograd when p.grad is complete."""
         self.accumulate(name, p.grad)
@@ -540,8 +570,8 @@ class Zero1:
         """A bucket has a sum: zeros where no gradient came, as for an expert without a token."""
         if bucket.gradient is None:
             p = self.parameters[bucket.pieces[0].name]
-            numbers = sum(self.rows(piece).numel() for piece in bucket.pieces)
-            bucket.gradient = torch.zeros(numbers, dtype=wide(p.dtype), device=p.device)
+            size = sum(numbers(piece, self.parameters[piece.name]) for piece in bucket.pieces)
+            bucket.gradient = torch.zeros(size, dtype=wide(p.dtype), device=p.device)
 
     def travel(self, buckets, start, land):
         """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than
@@ -550,7 +580,7 @@ class Zero1:
             if bucket.axis.size == 1:
                 land(bucket, None)
                 continue
-            room = self.in_air - self.nbytes(bucket.pieces)
+            room = self.in_air - gradient_bytes(bucket.pieces, self.parameters)
             while self.flying and sum(tensor.nbytes for _, tensor, *_ in self.flying) > room:
                 self.arrive(1)
             request, tensor = start(bucket)
@@ -584,7 +614,7 @@ class Zero1:
 
         def land(bucket, _):
             self.fill(bucket)
-            if bucket.owner == bucket.axis.rank:
+            if bucket.mine:
                 bucket.gradient.div_(n)
                 sizes = [self.masters[piece].numel() for piece in bucket.pieces]
                 for piece, mine in zip(bucket.pieces, bucket.gradient.split(sizes)):
@@ -635,7 +665,7 @@ class Zero1:
         trained = self.trained()
         for some in self.rounds:
             for bucket in some:
-                if bucket.owner == bucket.axis.rank:
+                if bucket.mine:
                     if update and bucket in self.optimizers:
                         self.optimizers[bucket].step()
                     follow({piece.key: trained[piece] for piece in bucket.pieces if piece in trained})
@@ -645,7 +675,7 @@ class Zero1:
     def send_weights(self, bucket):
         here = [self.rows(piece) for piece in bucket.pieces]       # of one dtype; the owner's masters may be wider
         flat = here[0].new_empty(sum(t.numel() for t in here))
-        if bucket.owner == bucket.axis.rank:
+        if bucket.mine:
             torch.cat([self.masters[piece].to(flat.dtype).flatten() for piece in bucket.pieces], out=flat)
         with talking(self.mesh):
             return dist.broadcast(flat, group_src=bucket.owner, group=bucket.axis.group, async_op=True), flat
@@ -653,7 +683,7 @@ class Zero1:
     def take_weights(self, bucket, flat):
         for piece in bucket.pieces:
             here = self.rows(piece)
-            if bucket.owner != bucket.axis.rank:
+            if not bucket.mine:
                 mine, flat = flat[:here.numel()], flat[here.numel():]
                 here.copy_(mine.view_as(here))
             elif here.data_ptr() != self.masters[piece].data_ptr():

@@ -2989,6 +2989,37 @@ def test_optimizer_state_and_work_are_shared_out_evenly(preset, n, optimizer):
     assert few and "500 ranks, but only" in few[0]
 
 
+def test_who_owns_what_is_known_without_processes():
+    """All numbers of a model have one owner among dp, and experts one among their replicas; every rank computes the same
+    layout; buckets are of one dtype and one chunk, and of their size, unless one piece is larger."""
+    config = replace(K2, n_layer=4)
+    named = dict(lively(config).named_parameters())
+    for name, p in named.items():
+        if p.ndim == 2 and "wq" in name:
+            p.data = p.data.bfloat16()
+    chunk = lambda name: name.startswith(("layers.2", "layers.3"))
+    weigh = lambda name, p: muonclip.weigh(name, p, muonclip.OptimConfig())
+    for dp, ep in ((1, 1), (3, 1), (4, 2), (4, 4)):
+        layouts = []
+        for rank in range(dp):
+            mesh = parallel.Mesh(dp=parallel.Axis(rank, dp), ep=parallel.Axis(rank % ep, ep),
+                                 edp=parallel.Axis(rank // ep, dp // ep))
+            mine = {name: p[:8 // ep] if p.ndim == 3 else p for name, p in named.items()}
+            layouts.append(parallel.layout(mine, weigh, mesh, 3000, chunk))
+        assert all(found["dp"] == layouts[0]["dp"] for found in layouts)
+        assert all(a["edp"] == b["edp"] for a, b in zip(layouts, layouts[ep:]))
+        rows = {name: [] for name in named}
+        for owners in [layouts[0]["dp"], *(found["edp"] for found in layouts[:ep])]:
+            for bucket in (bucket for buckets in owners for bucket in buckets):
+                assert len({(chunk(piece.name), named[piece.name].dtype) for piece in bucket}) == 1
+                size = parallel.gradient_bytes(bucket, named)
+                assert size <= 3000 or len(bucket) == 1 or len(owners) == 1
+                for piece in bucket:
+                    rows[piece.name] += range(piece.start, piece.stop)
+                    assert piece.rows == len(named[piece.name])
+        assert all(sorted(found) == list(range(len(named[name]))) for name, found in rows.items()), (dp, ep)
+
+
 class Alive(TorchDispatchMode):
     """Bytes of all tensors that are alive, each storage once; those made before it began do not count."""
 
