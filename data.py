@@ -110,7 +110,8 @@ def documents(name, path=None, skip_bad=False):
     size = sum(len(text.encode()) for text in found)
     missing = [f"{len(them)} {why} ({', '.join(file.name for file in them[:3])}{', ...' * (len(them) > 3)})"
                for why, them in left_out.items()]
-    print(f"{name}={path}: {read} files, {len(found):,} documents, {size:,} bytes"
+    print(f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} document{'s' * (len(found) != 1)}, "
+          f"{size:,} bytes"
           + f"; left out: {', '.join(missing)}" * bool(missing))
     return found
 
@@ -428,14 +429,23 @@ def known_encoding(name):
 
 # ---- The cache: written once, verified on every load, shared by processes ----------------------------------
 
-def write_atomically(path, data):
-    """A reader sees the whole file or none, even after a crash."""
+@contextlib.contextmanager
+def atomic(path, mode="wb", **how):
+    """A file to write to, which gets its name when it is whole and on the disk: a reader sees all of it, or what was
+    there before, even after a crash."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
-    with open(beside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_atomically(path, data):
+    with atomic(path) as file: file.write(data)
 
 
 @contextlib.contextmanager

@@ -218,8 +218,6 @@ class LayerNorm(RMSNorm):
 
 
 def make_norm(config):
-    if config.ngpt:
-        return nn.Identity()                                           # what comes in is normalised already
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.d_model, config.norm_eps)
 
 
@@ -262,26 +260,6 @@ def rotate(x, cos, sin):
 
 def matrix(rows, columns):
     return nn.Parameter(torch.empty(rows, columns))
-
-
-# nGPT [2410.01131]: vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual
-# stream, columns of those that write to it, and the stream itself. Scales are kept as s/√C, the size of a unit vector's
-# entries, so that the optimizer's steps suit both (§2.5); only those inside feed-forward layers as s.
-
-def unit(x, dim=-1):
-    return F.normalize(x, dim=dim)
-
-
-def scales(width, d_model):
-    return nn.Parameter(torch.full((width,), d_model ** -0.5))
-
-
-@torch.no_grad()
-def renormalise_(tensors):
-    """{name: weight}: every vector of width d_model gets norm 1. Called after each step of an nGPT."""
-    for name, w in tensors.items():
-        if w.ndim > 1:
-            w.copy_(unit(w, -2 if name.endswith(("wo", "down")) else -1))
 
 
 class Heads(nn.Module):
@@ -331,8 +309,6 @@ class Attention(Heads):
             self.wk, self.wv = matrix(Hk * d, C), matrix(Hk * d, C)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(d, config.norm_eps), RMSNorm(d, config.norm_eps) if self.leads else None
-        if config.ngpt:
-            self.s_qk = scales(H * d, C)
         if config.differential:
             self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))       # l = layer + 1 in the paper
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
@@ -378,19 +354,14 @@ class Attention(Heads):
 
     def key(self, k, rope):
         """k (B, Hk, T, d), normalised if it is to be, then rotated."""
-        k = self.k_norm(k) if self.config.qk_norm else unit(k) if self.config.ngpt else k
+        k = self.k_norm(k) if self.config.qk_norm else k
         return k if rope is None else rotate(k, *rope)
 
     def query(self, q, rope):
-        """As key. nGPT's keys have norm 1, and both scales are the query's: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They come
-        before the rotation, so that logits depend on distances alone; in nGPT's own code they follow it."""
-        c = self.config
-        q = self.q_norm(q) if c.qk_norm else q
-        if c.ngpt:                                                                       # [2410.01131 eq. 15, 16]
-            scale = self.s_qk.unflatten(0, (-1, 1, c.d_head)).square() * c.d_model * c.d_head       # (H, 1, d)
-            q = unit(q) * scale.to(q.dtype)
+        """q (B, H, T, d), as key; with YaRN the logits' sharper scale is the query's."""
+        q = self.q_norm(q) if self.config.qk_norm else q
         q = q if rope is None else rotate(q, *rope)
-        return q * c.sharpness if c.yarn else q
+        return q * self.config.sharpness if self.config.yarn else q
 
 
 class LatentAttention(Heads):
@@ -463,24 +434,21 @@ class FeedForward(nn.Module):
         if config.gated:
             self.gate = matrix(d_ff, config.d_model)
         self.up, self.down = matrix(d_ff, config.d_model), matrix(config.d_model, d_ff)
-        self.root = config.d_model ** 0.5 if config.ngpt else 0.0
-        if config.ngpt:
-            self.s_gate, self.s_up = scales(d_ff, 1), scales(d_ff, 1)
 
     def inner(self, gate, up):
-        """What `down` multiplies.  For nGPT: act(s_v·√C·gate)·(s_u·up).   [2410.01131 eq. 20, 21]"""
-        if self.root:
-            gate, up = gate * (self.s_gate * self.root).to(gate.dtype), up * self.s_up.to(up.dtype)
+        """What `down` multiplies."""
         return self.act(gate) * up
+
+    def inside(self):
+        """The parameters that `inner` uses."""
+        return parameters_of(self.act)
 
     def forward(self, x):
         """x (B, T, C) → (B, T, C)"""
-        gains, inside = parameters_of(self.norm), parameters_of(self.act)
+        gains, inside = parameters_of(self.norm), self.inside()
         if not self.gated:
             h = self.ops.linear("up", (self.up,), self.norm, gains, x)
             return self.ops.linear("down", (self.down,), self.act, inside, *h)[0]
-        if self.root:
-            inside = (*inside, self.s_gate, self.s_up)
         gate, up = self.ops.linear(self.prefix + "up", (self.gate, self.up), self.norm, gains, x)
         return self.ops.linear(self.prefix + "down", (self.down,), self.inner, inside, gate, up)[0]
 
@@ -590,21 +558,88 @@ class Layer(nn.Module):
         self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
         self.sparse = bool(config.n_expert) and layer >= config.n_dense
         self.ffn = MoE(config, ops, experts) if self.sparse else FeedForward(config, ops)
-        self.rate = config.d_model ** 0.5 / config.n_layer if config.ngpt else 0.0       # α is born as 1/n_layer
-        if config.ngpt:
-            self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
 
     def forward(self, x, rope=None, sees=None, cache=None, kv=None):
         """x (B, T, C) → (B, T, C), the keys and values that the layers behind it share, if they do, balance loss."""
         y, kv = self.attention(x, rope, sees, cache, kv)
-        if self.rate:
-            x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))             # [2410.01131 eq. 10]
-            return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv, 0.0         # eq. 11
         x = x + y
         if self.sparse:
             y, balance = self.ffn(x)
             return x + y, kv, balance
         return x + self.ffn(x), kv, 0.0
+
+
+# ---- a candidate: nGPT, the network on the unit sphere [2410.01131] -----------------------------------------------
+# Vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual stream, columns of those
+# that write to it, and the stream itself, so that no other norm is needed. Scales are kept as s/√C, the size of a unit
+# vector's entries, so that the optimizer's steps suit both (§2.5); only those inside feed-forward layers as s.
+
+def unit(x, dim=-1):
+    return F.normalize(x, dim=dim)
+
+
+def scales(width, d_model):
+    return nn.Parameter(torch.full((width,), d_model ** -0.5))
+
+
+@torch.no_grad()
+def renormalise_(tensors):
+    """{name: weight}: every vector of width d_model gets norm 1. Called after each step of an nGPT."""
+    for name, w in tensors.items():
+        if w.ndim > 1:
+            w.copy_(unit(w, -2 if name.endswith(("wo", "down")) else -1))
+
+
+class SphereAttention(Attention):
+    def __init__(self, config, layer, ops):
+        super().__init__(config, layer, ops)
+        self.norm = nn.Identity()
+        self.s_qk = scales(config.n_head * config.d_head, config.d_model)
+
+    def key(self, k, rope):
+        return super().key(unit(k), rope)
+
+    def query(self, q, rope):
+        """Keys have norm 1, and both scales are the query's: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They come before the
+        rotation, so that logits depend on distances alone; in nGPT's own code they follow it.   [eq. 15, 16]"""
+        d = self.config.d_head
+        scale = self.s_qk.unflatten(0, (-1, 1, d)).square() * self.config.d_model * d                   # (H, 1, d)
+        return super().query(unit(q) * scale.to(q.dtype), rope)
+
+
+class SphereFeedForward(FeedForward):
+    def __init__(self, config, ops):
+        super().__init__(config, ops)
+        self.norm, self.root = nn.Identity(), config.d_model ** 0.5
+        self.s_gate, self.s_up = scales(config.d_ff, 1), scales(config.d_ff, 1)
+
+    def inner(self, gate, up):
+        """act(s_v·√C·gate)·(s_u·up)   [eq. 20, 21]"""
+        return super().inner(gate * (self.s_gate * self.root).to(gate.dtype), up * self.s_up.to(up.dtype))
+
+    def inside(self):
+        return (*super().inside(), self.s_gate, self.s_up)
+
+
+class SphereLayer(nn.Module):
+    """A step along the sphere, in place of a sum: each entry goes its own part α of the way."""
+
+    def __init__(self, config, layer, ops, experts):
+        super().__init__()
+        self.attention, self.ffn = SphereAttention(config, layer, ops), SphereFeedForward(config, ops)
+        self.rate = config.d_model ** 0.5 / config.n_layer             # α is born as 1/n_layer
+        self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
+
+    def forward(self, x, rope=None, sees=None, cache=None, kv=None):
+        """As Layer's."""
+        y, kv = self.attention(x, rope, sees, cache, kv)
+        x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))                             # [eq. 10]
+        return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv, 0.0             # [eq. 11]
+
+
+def sharpened(head, s_logits):
+    """Logits are cosines times a learned sharpness.   [eq. 3]"""
+    return head * (s_logits * head.shape[1] ** 0.5)[:, None]
 
 
 # ---- the network --------------------------------------------------------------------------------------------------
@@ -643,9 +678,10 @@ class Transformer(nn.Module):
             self.embed = matrix(config.vocab_size, config.d_model)
         if self.first and config.position == "learned":
             self.position = matrix(config.context, config.d_model)
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, ops, self.experts) for i in layers})
+        layer = SphereLayer if config.ngpt else Layer
+        self.layers = nn.ModuleDict({str(i): layer(config, i, ops, self.experts) for i in layers})
         if self.last:
-            self.norm = make_norm(config)
+            self.norm = nn.Identity() if config.ngpt else make_norm(config)
             if not config.tie:
                 self.head = matrix(config.vocab_size, config.d_model)
             if config.ngpt:
@@ -706,8 +742,7 @@ class Transformer(nn.Module):
         if not self.last:
             return x, balance
         head, x = self.embed if self.config.tie else self.head, self.norm(x)
-        if self.config.ngpt:                                           # logits are cosines times a learned sharpness
-            head = head * (self.s_logits * self.config.d_model ** 0.5)[:, None]          # [2410.01131 eq. 3]
+        head = sharpened(head, self.s_logits) if self.config.ngpt else head
         if targets is None:
             return F.linear(x, head.to(x.dtype))
         weight = None if weight is None else weight.flatten()

@@ -3675,6 +3675,8 @@ def disk(monkeypatch):
             files = [old, *old.iterdir()] if old.is_dir() else [old]
             renamed.append((old, new, dict(synced), {path: size(path) for path in files}))
             synced.pop(new.parent, None)                           # which does not hold the new name yet
+            if old in synced:
+                synced[new] = synced.pop(old)
             return rename(old, new)
         return run
     monkeypatch.setattr(os, "fsync", watched_fsync)

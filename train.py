@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from data import Batches, Corpus, DataConfig, bigram_bits, load_tokenizer, prepare, write_atomically
+from data import Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare, write_atomically
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate, listed,
                    read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
@@ -262,10 +262,8 @@ def save_checkpoint(run, step, tensors, facts, keep, mesh=parallel.Mesh()):
     entries = parallel.gather(entries, mesh)
     if rank == 0:
         manifest = dict(facts, step=step, tensors={key: entry for some in entries for key, entry in some.items()})
-        with open(beside / "manifest.json", "w") as file:
+        with atomic(beside / "manifest.json", "w") as file:
             json.dump(dict(manifest, sha256=digest(manifest)), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         sync_folder(beside)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
@@ -505,14 +503,10 @@ class RunFolder:
                 aside = path.with_suffix(f".unreadable-{time.time_ns()}")
                 path.rename(aside)
                 say(f"{path} cannot be read ({type(error).__name__}: {error}): kept as {aside.name}, begun anew")
-        beside = path.with_suffix(".part")
-        with open(beside, "w", newline="") as file:
+        with atomic(path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
         self.log = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.log, columns)
         return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]

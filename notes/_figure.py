@@ -2,6 +2,8 @@
 import numpy as np
 from matplotlib.figure import Figure                               # not pyplot: its backend is the caller's affair
 
+from data import atomic
+
 
 def draw(history, domains, path):
     """loss.png: loss by domain, learning rate, mixture, largest logit, all over tokens."""
@@ -28,6 +30,5 @@ def draw(history, domains, path):
         axis.set(title=title, xlabel="million tokens")
     loss.legend(fontsize=8)
     mixture.legend(fontsize=8, loc="lower left")
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=110, format="png")

@@ -55,7 +55,7 @@ TABLE = {
          "validation_windows"),
         ("the bigram's back-off weight", "(both + followers[a] * unigram[b])", "(both + unigram[b])",
          "bigram_equals"),
-        ("shards are not forced to disk", "os.fsync(f.fileno())", "pass", DISK),
+        ("shards are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
     ],
     "model.py": [
         ("tensor files are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
@@ -148,7 +148,8 @@ TABLE = {
          "rows_of_a_checkpoint"),
         ("a checkpoint's names are not on disk", "        sync_folder(beside)\n", "", DISK),
         ("its own name is not on disk", "        sync_folder(ckpt)\n", "", DISK),
-        ("the manifest is still in memory", "indent=1)\n            file.flush()\n", "indent=1)\n", DISK),
+        ("the manifest is not forced to disk", "with atomic(beside / \"manifest.json\", \"w\")",
+         "with open(beside / \"manifest.json\", \"w\")", DISK),
         ("later checkpoints stay", "kept[here:] + kept", "kept", "leaves_no_later"),
         ("the log is not on disk", "run.folder.sync_log()", "pass", DISK),
         ("checksums are not compared", 'i % parts == part and parallel.checksum(t) != entry["sha256"]',

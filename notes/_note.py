@@ -10,7 +10,6 @@ A note is a list of cells (arm, seed, setting), `run(arm, seed, setting)` → ro
 import argparse
 import csv
 import hashlib
-import os
 import platform
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 import train
+from data import atomic
 
 HERE = Path(__file__).parent
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"    # Okabe–Ito: safe for all eyes
@@ -47,16 +47,12 @@ def read(path):
 
 
 def write(path, rows):
-    """All rows, or none: beside, then renamed."""
+    """All rows, or none."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    beside = path.with_suffix(".part")
-    with open(beside, "w", newline="") as file:
+    with atomic(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def key(setting):
