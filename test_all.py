@@ -3675,9 +3675,10 @@ def disk(monkeypatch):
             files = [old, *old.iterdir()] if old.is_dir() else [old]
             renamed.append((old, new, dict(synced), {path: size(path) for path in files}))
             synced.pop(new.parent, None)                           # which does not hold the new name yet
+            done = rename(old, new)
             if old in synced:
                 synced[new] = synced.pop(old)
-            return rename(old, new)
+            return done
         return run
     monkeypatch.setattr(os, "fsync", watched_fsync)
     for module, name in itertools.product((os, Path), ("rename", "replace")):
