@@ -656,7 +656,7 @@ def document_starts(x, eot):
     return np.maximum.accumulate(np.pad(starts, ((0, 0), (1, 0))), axis=1)
 
 
-def cut(sources, starts, T):
+def take_windows(sources, starts, T):
     """b token arrays and where to start in each → x, y (b, T) int64"""
     rows = np.stack([ids[a:a + T + 1] for ids, a in zip(sources, starts)]).astype(np.int64)
     return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
@@ -685,7 +685,7 @@ class Batches:
         for part in (domain, j // W): key = mix(mix(key) + part.astype(np.uint64))       # seed, domain, epoch
         k = permute(j % W, W, key)
         train = [d.train for d in self.corpus.domains.values()]
-        x, y = cut([train[i] for i in domain], k * T, T)
+        x, y = take_windows([train[i] for i in domain], k * T, T)
         return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
 
     def doc_start(self, x):
@@ -701,7 +701,7 @@ class Batches:
         ids, T = self.corpus.domains[name].val, self.context
         total = (len(ids) - 1) // T
         n = min(limit, total) or total
-        x, y = cut([ids] * n, np.arange(n) * total // n * T, T)
+        x, y = take_windows([ids] * n, np.arange(n) * total // n * T, T)
         return x, y, self.doc_start(x)
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 OFF = "off"                      # for `tau`: nobody asks for the largest logits
 
 
-def wide(dtype):
+def accumulation_dtype(dtype):
     """The dtype sums are kept in: float32 for bfloat16 and float16; float32 and float64 stay what they are."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -34,7 +34,7 @@ def rms_norm_ref(x, w, eps):
     return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """The closed form, with n = r·x and r = (mean x² + eps)^-½:   ∂L/∂x = r·(gw − n·mean(gw·n)),   ∂L/∂w = Σ g·n"""
 
     @staticmethod
@@ -57,7 +57,7 @@ def rms_norm(x, w, eps):
     """rms_norm_ref: torch's fused kernel on a GPU; on a CPU, where torch has none, the closed form (2 to 3× faster)."""
     if x.is_cuda or x.dtype != w.dtype:
         return F.rms_norm(x, x.shape[-1:], w.to(x.dtype), eps)
-    return RMSNorm.apply(x, w, eps)
+    return RMSNormFunction.apply(x, w, eps)
 
 
 # ---- PolyNorm -----------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def poly_norm_ref(x, w, b, eps=1e-6):
     return b + sum(w[3 - p] * norm(x.pow(p)) for p in (1, 2, 3))
 
 
-class PolyNorm(torch.autograd.Function):
+class PolyNormFunction(torch.autograd.Function):
     """The closed form: saves x alone, and recomputes the three r_p in the backward.
 
         r_p = (mean x^2p + eps)^-½,  n_p = r_p·x^p,  g = ∂L/∂y,  c_p = mean(g·n_p)
@@ -79,7 +79,7 @@ class PolyNorm(torch.autograd.Function):
     Products by Horner's rule, powers by multiplication: `pow` alone would cost more than everything else here."""
 
     @staticmethod
-    def scales(x, eps):
+    def inverse_rms(x, eps):
         """x (..., D) → x² and [r_1, r_2, r_3], each (..., 1)."""
         x2, dot = x * x, torch.linalg.vecdot
         sums = x2.sum(-1), dot(x2, x2), dot(x2 * x, x2 * x)
@@ -88,8 +88,8 @@ class PolyNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, eps):
         ctx.save_for_backward(x, w)
-        ctx.eps, ctx.dtype, x = eps, x.dtype, x.to(wide(x.dtype))
-        _, (r1, r2, r3) = PolyNorm.scales(x, eps)
+        ctx.eps, ctx.dtype, x = eps, x.dtype, x.to(accumulation_dtype(x.dtype))
+        _, (r1, r2, r3) = PolyNormFunction.inverse_rms(x, eps)
         y = (x * (w[0] * r3)).add_(w[1] * r2).mul_(x).add_(w[2] * r1).mul_(x).add_(b)
         return y.to(ctx.dtype)
 
@@ -97,8 +97,8 @@ class PolyNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        x, g, dot = x.to(wide(x.dtype)), g.to(wide(g.dtype)), torch.linalg.vecdot
-        x2, (r1, r2, r3) = PolyNorm.scales(x, ctx.eps)
+        x, g, dot = x.to(accumulation_dtype(x.dtype)), g.to(accumulation_dtype(g.dtype)), torch.linalg.vecdot
+        x2, (r1, r2, r3) = PolyNormFunction.inverse_rms(x, ctx.eps)
         gx, D = g * x, x.shape[-1]
         s1, s2, s3 = r1 * gx.sum(-1, True), r2 * dot(gx, x).unsqueeze(-1), r3 * dot(gx, x2).unsqueeze(-1)      # D·c_p
         a1, a2, a3 = w[2] * r1, w[1] * r2, w[0] * r3
@@ -122,7 +122,9 @@ def poly_norm(x, w, b, eps=1e-6, compiled=False):
 
     compiled: let torch.compile fuse the definition instead. It starts up for half a minute, then is some 3× faster."""
     fused = compiled_poly_norm() if compiled else None
-    return PolyNorm.apply(x, w, b, eps) if fused is None else fused(x.to(wide(x.dtype)), w, b, eps).to(x.dtype)
+    if fused is None:
+        return PolyNormFunction.apply(x, w, b, eps)
+    return fused(x.to(accumulation_dtype(x.dtype)), w, b, eps).to(x.dtype)
 
 
 # ---- the experts' matmul ------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def causal_mask(T, S, doc_start=None, device=None):
     return mask if doc_start is None else mask & (key >= doc_start[:, None, -T:, None])
 
 
-def spread(k, H, maps=1):
+def repeat_heads(k, H, maps=1):
     """Key or value heads repeated for H query heads: head h meets h // (H/Hk). (B, Hk, S, d) → (B, H, S, d).
 
     maps > 1: keys come in pairs for groups of so many query heads, as differential attention needs; the last one of a
@@ -198,8 +200,8 @@ def attention_ref(q, k, v, mask=None, scale=None):
     mask: True where a query may look, as from causal_mask; None is causal."""
     H = q.shape[1]
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
-    scores = q @ spread(k, H).mT * (scale or q.shape[-1] ** -0.5)                                 # (B, H, T, S)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ spread(v, H)                       # (B, H, T, dv)
+    scores = q @ repeat_heads(k, H).mT * (scale or q.shape[-1] ** -0.5)                                 # (B, H, T, S)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ repeat_heads(v, H)                       # (B, H, T, dv)
 
 
 class Sight(NamedTuple):
@@ -220,7 +222,7 @@ def attention(q, k, v, sees=None, scale=None, tau=OFF):
     mask = None if sees is None else sees.mask
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                                        enable_gqa=q.shape[1] != k.shape[1])
-    return y, None if tau is OFF else max_logits(q.detach(), spread(k.detach(), q.shape[1]), mask, tau)
+    return y, None if tau is OFF else max_logits(q.detach(), repeat_heads(k.detach(), q.shape[1]), mask, tau)
 
 
 def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
@@ -234,7 +236,7 @@ def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
     groups = q.unflatten(1, (-1, maps))                                                           # (B, n, g+1, T, d)
     first = attend(groups[:, :, :-1].flatten(1, 2), k[:, 0::2], v, mask)
     second = attend(groups[:, :, -1], k[:, 1::2], v, mask)
-    return first - lam * spread(second, first.shape[1])          # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
+    return first - lam * repeat_heads(second, first.shape[1])      # linear in the maps: (A1 − λ·A2) v = A1 v − λ·A2 v
 
 
 def diff_attention(q, k, v, lam, sees=None, maps=2, tau=OFF, block=128):
@@ -246,12 +248,12 @@ def diff_attention(q, k, v, lam, sees=None, maps=2, tau=OFF, block=128):
     mask = None if sees is None else sees.mask
     logits = None
     if tau is not OFF:
-        logits = max_logits(q.detach(), spread(k.detach(), q.shape[1], maps), mask, tau)
+        logits = max_logits(q.detach(), repeat_heads(k.detach(), q.shape[1], maps), mask, tau)
     if q.device.type != "cpu":
         return diff_attention_ref(q, k, v, lam, sees, maps, lambda *qkv: attention(*qkv)[0]), logits
     (B, H, T, d), S = q.shape, k.shape[2]
     n = H // maps
-    q, k, v = q.flatten(0, 1), spread(k, H, maps).flatten(0, 1), spread(v, H - n)                 # (B·H, T, d)
+    q, k, v = q.flatten(0, 1), repeat_heads(k, H, maps).flatten(0, 1), repeat_heads(v, H - n)     # (B·H, T, d)
     out = []
     for start in range(0, T, block):
         stop = min(start + block, T)
@@ -277,7 +279,7 @@ def mask_bias(like, T, S, mask=None):
 def max_logits_ref(q, k, mask=None):
     """S^h = max over batch, queries i and keys j that i may see of q_i·k_j/√d → (H,).   [Kimi K2 §2.1, signed]
 
-    q (B, H, T, d), k (B, H, S, d): see `spread`."""
+    q (B, H, T, d), k (B, H, S, d): see `repeat_heads`."""
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
     scores = q @ k.mT * q.shape[-1] ** -0.5                                                       # (B, H, T, S)
     return scores.masked_fill(~mask, -torch.inf).amax((0, 2, 3))
@@ -350,7 +352,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w, targets, weight, chunk):
-        N, wide_t = len(h), wide(h.dtype)
+        N, wide_t = len(h), accumulation_dtype(h.dtype)
         matrix = w.to(h.dtype)
         nll = h.new_empty(N, dtype=wide_t)
         buffer = h.new_empty(min(chunk, N), len(w))                # one for all chunks: fresh pages cost page faults

@@ -480,7 +480,7 @@ class MoE(nn.Module):
         Scores are computed in float32 whatever h is: one step of bfloat16 is larger than the bias's, and among hundreds
         of experts every tenth token would have a tie at its last place."""
         c = self.config
-        exact = kernels.wide(h.dtype)
+        exact = kernels.accumulation_dtype(h.dtype)
         s = F.linear(h.to(exact), self.router.to(exact)).sigmoid().flatten(0, 1)                              # (N, E)
         choice = s.detach() + self.bias
         if c.n_group > 1:                                              # the groups whose best two sum up highest
@@ -732,7 +732,7 @@ class Transformer(nn.Module):
             x = x if dtype is None else x.to(dtype)
         rope = None
         if self.config.position == "rope":
-            rope = rope_table(self.config, past, past + T, x.device, kernels.wide(x.dtype))
+            rope = rope_table(self.config, past, past + T, x.device, kernels.accumulation_dtype(x.dtype))
         sees, kv, balance = kernels.sight(T, past + T, doc_start, x.device), None, 0.0
         for layer in self.layers.values():
             x, kv, of_layer = layer(x, rope, sees, cache, kv)

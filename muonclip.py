@@ -61,7 +61,7 @@ class OptimConfig:
 # ---- pure functions -----------------------------------------------------------------------------------------------
 
 # Published coefficients (a, b, c) of the iteration, a triple for each step, the last one repeated. Five steps take
-# singular values that start in [low, 1]·‖g‖_F to these bands (`band`):
+# singular values that start in [low, 1]·‖g‖_F to these bands (`convergence_band`):
 #                low = 0.001     low = 0.01
 #   classical    0.03 – 1.00     0.31 – 1.00    Taylor's series: slow where s is small, exact in the end
 #   jordan       0.47 – 1.20     0.68 – 1.13    steep at zero, and never converges          [Moonlight §2.1]
@@ -91,7 +91,7 @@ def coefficients(name="jordan", steps=5):
 JORDAN = coefficients()
 
 
-def band(triples, low=0.01, high=1.0):
+def convergence_band(triples, low=0.01, high=1.0):
     """Least and largest singular value after the iteration, of those that start in [low, high]: each goes its own way,
     s ← as + bs³ + cs⁵."""
     s = torch.logspace(math.log10(low), math.log10(high), 100_001, dtype=torch.float64)

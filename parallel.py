@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional                             # imported later, its defaults would hold the group
 from torch.distributed.device_mesh import init_device_mesh
 
-from kernels import wide
+from kernels import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -449,7 +449,7 @@ def numbers(piece, p):
 
 def gradient_bytes(pieces, parameters):
     """Gradients are kept in float32, or wider."""
-    return sum(numbers(piece, parameters[piece.name]) * wide(parameters[piece.name].dtype).itemsize
+    return sum(numbers(piece, parameters[piece.name]) * accumulation_dtype(parameters[piece.name].dtype).itemsize
                for piece in pieces)
 
 
@@ -497,8 +497,8 @@ class Bucket:
 class Zero1:
     """Each piece of the model has one owner among the ranks that hold it; only there is its optimizer state [ZeRO §5.1]
 
-    `parameters`, `weigh`, `chunk`: see `layout`. `make([(key, tensor)])` → a torch optimizer for these. Where parameters
-    are narrower than float32, owners keep a float32 master.
+    `parameters`, `weigh`, `chunk`: see `layout`. `make([(key, tensor)])` → a torch optimizer for these. Where
+    parameters are narrower than float32, owners keep a float32 master.
 
     Gradients. One process leaves them where autograd puts them. On several ranks, each is added to its bucket's float32
     sum as soon as it appears (`accumulate`) and dropped; the bucket is what travels, and the owner's `master.grad` is a
@@ -523,7 +523,7 @@ class Zero1:
             if bucket.mine:
                 for piece in bucket.pieces:
                     here = self.rows(piece)
-                    self.masters[piece] = here if here.dtype == wide(here.dtype) else here.float()
+                    self.masters[piece] = here if here.dtype == accumulation_dtype(here.dtype) else here.float()
                 trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
                 if trained:
                     self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
@@ -571,7 +571,7 @@ class Zero1:
         if bucket.gradient is None:
             p = self.parameters[bucket.pieces[0].name]
             size = sum(numbers(piece, self.parameters[piece.name]) for piece in bucket.pieces)
-            bucket.gradient = torch.zeros(size, dtype=wide(p.dtype), device=p.device)
+            bucket.gradient = torch.zeros(size, dtype=accumulation_dtype(p.dtype), device=p.device)
 
     def travel(self, buckets, start, land):
         """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than

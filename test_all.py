@@ -1222,7 +1222,7 @@ def test_yarn_sharpens_the_logits_that_are_used_and_those_that_are_recorded(name
         k = torch.cat((k, turn(shared[:, None]).expand(-1, 4, -1, -1)), -1)
     else:
         q, k, v = heads(h @ a.wq.T, 4), heads(h @ a.wk.T, n_kv_head), heads(h @ a.wv.T, n_kv_head)
-        q, k, v = turn(q), kernels.spread(turn(k), 4), kernels.spread(v, 4)
+        q, k, v = turn(q), kernels.repeat_heads(turn(k), 4), kernels.repeat_heads(v, 4)
     logits = (0.1 * math.log(4) + 1) ** 2 * q @ k.mT / math.sqrt(q.shape[-1])
     logits = logits.masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf)
     torch.testing.assert_close(a(x, rope)[0], (logits.softmax(-1) @ v).transpose(1, 2).flatten(2) @ a.wo.T)
@@ -2469,16 +2469,16 @@ BANDS = dict(classical=(0.31, 1.01), jordan=(0.68, 1.14), you=(0.97, 1.04), pola
 def test_coefficients_reach_their_band(name):
     """The band of the scalar iteration is that of the matrix one; the file's table says these numbers."""
     triples = muonclip.coefficients(name, 5)
-    low, high = muonclip.band(triples)
+    low, high = muonclip.convergence_band(triples)
     assert BANDS[name][0] <= low < high <= BANDS[name][1]
-    from_far = muonclip.band(triples, 0.001)
+    from_far = muonclip.convergence_band(triples, 0.001)
     line = next(row for row in Path(muonclip.__file__).read_text("utf-8").splitlines() if f"#   {name} " in row)
     said = [float(number) for number in re.findall(r"\d\.\d\d", line)[:4]]
     assert all(abs(a - b) <= 0.0051 for a, b in zip(said, (*from_far, low, high)))
     u, _, vt = torch.linalg.svd(torch.randn(50, 80, dtype=torch.float64), full_matrices=False)
     s = torch.logspace(-2, 0, 50, dtype=torch.float64)
     g = (u * s) @ vt
-    low, high = muonclip.band(triples, (0.01 / s.norm()).item(), (1 / s.norm()).item())
+    low, high = muonclip.convergence_band(triples, (0.01 / s.norm()).item(), (1 / s.norm()).item())
     found = torch.linalg.svdvals(muonclip.newton_schulz(g, triples))
     assert low - 1e-6 < found.min() and found.max() < high + 1e-6
 
@@ -2990,8 +2990,8 @@ def test_optimizer_state_and_work_are_shared_out_evenly(preset, n, optimizer):
 
 
 def test_who_owns_what_is_known_without_processes():
-    """All numbers of a model have one owner among dp, and experts one among their replicas; every rank computes the same
-    layout; buckets are of one dtype and one chunk, and of their size, unless one piece is larger."""
+    """All numbers of a model have one owner among dp, and experts one among their replicas; every rank computes the
+    same layout; buckets are of one dtype and one chunk, and of their size, unless one piece is larger."""
     config = replace(K2, n_layer=4)
     named = dict(lively(config).named_parameters())
     for name, p in named.items():

@@ -107,15 +107,15 @@ def watched(maps):
     """Within it, each attention appends its map (B, heads, T, T) to `maps`: for differential attention A1 − λ·A2."""
     def plain(q, k, v, sees=None, tau=None):
         bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
-        maps.append((q @ kernels.spread(k, q.shape[1]).mT * q.shape[-1] ** -0.5 + bias).softmax(-1))
+        maps.append((q @ kernels.repeat_heads(k, q.shape[1]).mT * q.shape[-1] ** -0.5 + bias).softmax(-1))
         return maps[-1] @ v, None
 
     def differential(q, k, v, lam, sees=None, group=2, tau=None):
         bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
-        a = (q @ kernels.spread(k, q.shape[1], group).mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        a = (q @ kernels.repeat_heads(k, q.shape[1], group).mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
         a = a.unflatten(1, (-1, group))
         maps.append((a[:, :, :-1] - lam * a[:, :, -1:]).flatten(1, 2))
-        return maps[-1] @ kernels.spread(v, maps[-1].shape[1]), None
+        return maps[-1] @ kernels.repeat_heads(v, maps[-1].shape[1]), None
     with mock.patch.multiple(kernels, attention=plain, diff_attention=differential):
         yield
 

@@ -46,9 +46,9 @@ HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value
                    n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor")
 HF_YARN = dict(yarn="factor", yarn_from="original_max_position_embeddings", yarn_fast="beta_fast",
                yarn_slow="beta_slow")
-PLAIN = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False, n_noise=0)    # as theirs
-DEEPSEEK = PLAIN | dict(differential=False, act="silu")
-MOTIF = PLAIN | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
+COMMON_FIELDS = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False, n_noise=0)
+DEEPSEEK_FIELDS = COMMON_FIELDS | dict(differential=False, act="silu")
+MOTIF_FIELDS = COMMON_FIELDS | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
 
 # Other keys of config.json that change numbers, and their values where the model is ours; `...`: no such key.
 HF_BOTH = dict(attention_bias=(False, None, ...), is_causal=(True, ...), per_layer_config=(None, ...),
@@ -63,8 +63,8 @@ HF_MOTIF_IS = HF_BOTH | dict(
 HF_YARN_IS = dict(mscale=(1,), mscale_all_dim=(1,), attention_factor=(None, ...), truncate=(True, ...))
 HF_FP8_IS = dict(quant_method=("fp8",), fmt=("e4m3", ...), activation_scheme=("dynamic", ...),
                  expert_dtype=("fp8", ...))
-HF_LATENT = HF_CONFIG | HF_DEEPSEEK, DEEPSEEK, HF_DEEPSEEK_IS, ("default", "yarn")
-HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT, motif=(HF_CONFIG, MOTIF, HF_MOTIF_IS, ("default",)))
+HF_LATENT = HF_CONFIG | HF_DEEPSEEK, DEEPSEEK_FIELDS, HF_DEEPSEEK_IS, ("default", "yarn")
+HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT, motif=(HF_CONFIG, MOTIF_FIELDS, HF_MOTIF_IS, ("default",)))
 
 # What a run may choose anew for weights that exist. The rest of its configuration has to be theirs.
 HF_FREE = {"context", "rope_theta", *HF_YARN, "balance_rate", "balance_loss", "compile_act", "zero_out",
@@ -393,7 +393,7 @@ def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
     there when it is complete, not before. ValueError: what the kind cannot hold."""
     c, folder = model.config, Path(folder)
     kind = "deepseek_v3" if c.kv_rank else "motif"
-    needs = DEEPSEEK | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF
+    needs = DEEPSEEK_FIELDS | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF_FIELDS
     wrong = [f"{name}={getattr(c, name)}, not {value}" for name, value in needs.items() if getattr(c, name) != value]
     if wrong:
         raise ValueError(f"a model of the kind {kind} cannot have {'; '.join(wrong)}")
