@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -2781,10 +2782,8 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
-def two_ranks(rank, path, out):
-    """A run that goes from two ranks to one and back; gradients of half a batch each; a rank that is unwell, one that
-    is late."""
-    config = tiny_run(path, out=out, steps=6, mesh=parallel.MeshConfig(timeout=30))
+def a_run_goes_from_two_ranks_to_one_and_back(rank, path, out):
+    config = two_ranks_run(path, out=out, steps=6)
     _, held = train.train(config, quiet=True)
     assert not gloo_threads(), "one that outlives the interpreter aborts the process: terminate called without ..."
     del held
@@ -2799,11 +2798,12 @@ def two_ranks(rank, path, out):
     next_port()
     train.train(replace(config, steps=18), resume=True, quiet=True)
 
-    next_port()
-    mesh = parallel.join_mesh(config.mesh)
+
+def gradients_of_two_halves_are_those_of_the_whole(rank, path, out):
+    """In float64, to 1e-10."""
     torch.set_default_dtype(torch.float64)
-    corpus = data.prepare(config.data, config.model.vocab_size)
-    batches = data.Batches(corpus, config.data, 0, config.batch, config.model.context)
+    config = two_ranks_run(path)
+    mesh, batches = parallel.join_mesh(config.mesh), batches_of(config)
     together, alone = lively(config.model), lively(config.model)
     owners = owners_of(together, config, mesh)
     nats = forward_backward(together, batches(3, rank, 2), 4, mesh)
@@ -2813,11 +2813,21 @@ def two_ranks(rank, path, out):
     for piece, master in owners.masters.items():
         torch.testing.assert_close(master.grad, exact[piece.name].grad[piece.start:piece.stop], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(nats, whole[4 * rank:4 * rank + 4])
+
+
+def collectives_are_what_they_say(rank, path, out):
+    mesh = parallel.join_mesh(parallel.MeshConfig(timeout=30))
     largest = torch.tensor([1.0 + rank, 5.0 - rank, -3.0])
     assert parallel.all_max(largest, mesh).tolist() == [2.0, 5.0, -3.0]
-    torch.set_default_dtype(torch.float32)
+    assert parallel.gather({"rank": rank, "é": [None, 1.5]}, mesh) == (
+        [{"rank": r, "é": [None, 1.5]} for r in (0, 1)] if rank == 0 else None)
 
-    narrow = train.build(config, mesh, torch.bfloat16)             # as on GPUs: bfloat16 for all, float32 for owners
+
+def owners_of_bfloat16_weights_keep_float32(rank, path, out):
+    """As on GPUs: bfloat16 for all, float32 for owners."""
+    config = two_ranks_run(path)
+    mesh, batches = parallel.join_mesh(config.mesh), batches_of(config)
+    narrow = train.build(config, mesh, torch.bfloat16)
     owners = owners_of(narrow, config, mesh)
     with torch.no_grad():
         master = next(iter(owners.masters.values()))
@@ -2842,9 +2852,10 @@ def two_ranks(rank, path, out):
     for name, p in narrow.named_parameters():
         assert torch.equal(parallel.all_max(p.detach().float().clone(), mesh), -parallel.all_max(
             -p.detach().float(), mesh)), f"{name} is the same on both"
-    parallel.leave_mesh()
 
-    healthy = train.build
+
+def a_gradient_that_is_not_finite_skips_or_stops_the_step_of_all(rank, path, out):
+    config, healthy = two_ranks_run(path), train.build
 
     def unwell(*args):
         model = healthy(*args)
@@ -2855,20 +2866,21 @@ def two_ranks(rank, path, out):
     for skip in (True, False):
         next_port()
         calls = itertools.count()
-        run = lambda: train.train(replace(config, out="", skip_nonfinite=skip), quiet=True)[0]
+        run = lambda: train.train(replace(config, steps=6, skip_nonfinite=skip), quiet=True)[0]
         if skip:
             assert [row["skipped"] for row in run()[1:]] == [0, 0, 0, 1, 1, 1]
         else:
             with pytest.raises(FloatingPointError, match=r"step 4: loss [\d.]+, gradient norm nan; ranks \[1\]"):
                 run()
 
-    # Ranks that were not started alike, and weights that are not the same.
-    train.build = healthy
-    other = replace(config, out="", seed=rank, optim=replace(config.optim, lr=0.02 * (1 + rank)))
+
+def ranks_that_are_not_alike_are_named(rank, path, out):
+    """Configuration and text; weights; experts, which are alike where they are of the same part."""
+    config = two_ranks_run(path)
+    other = replace(config, seed=rank, optim=replace(config.optim, lr=0.02 * (1 + rank)))
     if rank:
         other = replace(other, data=replace(other.data, files=f"mine={path.parent / 'other.txt'}"))
         (path.parent / "other.txt").write_text(path.read_text()[:30_000])
-    next_port()
     with pytest.raises(ValueError, match="^rank 1 has another optim.lr, seed, text than rank 0: start all"):
         train.train(other, quiet=True)
     next_port()
@@ -2880,18 +2892,22 @@ def two_ranks(rank, path, out):
         parallel.compare_weights(weights, mesh)
     with pytest.raises(ValueError, match="rank 1 has another weights than rank 0"):
         parallel.compare_weights(weights | {"w": torch.ones(3, 3) + rank}, parts)
-    assert parallel.gather({"rank": rank, "é": [None, 1.5]}, mesh) == (
-        [{"rank": r, "é": [None, 1.5]} for r in (0, 1)] if rank == 0 else None)
 
-    # A failure of one's own is not a lost rank.
-    owners = owners_of(lively(config.model), config, mesh)
+
+def a_failure_of_ones_own_is_not_a_lost_rank(rank, path, out):
+    config = two_ranks_run(path)
+    owners = owners_of(lively(config.model), config, parallel.join_mesh(config.mesh))
     for optimizer in owners.optimizers.values():
         optimizer.step = functools.partial(torch.zeros, -1)
     with pytest.raises(RuntimeError, match="must be non-negative") as error:
         owners.step(True, lambda masters: None)
     assert not isinstance(error.value, parallel.LostRank)
 
-    # With a pipeline dp is a part of the world: norm, checkpoint and messages are of all ranks.
+
+def norm_and_checkpoint_are_of_all_stages(rank, path, out):
+    """With a pipeline dp is a part of the world."""
+    config = two_ranks_run(path)
+    mesh = parallel.join_mesh(config.mesh)
     stages = parallel.Mesh(mesh.world, pp=mesh.world)
     stage = torch.nn.Linear(3, 2 + rank)
     stage.weight.grad, stage.bias.grad = torch.ones(2 + rank, 3), torch.zeros(2 + rank)
@@ -2903,14 +2919,62 @@ def two_ranks(rank, path, out):
     manifest, saved = train.newest_checkpoint(Path(f"{out}-stages"), mesh=stages)
     assert {entry["file"] for entry in manifest["tensors"].values()} == {f"rank-{r}.safetensors" for r in (0, 1)}
     assert {"0.weight", "1.weight"} <= set(saved)
-    parallel.leave_mesh()
 
-    next_port()
+
+def a_rank_that_hangs_is_lost(rank, path, out):
     mesh = parallel.join_mesh(parallel.MeshConfig(timeout=2))
     if rank == 1:
-        return time.sleep(6)                                       # a rank that hangs
+        return time.sleep(6)
     with pytest.raises(parallel.LostRank, match="rank 0 lost contact"):
         parallel.barrier(mesh)
+
+
+CLAIMS_OF_TWO_RANKS = [
+    a_run_goes_from_two_ranks_to_one_and_back, gradients_of_two_halves_are_those_of_the_whole,
+    collectives_are_what_they_say, owners_of_bfloat16_weights_keep_float32,
+    a_gradient_that_is_not_finite_skips_or_stops_the_step_of_all, ranks_that_are_not_alike_are_named,
+    a_failure_of_ones_own_is_not_a_lost_rank, norm_and_checkpoint_are_of_all_stages, a_rank_that_hangs_is_lost]
+
+
+def two_ranks_run(path, **changes):
+    return tiny_run(path, mesh=parallel.MeshConfig(timeout=30), **changes)
+
+
+def batches_of(config):
+    corpus = data.prepare(config.data, config.model.vocab_size)
+    return data.Batches(corpus, config.data, 0, config.batch, config.model.context)
+
+
+def try_claims(rank, path, folder):
+    """All claims, one after the other in the same two processes; what went wrong in each is kept."""
+    build = train.build
+    for claim in CLAIMS_OF_TWO_RANKS:
+        next_port()
+        try:
+            claim(rank, path, str(folder / claim.__name__))
+            said = ""
+        except BaseException:
+            said = traceback.format_exc()
+        (folder / f"{claim.__name__}.{rank}").write_text(said)
+        if said or claim is a_rank_that_hangs_is_lost:             # what is under way may never arrive
+            parallel.abandon_mesh()
+        else:
+            parallel.leave_mesh()
+        torch.set_default_dtype(torch.float32)
+        train.build = build
+
+
+@pytest.fixture(scope="session")
+def tried_by_two_ranks(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    spawn(2, try_claims, text, folder)
+    return folder
+
+
+@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS_OF_TWO_RANKS])
+def test_of_two_ranks(claim, tried_by_two_ranks):
+    said = [(tried_by_two_ranks / f"{claim}.{rank}").read_text() for rank in (0, 1)]
+    assert said == ["", ""], "\n".join(said)
 
 
 def test_only_a_collective_loses_a_rank():
@@ -3201,13 +3265,13 @@ def test_every_layout_trains_as_one_process_and_goes_on_from_any_other(text, tmp
         torch.testing.assert_close(chain[name], t, rtol=0, atol=1e-9, msg=lambda text: f"chain {name}: {text}")
 
 
-def test_two_ranks_train_as_one_and_one_goes_on(text, tmp_path):
-    """In float64 the gradients of two ranks are those of one to 1e-10. In float32, on the same global batches, losses
-    agree to rounding; and the run of two ranks is resumed by one, by two, by one."""
-    spawn(2, two_ranks, text, str(tmp_path / "two"))
-    train.train(tiny_run(text, out=str(tmp_path / "two")), resume=True, quiet=True)
+def test_two_ranks_train_as_one_and_one_goes_on(text, tried_by_two_ranks, tmp_path):
+    """In float32, on the same global batches, losses agree to rounding; and the run of two ranks was resumed by one, by
+    two, and is by one."""
+    two = tried_by_two_ranks / a_run_goes_from_two_ranks_to_one_and_back.__name__
+    train.train(tiny_run(text, out=str(two)), resume=True, quiet=True)
     train.train(tiny_run(text, out=str(tmp_path / "one")), quiet=True)
-    ours, theirs = log_of(tmp_path / "two"), log_of(tmp_path / "one")
+    ours, theirs = log_of(two), log_of(tmp_path / "one")
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3) and a["share_mine"] == b["share_mine"]
     assert float(ours[1]["loss"]) == pytest.approx(float(theirs[1]["loss"]), rel=1e-6)
