@@ -291,15 +291,16 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
     accumulated over its micro-batches: into p.grad, or where the owners' hooks put them.
 
     chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss). → nats/token of each
-    window (b,), in float64 on the CPU."""
-    share, losses, live = len(batch.x), torch.empty(len(batch.x), dtype=torch.float64), {}
+    window (b,), in float64 on the mesh's device."""
+    share, live = len(batch.x), {}
+    losses = torch.empty(share, dtype=torch.float64, device=mesh.device)
     for act in plan:
         part = slice(act.micro * micro, (act.micro + 1) * micro)
         if act.op == "F":
             here = [None if t is None else t[part].to(mesh.device)
                     for t in (batch.x, batch.y, batch.doc_start, batch.weight)]
             loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
-            losses[part] = terms.double().view(len(here[0]), -1).mean(1).cpu()
+            losses[part] = terms.detach().double().view(len(here[0]), -1).mean(1)
             of_all = len(here[0]) / share                          # balance is a mean over windows
             live[act] = (loss + balance) * of_all if batch.weight is None else loss + balance * of_all
         else:
@@ -653,8 +654,8 @@ class Zero1:
             where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
         norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
-        if gradients and norm > largest:
-            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).item())
+        if gradients and (norm.device.type != "cpu" or norm > largest):        # a GPU is not waited for: times 1 at most
+            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()

@@ -3164,6 +3164,31 @@ def test_memory_is_what_is_alive_in_a_backward(tmp_path):
         assert (len(found) > 1) * (1 << 18) <= max(most for _, most in found) <= 1 << 20
 
 
+@pytest.mark.parametrize("recipe", ["laptop", "gpt2", "motif-2.6b"])
+def test_a_step_of_a_dense_model_never_waits_for_its_device(recipe):
+    """The meta device takes the path of a GPU, holds no numbers, and refuses to give one away or to meet a tensor of
+    the CPU: forward and backward in bfloat16, norm and clip of the gradients, optimizer, QK-Clip, at full size."""
+    config, device = train.RECIPES[recipe], torch.device("meta")
+    with device:
+        network = net.Transformer(config.model)
+    named = dict(network.named_parameters())
+    name_of, attentions = {p: name for name, p in named.items()}, list(network.attentions().values())
+    owners = owners_of(network, config, parallel.Mesh(device=device))
+    for attention in attentions:
+        attention.clear_logits()
+    x = torch.zeros(2, config.model.context, dtype=torch.int64)
+    nats = forward_backward(network, data.Batch(x, x, None, torch.zeros(2)), 1, parallel.Mesh(device=device),
+                            torch.bfloat16)
+    assert nats.device == device and nats.shape == (2,) and owners.sound().device == device
+    owners.reduce()
+    assert owners.clip_norm_(1.0).device == device
+    owners.step(True, lambda masters: muonclip.qk_clip_(attentions, 100.0, lambda w: masters.get(name_of[w])))
+    for optimizer in owners.optimizers.values():
+        assert sum(len(state) for state in optimizer.state.values()) > 0
+        for state in optimizer.state.values():
+            assert all(t.device == device for key, t in state.items() if key != "step")
+
+
 def test_memory_of_kimi_k2():
     """6.16 TB of bfloat16 weights and float32 gradients by its configuration, 24.1 GB on each of 256 GPUs if nothing
     were held twice, 28.2 as laid out in §2.4."""

@@ -861,13 +861,13 @@ def clear_records(run):
 def share_what_was_seen(run, batch, nats):
     """Two collectives, one of maxima and one of sums. nats (b,): the loss of each window of this rank. → Seen"""
     config, mesh, domains = run.config, run.mesh, len(run.corpus.domains)
-    sums = torch.zeros(domains, 2, dtype=torch.float64)
-    sums.index_add_(0, batch.domain, torch.stack([nats, torch.ones_like(nats)], 1))
+    sums = torch.zeros(domains, 2, dtype=torch.float64, device=mesh.device)
+    sums.index_add_(0, batch.domain.to(mesh.device), torch.stack([nats, torch.ones_like(nats)], 1))
 
     # Flags: stop requested; rank r has values that are not finite. Then the largest logit of every head.
     flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
     flags[0] = float(run.stop.asked())
-    flags[1 + mesh.world.rank] = ~(run.owners.sound() & bool(sums.isfinite().all()))
+    flags[1 + mesh.world.rank] = ~(run.owners.sound() & sums.isfinite().all())
     maxima = parallel.all_max(torch.cat([flags, *(a.max_logits for a in run.attentions)]), mesh)
     flags, logits = maxima.tensor_split([len(flags)])
     logits = logits.view(-1, config.model.n_head)
@@ -875,11 +875,15 @@ def share_what_was_seen(run, batch, nats):
         attention.max_logits.copy_(largest)
 
     # Losses and windows by domain; tokens of every expert.
-    counted = torch.cat([sums.flatten().to(mesh.device), *(moe.load.double() for moe in run.mixtures)])
+    counted = torch.cat([sums.flatten(), *(moe.load.double() for moe in run.mixtures)])
     counted = parallel.all_sum(counted, mesh)
-    sums, loads = counted[:sums.numel()].view_as(sums).cpu(), counted[sums.numel():]
+    sums, loads = counted.tensor_split([sums.numel()])
+
+    # The first of two times in a step that the host waits for a GPU; the other is for the norm of the gradients.
+    stop, *unwell = flags.tolist()
+    sums = sums.cpu().view(domains, 2)
     loss = (sums[:, 0].sum() / config.batch).item()
-    return Seen(bool(flags[0]), flags[1:].nonzero().flatten().tolist(), logits,
+    return Seen(bool(stop), [rank for rank, flag in enumerate(unwell) if flag], logits,
                 loads.view(-1, config.model.n_expert or 1), *sums.T.tolist(), loss)
 
 
@@ -936,24 +940,30 @@ def log_columns(names, mixtures):
 
 
 def log_row(run, seen, lr, norm, sound, exact, took):
+    """Some of it stays on the device until somebody wants to read it: see `settle`."""
     config = run.config
     clipped = 0
     if config.optim.tau and sound:
-        clipped = (seen.logits > config.optim.tau).sum().item()
+        clipped = (seen.logits > config.optim.tau).sum()
     speed = config.step_tokens / took
     row = dict(step=run.step, tokens=run.step * config.step_tokens, lr=lr, loss=seen.loss, grad_norm=norm,
                clipped=clipped, skipped=run.skipped, tokens_per_s=speed,
                mfu=run.flops * speed / run.machine_flops / run.mesh.world.size, seconds=run.seconds)
     if exact:
-        row["max_logit"] = seen.logits.max().item()
+        row["max_logit"] = seen.logits.max()
     if run.mixtures:
-        row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max().item()
+        row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max()
     epochs = run.batches.epochs(run.step)
     for name, nats, windows in zip(run.corpus.domains, seen.nats, seen.windows):
         row |= {f"share_{name}": windows / config.batch, f"epochs_{name}": epochs[name]}
         if windows:
             row[f"loss_{name}"] = nats / windows
     return row
+
+
+def settle(row):
+    """Numbers in place of tensors."""
+    row.update({name: value.item() for name, value in row.items() if isinstance(value, torch.Tensor)})
 
 
 def finish(run, row, stop):
@@ -980,6 +990,7 @@ def record(run, row):
             row[f"val_{name}"], row[f"bpb_{name}"] = nats, bits
     elif row["step"] % config.log_every:
         return True
+    settle(row)
     run.history.append(row)
     if run.folder:
         run.folder.write_row(row)
@@ -1002,6 +1013,7 @@ def save(run, row):
         run.folder.sync_log()
     if not run.config.out:
         return
+    settle(row)
     kept = run.owners.tensors() | {f"mean/{name}": t for name, t in mean.items() if name not in run.buffers}
     if mesh.dp.rank == 0:                                          # all have the same
         kept |= run.buffers | {f"mean/{name}": mean[name] for name in run.buffers if name in mean}
