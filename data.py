@@ -499,38 +499,43 @@ def cached_domain(folder, name, key, tokenizer, texts, verified):
     stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
     paths = [Path(folder, f"{stem}-{part}.bin") for part in ("train", "val")]
     dtype, about = np.dtype("<u2" if tokenizer.n_vocab <= 65536 else "<u4"), Path(folder, f"{stem}.json")
-    facts = read_json(about, "tokens", "bytes", "documents", "sha256")
-    pairs = dict(tokens=int, bytes=int, sha256=str)              # of the training and the validation text
-    if facts and not all(type(facts[k]) is list and [type(v) for v in facts[k]] == [kind] * 2
-                         for k, kind in pairs.items()):
-        print(f"{about}: damaged, building it again")
-        facts = None
-    for path, n, right in zip(paths, *(facts["tokens"], facts["sha256"]) if facts else ((), ())):
-        size = path.stat().st_size if path.exists() else 0
-        known = path.exists() and verified.get(path.name) == stamp(path)
-        if size == n * dtype.itemsize and (known or sha256(np.memmap(path, dtype, "r")) == right):
-            verified[path.name] = stamp(path)
-            continue
-        print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
-        facts = None
-    if not facts:
-        docs, began, facts = texts(), time.time(), dict(tokens=[], bytes=[], sha256=[])
-        for path, part in zip(paths, docs):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:     # tiktoken lets go of the interpreter lock
-                ids = [ids for doc in pool.map(tokenizer.encode, part) for ids in (doc, [tokenizer.eot])]
-            ids = np.concatenate(ids).astype(dtype)
-            write_atomically(path, ids)
-            facts["tokens"].append(len(ids))
-            facts["bytes"].append(sum(len(doc.encode()) for doc in part))
-            facts["sha256"].append(sha256(ids))
-        facts["documents"] = len(docs[0]) + len(docs[1])
-        write_atomically(about, json.dumps(facts).encode())      # last: without it the shards do not count
-        verified |= {path.name: stamp(path) for path in paths}
-        train, val = facts["bytes"]
-        print(f"{about}: {(train + val) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
-              f"of which {val / (train + val):.1%} are validation, {time.time() - began:.1f} s")
+    facts = intact(about, paths, dtype, verified) or write_shards(about, paths, dtype, tokenizer, texts())
+    verified |= {path.name: stamp(path) for path in paths}
     train, val = (np.memmap(path, dtype, "r") for path in paths)
     return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+
+
+def intact(about, paths, dtype, verified):
+    """What the file `about` says of the shards `paths`, if they are there as it says; None, and a line, if not."""
+    facts = read_json(about, "tokens", "bytes", "documents", "sha256")
+    if not facts: return None
+    pairs = dict(tokens=int, bytes=int, sha256=str)              # of the training and the validation text
+    if not all(type(facts[k]) is list and [type(v) for v in facts[k]] == [kind] * 2 for k, kind in pairs.items()):
+        return print(f"{about}: damaged, building it again")
+    for path, n, right in zip(paths, facts["tokens"], facts["sha256"]):
+        size = path.stat().st_size if path.exists() else 0
+        known = path.exists() and verified.get(path.name) == stamp(path)
+        if size != n * dtype.itemsize or not known and sha256(np.memmap(path, dtype, "r")) != right:
+            return print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
+    return facts
+
+
+def write_shards(about, paths, dtype, tokenizer, docs):
+    """docs: (train documents, val documents) → facts, as `intact` finds them."""
+    began, facts = time.time(), dict(tokens=[], bytes=[], sha256=[], documents=sum(map(len, docs)))
+    for path, part in zip(paths, docs):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:         # tiktoken lets go of the interpreter lock
+            ids = [ids for doc in pool.map(tokenizer.encode, part) for ids in (doc, [tokenizer.eot])]
+        ids = np.concatenate(ids).astype(dtype)
+        write_atomically(path, ids)
+        facts["tokens"].append(len(ids))
+        facts["bytes"].append(sum(len(doc.encode()) for doc in part))
+        facts["sha256"].append(sha256(ids))
+    write_atomically(about, json.dumps(facts).encode())          # last: without it the shards do not count
+    train, val = facts["bytes"]
+    print(f"{about}: {(train + val) / 1e6:.1f} MB, {sum(facts['tokens']):,} tokens, "
+          f"of which {val / (train + val):.1%} are validation, {time.time() - began:.1f} s")
+    return facts
 
 
 class Corpus(NamedTuple):
@@ -539,6 +544,17 @@ class Corpus(NamedTuple):
     start: np.ndarray            # (D,) weights, in the order of `domains`
     end: np.ndarray              # (D,)
     fingerprint: str             # of the tokens of all domains and of the tokenizer; a checkpoint carries it
+
+
+def tokenizer_of(config, vocab_size, keys, texts):
+    """The one that config.tokenizer names. keys, texts: see cached_bpe."""
+    if config.tokenizer == "bpe":
+        return cached_bpe(config.cache, vocab_size, keys, texts)
+    if config.tokenizer == "bytes":
+        return Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    if config.tokenizer.endswith(".json"):
+        return load_tokenizer(config.tokenizer)
+    return known_encoding(config.tokenizer)
 
 
 def prepare(config, vocab_size, launch=""):
@@ -555,15 +571,8 @@ def prepare(config, vocab_size, launch=""):
         verified = verified["files"] if trusted else {}
         keys = {name: text_key(record, name, paths.get(name), config.skip_bad) for name in names}
         texts = functools.cache(lambda name: split_documents(documents(name, paths.get(name), config.skip_bad)))
-        if config.tokenizer == "bpe":
-            train = lambda: [doc for name in names for doc in texts(name)[0]]
-            tokenizer = cached_bpe(config.cache, vocab_size, keys.values(), train)
-        elif config.tokenizer == "bytes":
-            tokenizer = Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
-        elif config.tokenizer.endswith(".json"):
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = known_encoding(config.tokenizer)
+        train = lambda: [doc for name in names for doc in texts(name)[0]]
+        tokenizer = tokenizer_of(config, vocab_size, keys.values(), train)
         if vocab_size < tokenizer.n_vocab:
             raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
         build = {name: functools.partial(texts, name) for name in names}

@@ -654,7 +654,7 @@ class Zero1:
             where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
         norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
-        if gradients and (norm.device.type != "cpu" or norm > largest):        # a GPU is not waited for: times 1 at most
+        if gradients and (norm.device.type != "cpu" or norm > largest):            # a GPU is not waited for
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

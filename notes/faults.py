@@ -269,59 +269,76 @@ def flip_value(file, rng):
 
 def befall(kind, path, out, rng):
     """Start a run and let the fault strike. → the step that the run had reached, None where it ended before."""
-    args, log = command(path, out, *OPTIONS)[2:], out.parent / "log.txt"
-    step = rng.randrange(1, 29)
     if kind == "launcher killed":
-        launcher = under_torchrun(path, out, 1)
-        if not wait_for(step, out, lambda: launcher.poll() is None):
-            return None
-        pid = int((out / "lock").read_text())
-        launcher.kill()
-        launcher.wait()
-        if is_alive(pid):
-            try:
-                train.RunFolder(out).close()
-                assert not is_alive(pid), "the worker lives, and yet somebody else was let in"
-            except ValueError as error:
-                assert f"in use by process {pid}" in str(error)
-        deadline = time.monotonic() + 25
-        while is_alive(pid):
-            assert time.monotonic() < deadline, "the worker outlives its launcher"
-            time.sleep(0.01)
-        return last_step(out)
+        return kill_launcher(path, out, rng.randrange(1, 29))
     if kind == "rank killed":
-        launcher = under_torchrun(path, out, 2, restarts=1)
-        if not wait_for(step, out, lambda: launcher.poll() is None):
-            return None
-        reached = last_step(out)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(children[step % 2]), signal.SIGKILL)
-        assert launcher.wait(120) == 0, log.read_text()
-        return reached if "lost contact" in log.read_text() or "Signal 9" in log.read_text() else None
+        return kill_rank(path, out, rng.randrange(1, 29))
     if kind in ("kill", "flipped byte", "flipped value", "missing file"):
-        process = start(args, log)
-        struck = wait_for(step, out, process.is_alive, saved=1 if kind == "kill" else 2)
-        process.kill()
-        process.join()
-        if not struck or process.exitcode != -signal.SIGKILL:
-            return None
-        if kind == "kill":
-            return last_step(out)
-        newest = train.checkpoints(out)[-1]
-        file = newest / rng.choice(["manifest.json", "rank-0.safetensors"])
-        if kind == "flipped value":
-            flip_value(newest / "manifest.json", rng)
-        elif kind == "missing file":
-            file.unlink()
-        else:
-            raw = bytearray(file.read_bytes())
-            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-            file.write_bytes(raw)
+        return kill_and_damage(kind, path, out, rng)
+    return strike_inside(kind, path, out, rng)
+
+
+def kill_launcher(path, out, step):
+    launcher = under_torchrun(path, out, 1)
+    if not wait_for(step, out, lambda: launcher.poll() is None):
+        return None
+    pid = int((out / "lock").read_text())
+    launcher.kill()
+    launcher.wait()
+    if is_alive(pid):
+        try:
+            train.RunFolder(out).close()
+            assert not is_alive(pid), "the worker lives, and yet somebody else was let in"
+        except ValueError as error:
+            assert f"in use by process {pid}" in str(error)
+    deadline = time.monotonic() + 25
+    while is_alive(pid):
+        assert time.monotonic() < deadline, "the worker outlives its launcher"
+        time.sleep(0.01)
+    return last_step(out)
+
+
+def kill_rank(path, out, step):
+    launcher, log = under_torchrun(path, out, 2, restarts=1), out.parent / "log.txt"
+    if not wait_for(step, out, lambda: launcher.poll() is None):
+        return None
+    reached = last_step(out)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(children[step % 2]), signal.SIGKILL)
+    assert launcher.wait(120) == 0, log.read_text()
+    return reached if "lost contact" in log.read_text() or "Signal 9" in log.read_text() else None
+
+
+def kill_and_damage(kind, path, out, rng):
+    """SIGKILL at a step, and then some damage to the newest checkpoint, but for a mere "kill"."""
+    step, process = rng.randrange(1, 29), start(command(path, out, *OPTIONS)[2:], out.parent / "log.txt")
+    struck = wait_for(step, out, process.is_alive, saved=1 if kind == "kill" else 2)
+    process.kill()
+    process.join()
+    if not struck or process.exitcode != -signal.SIGKILL:
+        return None
+    if kind == "kill":
         return last_step(out)
+    newest = train.checkpoints(out)[-1]
+    file = newest / rng.choice(["manifest.json", "rank-0.safetensors"])
+    if kind == "flipped value":
+        flip_value(newest / "manifest.json", rng)
+    elif kind == "missing file":
+        file.unlink()
+    else:
+        raw = bytearray(file.read_bytes())
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        file.write_bytes(raw)
+    return last_step(out)
+
+
+def strike_inside(kind, path, out, rng):
+    """Before a line, drawn at random, of the save, the averaging or the evaluation."""
     where, lines = {"kill in average": (("add_snapshot_", "put_back_"), 400),
                     "kill in evaluation": (("evaluate", "record"), 400)}.get(kind, (("save_checkpoint",), 4000))
-    process = start(args, log, where, rng.randrange(1, lines), kind)
+    log = out.parent / "log.txt"
+    process = start(command(path, out, *OPTIONS)[2:], log, where, rng.randrange(1, lines), kind)
     process.join(60)
     said = log.read_text() if log.exists() else ""
     assert "Traceback" not in said, said
