@@ -27,6 +27,13 @@ def accumulation_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def listed(things, most=8):
+    """The first of many things in one line, and how many more there are."""
+    things = [str(thing).encode("unicode_escape").decode() for thing in things]
+    more = f"; and {len(things) - most} more" if len(things) > most else ""
+    return "; ".join(thing[:160] for thing in things[:most]) + more
+
+
 # ---- RMSNorm ------------------------------------------------------------------------------------------------------
 
 def rms_norm_ref(x, w, eps):

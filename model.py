@@ -892,13 +892,6 @@ def read_tensors(path):
     return tensors
 
 
-def listed(things, most=8):
-    """The first of many things in one line, and how many more there are."""
-    things = [str(thing).encode("unicode_escape").decode() for thing in things]
-    more = f"; and {len(things) - most} more" if len(things) > most else ""
-    return "; ".join(thing[:160] for thing in things[:most]) + more
-
-
 # ---- sampling -----------------------------------------------------------------------------------------------------
 
 def pick(logits, temperature, top_p, random):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import listed
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -380,8 +382,7 @@ class MuonClip(torch.optim.Optimizer):
                 state[p] = {key: t.clone().to("cpu" if key == "step" else p.device) for key, t in found.items()}
         wrong += [f"{name} unknown" for name in sorted(left)]
         if wrong:
-            raise ValueError(f"the optimizer state is of another model or optimizer: {'; '.join(wrong[:8])}"
-                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+            raise ValueError(f"the optimizer state is of another model or optimizer: {listed(wrong)}")
         self.state.update(state)
 
 

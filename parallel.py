@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional                             # imported later, its defaults would hold the group
 from torch.distributed.device_mesh import init_device_mesh
 
-from kernels import accumulation_dtype
+from kernels import accumulation_dtype, listed
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,8 @@ def compare(facts, mesh, like=0):
             different = names[:1]
         if different:
             said.append(f"rank {rank} has another {', '.join(different)} than rank {reference}")
-    if len(said) > 4:
-        said = [*said[:4], f"and {len(said) - 4} ranks more"]
     if said:
-        raise ValueError(f"{'; '.join(said)}: start all ranks with the same command, files and software")
+        raise ValueError(f"{listed(said, 4)}: start all ranks with the same command, files and software")
 
 
 def checksum(t):
@@ -721,7 +719,7 @@ class Zero1:
                 states.setdefault(name, []).append(state)
         lost = [name for name in states if name not in self.parameters]
         if lost:
-            raise ValueError(f"the optimizer state is of another model: {', '.join(lost[:8])} unknown")
+            raise ValueError(f"the optimizer state is of another model: {listed(lost)} unknown")
         own = {piece.key: piece for piece in self.masters}
         for piece, master in self.masters.items():
             master.copy_(saved.rows(piece.name, piece.start, piece.stop))

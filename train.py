@@ -37,8 +37,9 @@ import torch
 
 import parallel
 from data import Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare, write_atomically
-from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate, listed,
-                   read_tensors, renormalise_, write_tensors)
+from kernels import listed
+from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate, read_tensors,
+                   renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate, put_back_, qk_clip_,
                       weigh)
 from parallel import MeshConfig, Zero1

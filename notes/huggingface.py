@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from data import EOT, Tokenizer, sha256, write_atomically
-from model import ModelConfig, Transformer, json_object, listed, read_tensors, write_tensors
+from kernels import listed
+from model import ModelConfig, Transformer, json_object, read_tensors, write_tensors
 
 
 # ---- weights: the layouts of DeepSeek-V3, Kimi K2 and Motif-2.6B ---------------------------------------------------
