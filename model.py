@@ -1,18 +1,23 @@
-"""The decoder, every variant of it in one file. What is not a vanilla Transformer:
+"""The decoder: every variant of it in one file. What is not a vanilla Transformer:
 
-  Motif-2.6B   differential attention (two softmax maps, one subtracted) · gated PolyNorm · tied embedding
-  Kimi K2      multi-head latent attention (keys and values from one short vector) · sparse mixture of experts
-  candidates   what Motif tried beside it: QK-Norm, keys and values shared by layers, nGPT; and what its successor
-               took up, fewer maps that are subtracted than those they are subtracted from
+  Motif-2.6B   differential attention (one softmax map subtracted from another) · gated PolyNorm ·
+               tied embedding
+  Kimi K2      multi-head latent attention (keys and values made from one short vector per token) ·
+               sparse mixture of experts
+  candidates   also tried in Motif's report: QK-Norm; keys and values shared by adjacent layers; nGPT,
+               with weights and activations on the unit sphere. From Motif's successor: grouped
+               differential attention, one noise map shared by several signal maps
   the control  GPT-2's block: LayerNorm, learned positions, GELU
 
-Two seams carry what comes with many devices. The model is handed its operations (`Ops`), so that what happens to
-a matmul's input or to a token's expert is decided outside; and it can be built as a range of layers, same names.
+Two seams let other files spread the model over devices. The model is handed its operations (`Ops`), so
+that another file decides how a matmul's input is stored and where a token's expert runs; and a model can be
+built from a range of layers, with the same parameter names.
 
 Shapes:  B batch  T time  C width  H softmax maps (n_head)  d head width  V vocabulary  N = B·T tokens
-Try:     python model.py                                             # every preset: parameters, FLOPs/token, KV cache
-         python model.py --sample out/laptop --prompt "def " [--tokens 200 --temperature 0.8 --top-p 0.95 --seed 0]
-         python model.py --sample out/laptop-k2 --export FOLDER      # as Hugging Face's DeepseekV3ForCausalLM
+Try:     python model.py                                # every preset: parameters, FLOPs/token, KV cache
+         python model.py --sample out/laptop --prompt "def "
+                         [--tokens 200 --temperature 0.8 --top-p 0.95 --seed 0]
+         python model.py --sample out/laptop-k2 --export FOLDER   # as Hugging Face's DeepseekV3ForCausalLM
 """
 import argparse
 import functools
@@ -23,7 +28,7 @@ import mmap
 import os
 import sys
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -34,145 +39,211 @@ from torch import nn
 import kernels
 
 
-# ---- configuration ------------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Sizes and choices of one model. ValueError: a row of `refusals` does not hold."""
+
+    # sizes
     n_layer: int = 4
-    n_head: int = 4              # softmax maps; differential attention pairs them: n_head/2 heads, values 2·d_head
-    n_kv_head: int = 4           # as n_head; fewer = grouped queries
-    d_model: int = 128
-    d_head: int = 32
-    d_ff: int = 384
+    n_head: int = 4              # softmax maps; differential: two maps a head, with values of 2·d_head
+    n_kv_head: int = 4           # key heads, counted like n_head; fewer than n_head = grouped queries
+    d_model: int = 128           # width of the residual stream
+    d_head: int = 32             # width of a query or key; latent attention: of the part without positions
+    d_ff: int = 384              # hidden width of a dense feed-forward layer
     vocab_size: int = 4096
     context: int = 256           # tokens
+
+    # differential attention
     differential: bool = True
-    n_noise: int = 0             # maps that are subtracted: half of them (0), or fewer, each from a group  [2510.06949]
-    lam_delay: int = 0           # layers by which λ_init lags; 1 in Motif's own code, for which its weights were made
-    qk_norm: bool = False        # queries and keys of a head normalised, with gains                [2010.04245]
-    share_kv: int = 1            # adjacent layers that use the keys and values of the first of them   [2405.12981]
-    ngpt: bool = False           # everything of width d_model lives on the unit sphere             [2410.01131]
+    n_noise: int = 0             # noise maps, each shared by a group of signal maps; 0 = pairs  [2510.06949]
+    lam_delay: int = 0           # layers by which λ_init lags; Motif's released code and weights have 1
+
+    # the candidates
+    qk_norm: bool = False        # RMSNorm with gains on each head's queries and keys    [2010.04245]
+    share_kv: int = 1            # adjacent layers that share keys and values            [2405.12981]
+    ngpt: bool = False           # all vectors of width d_model on the unit sphere       [2410.01131]
+
+    # feed-forward layers
     act: str = "polynorm"        # polynorm | silu | gelu | relu2
     compile_act: bool = False    # PolyNorm through torch.compile: half a minute to start, then faster
     gated: bool = True           # down(act(gate) · up); with silu this is SwiGLU
-    q_rank: int = 0              # multi-head latent attention: width of the queries' latent, 0 = none
-    kv_rank: int = 0             # that of keys and values, 0 = no MLA; d_head is then the part without positions,
-    d_rope: int = 0              # this the part with them, whose key all heads share,
-    d_value: int = 0             # and this the width of a value
-    n_expert: int = 0            # mixture of experts, 0 = none; in all layers but
-    n_dense: int = 0             # the first ones, which are dense with d_ff
-    n_active: int = 0            # experts a token goes to
-    n_shared: int = 1            # experts that every token goes to
-    d_expert: int = 0            # width of an expert
-    n_group: int = 1             # groups of experts; a token's experts come
-    top_group: int = 1           # from so many of them
-    route_scale: float = 1.0     # sum of the weights of a token's experts
-    balance_rate: float = 1e-3   # step of the router's bias                                      [DeepSeek-V3 §4.2]
-    balance_loss: float = 0.0    # weight of the balance loss of each sequence      [DeepSeek-V3: 1e-4; K2 is silent]
+
+    # latent attention
+    q_rank: int = 0              # width of the queries' latent vector, 0 = none
+    kv_rank: int = 0             # width of the latent vector of keys and values, 0 = no latent attention
+    d_rope: int = 0              # width of the rotary part; all heads share one rotary key
+    d_value: int = 0             # width of a value
+
+    # experts
+    n_expert: int = 0            # routed experts of a layer, 0 = no mixture of experts
+    n_dense: int = 0             # leading layers that stay dense, of width d_ff
+    n_active: int = 0            # routed experts that a token is sent to
+    n_shared: int = 1            # shared experts, which process every token
+    d_expert: int = 0            # hidden width of one expert
+    n_group: int = 1             # groups that the routed experts are divided into
+    top_group: int = 1           # groups that the experts of one token may come from
+    route_scale: float = 1.0     # sum of the routing weights of a token
+    balance_rate: float = 1e-3   # step size of the router's bias                      [DeepSeek-V3 §4.2]
+    balance_loss: float = 0.0    # weight of the sequence balance loss   [DeepSeek-V3: 1e-4; K2 is silent]
+
+    # normalisation
     norm: str = "rms"            # rms | layer
     norm_eps: float = 1e-6       # [Motif config]
+
+    # positions
     position: str = "rope"       # rope | learned
     rope_theta: float = 10_000.0   # [Motif §3.2.2]
-    yarn: float = 0.0            # YaRN: contexts so many times as long as the first one of
-    yarn_from: int = 4096        # so many tokens; frequencies that turn in it more often than
-    yarn_fast: float = 32.0      # this stay as they are, those that turn less often than
-    yarn_slow: float = 1.0       # this become `yarn` times as slow                          [2309.00071 §3.2]
+
+    # YaRN: rotary frequencies for a longer context; turns are counted over the original context
+    # [2309.00071 §3.2]
+    yarn: float = 0.0            # context extension factor s, 0 = no YaRN
+    yarn_from: int = 4096        # original context, tokens
+    yarn_fast: float = 32.0      # frequencies with more turns than this are kept
+    yarn_slow: float = 1.0       # frequencies with fewer turns are divided by s, those between interpolated
+
+    # embedding, initial values, loss
     tie: bool = True             # one matrix for embedding and head
-    zero_out: bool = True        # projections back into the residual stream start at zero   [ours]
-    init_std: float = 0.02       # of every other matrix                                     [guess]
-    loss_chunk: int = 1024       # tokens whose logits exist at once
+    zero_out: bool = True        # matrices that write to the residual stream start at zero  [ours]
+    init_std: float = 0.02       # standard deviation of every other matrix                  [guess]
+    loss_chunk: int = 1024       # tokens whose logits are in memory at once
 
     def __post_init__(self):
-        for name, choices in dict(act=ACTIVATIONS, norm=("rms", "layer"), position=("rope", "learned")).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name}={getattr(self, name)!r}: have {', '.join(choices)}")
-        zero = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", "n_active", "n_shared", "d_expert",
-                "balance_rate", "balance_loss", "yarn", "lam_delay", "n_noise")
-        for name, value in vars(self).items():
-            if type(value) is int and value < (name not in zero):
-                raise ValueError(f"model.{name}={value}: must be at least {int(name not in zero)}")
-            if type(value) is float and not (0 < value < math.inf or value == 0 and name in zero):
-                raise ValueError(f"model.{name}={value}: must be positive")
-        if self.kv_rank and (self.differential or self.position != "rope" or not self.d_rope or not self.d_value
-                             or self.n_kv_head != self.n_head):
-            raise ValueError(f"model.kv_rank={self.kv_rank}: latent attention needs differential=false, position=rope, "
-                             f"n_kv_head=n_head, and d_rope={self.d_rope}, d_value={self.d_value} above 0")
-        extra = [name for name in ("qk_norm", "ngpt") if getattr(self, name)] + ["share_kv"] * (self.share_kv > 1)
-        if self.kv_rank and extra:
-            raise ValueError(f"model.{extra[0]}: not with latent attention (kv_rank={self.kv_rank}), which keeps one "
-                             "short vector for all heads, normalises it, and makes no keys when it decodes")
-        if self.ngpt and (self.qk_norm or self.n_expert or not self.gated or self.norm != "rms"
-                          or self.position != "rope"):
-            raise ValueError("model.ngpt normalises weights, queries, keys and the residual stream itself, and is "
-                             f"defined for dense gated layers: not with qk_norm={self.qk_norm}, n_expert="
-                             f"{self.n_expert}, gated={self.gated}, norm={self.norm}, position={self.position}")
-        if self.n_expert and not (self.n_active and self.d_expert and self.gated and self.n_expert % self.n_group == 0
-                                  and self.n_active <= self.n_expert // self.n_group * self.top_group
-                                  and self.top_group <= self.n_group and self.n_dense <= self.n_layer):
-            raise ValueError(f"model.n_expert={self.n_expert}: needs gated=true, d_expert={self.d_expert} above 0, "
-                             f"groups of equal size (n_group={self.n_group}), and n_active={self.n_active} experts in "
-                             f"top_group={self.top_group} of them")
-        if self.n_head % self.n_kv_head and not self.n_noise:
-            raise ValueError(f"model.n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if self.differential and not self.n_noise and (self.n_head % 2 or self.n_kv_head % 2):
-            raise ValueError(f"differential attention pairs heads: n_head={self.n_head} and "
-                             f"n_kv_head={self.n_kv_head} must be even")
-        if self.n_noise and (not self.differential or self.n_head % self.n_noise or self.n_head < 2 * self.n_noise
-                             or 2 * self.n_noise % self.n_kv_head or self.n_kv_head % 2):
-            raise ValueError(f"model.n_noise={self.n_noise}: needs differential=true, n_head={self.n_head} a multiple "
-                             f"of it and at least twice it, and an even n_kv_head={self.n_kv_head} that divides "
-                             f"{2 * self.n_noise}: a pair of keys, signal's and noise's, for so many groups")
-        if self.position == "rope" and self.rotary % 2:
-            raise ValueError(f"model.d_{'rope' if self.kv_rank else 'head'}={self.rotary}: rotary positions need an "
-                             "even width")
+        for holds, message in refusals(self):
+            if not holds:
+                raise ValueError(message)
 
     @property
     def rotary(self):
-        """The width of a head that is rotated."""
+        """Width of the rotary part of a head."""
         return self.d_rope if self.kv_rank else self.d_head
 
     @property
     def maps(self):
-        """Softmax maps of a group: those from which one is subtracted, and that one. 1 where none is."""
-        return (self.n_head // self.n_noise if self.n_noise else 2) if self.differential else 1
+        """Softmax maps of a group: its signal maps and their noise map; 1 in plain attention."""
+        if not self.differential:
+            return 1
+        return self.n_head // self.n_noise if self.n_noise else 2
 
     @property
     def sharpness(self):
-        """What YaRN multiplies logits by: (0.1·ln s + 1)².   [2309.00071 eq. 22]"""
+        """YaRN's factor on the logits: (0.1·ln s + 1)².   [2309.00071 eq. 22]"""
         return (0.1 * math.log(self.yarn) + 1) ** 2 if self.yarn else 1.0
 
 
 ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.relu(x).square())
 
-PRESETS = {
-    "laptop": ModelConfig(init_std=0.1),                                         # Motif's block, small    [ours]
-    "gpt2": ModelConfig(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5, position="learned",
-                        d_ff=512, zero_out=False),                        # the control   [GPT-2, without biases]
-    "shakespeare": ModelConfig(d_ff=256, context=64, vocab_size=261, init_std=0.1),   # bytes, five specials  [ours]
-    "laptop-k2": ModelConfig(differential=False, act="silu", d_head=24, d_rope=8, d_value=32, q_rank=64, kv_rank=32,
-                             n_expert=16, n_dense=1, n_active=2, d_expert=128, route_scale=1.412, balance_rate=1e-2,
-                             tie=False, init_std=0.1),                           # K2's block, small        [ours]
-    "motif-2.6b": ModelConfig(n_layer=32, n_head=16, n_kv_head=16, d_model=2048, d_head=128, d_ff=8192,
-                              vocab_size=219_520, context=4096),                 # [Motif Table 1; theta by §3.2.2]
+# The presets: name → the fields in which it differs from the defaults of ModelConfig
+PRESET_FIELDS = {
+    "laptop": dict(init_std=0.1),                                     # Motif's block, small    [ours]
+    "gpt2": dict(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5,
+                 position="learned", d_ff=512, zero_out=False),       # the control  [GPT-2, without biases]
+    "shakespeare": dict(d_ff=256, context=64, vocab_size=261,
+                        init_std=0.1),                                # bytes, five special tokens  [ours]
+    "laptop-k2": dict(differential=False, act="silu", d_head=24, d_rope=8, d_value=32, q_rank=64,
+                      kv_rank=32, n_expert=16, n_dense=1, n_active=2, d_expert=128, route_scale=1.412,
+                      balance_rate=1e-2, tie=False, init_std=0.1),    # K2's block, small       [ours]
+    "motif-2.6b": dict(n_layer=32, n_head=16, n_kv_head=16, d_model=2048, d_head=128, d_ff=8192,
+                       vocab_size=219_520, context=4096),             # [Motif Table 1; theta by §3.2.2]
 }
-PRESETS["motif-2.6b-lc"] = replace(PRESETS["motif-2.6b"], context=16_384, rope_theta=500_000.0)       # [Motif §3.2.3]
-PRESETS["deepseek-v3"] = ModelConfig(                                            # [its config.json; DeepSeek-V3 §4.2]
-    n_layer=61, n_head=128, n_kv_head=128, d_model=7168, d_head=128, d_rope=64, d_value=128, q_rank=1536, kv_rank=512,
-    d_ff=18_432, vocab_size=129_280, context=4096, differential=False, act="silu", tie=False, zero_out=False,
-    init_std=0.006, n_expert=256, n_dense=3, n_active=8, d_expert=2048, n_group=8, top_group=4, route_scale=2.5,
-    balance_loss=1e-4)
-PRESETS["kimi-k2"] = replace(                                                    # [Kimi K2 Table 2; its config.json]
-    PRESETS["deepseek-v3"], n_head=64, n_kv_head=64, vocab_size=163_840, n_expert=384, n_dense=1, n_group=1,
-    top_group=1, route_scale=2.827, rope_theta=50_000.0, balance_loss=0.0)
+PRESET_FIELDS["motif-2.6b-lc"] = PRESET_FIELDS["motif-2.6b"] | dict(  # [Motif §3.2.3]
+    context=16_384, rope_theta=500_000.0)
+PRESET_FIELDS["deepseek-v3"] = dict(                                  # [its config.json; DeepSeek-V3 §4.2]
+    n_layer=61, n_head=128, n_kv_head=128, d_model=7168, d_head=128, d_rope=64, d_value=128, q_rank=1536,
+    kv_rank=512, d_ff=18_432, vocab_size=129_280, context=4096, differential=False, act="silu", tie=False,
+    zero_out=False, init_std=0.006, n_expert=256, n_dense=3, n_active=8, d_expert=2048, n_group=8,
+    top_group=4, route_scale=2.5, balance_loss=1e-4)
+PRESET_FIELDS["kimi-k2"] = PRESET_FIELDS["deepseek-v3"] | dict(       # [Kimi K2 Table 2; its config.json]
+    n_head=64, n_kv_head=64, vocab_size=163_840, n_expert=384, n_dense=1, n_group=1, top_group=1,
+    route_scale=2.827, rope_theta=50_000.0, balance_loss=0.0)
+
+# Fields that may be 0; every other number has to be positive
+MAY_BE_ZERO = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", "n_active", "n_shared",
+               "d_expert", "balance_rate", "balance_loss", "yarn", "lam_delay", "n_noise")
 
 
-# ---- the operations a model is handed -----------------------------------------------------------------------------
+def refusals(c):
+    """Rows (holds, message) for a ModelConfig c, which raises the message of the first that does not hold.
+
+    A generator, because a row may rely on those before it: a divisor is known to be positive."""
+    # Choices by name
+    choices_of = dict(act=ACTIVATIONS, norm=("rms", "layer"), position=("rope", "learned"))
+    for name, choices in choices_of.items():
+        value = getattr(c, name)
+        yield value in choices, f"model.{name}={value!r}: have {', '.join(choices)}"
+
+    # Ranges of numbers
+    for name, value in vars(c).items():
+        least = int(name not in MAY_BE_ZERO)
+        if type(value) is int:
+            yield value >= least, f"model.{name}={value}: must be at least {least}"
+        if type(value) is float:
+            holds = 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO
+            yield holds, f"model.{name}={value}: must be positive"
+
+    # Latent attention
+    if c.kv_rank:
+        yield (not c.differential and c.position == "rope" and c.d_rope and c.d_value
+               and c.n_kv_head == c.n_head,
+               f"model.kv_rank={c.kv_rank}: latent attention needs differential=false, position=rope, "
+               f"n_kv_head=n_head, and d_rope={c.d_rope}, d_value={c.d_value} above 0")
+        for name, used in dict(qk_norm=c.qk_norm, ngpt=c.ngpt, share_kv=c.share_kv > 1).items():
+            yield (not used,
+                   f"model.{name}: not with latent attention (kv_rank={c.kv_rank}), which keeps one "
+                   "short vector for all heads, normalises it, and makes no keys when it decodes")
+
+    # nGPT
+    if c.ngpt:
+        yield (not c.qk_norm and not c.n_expert and c.gated and c.norm == "rms" and c.position == "rope",
+               "model.ngpt normalises weights, queries, keys and the residual stream itself, and is "
+               f"defined for dense gated layers: not with qk_norm={c.qk_norm}, n_expert="
+               f"{c.n_expert}, gated={c.gated}, norm={c.norm}, position={c.position}")
+
+    # Experts
+    if c.n_expert:
+        yield (c.n_active and c.d_expert and c.gated and c.n_expert % c.n_group == 0
+               and c.n_active <= c.n_expert // c.n_group * c.top_group
+               and c.top_group <= c.n_group and c.n_dense <= c.n_layer,
+               f"model.n_expert={c.n_expert}: needs gated=true, d_expert={c.d_expert} above 0, "
+               f"groups of equal size (n_group={c.n_group}), and n_active={c.n_active} experts in "
+               f"top_group={c.top_group} of them")
+
+    # Numbers of heads: plain or in pairs, or in groups with one noise map each
+    if not c.n_noise:
+        yield (c.n_head % c.n_kv_head == 0,
+               f"model.n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
+        yield (not c.differential or c.n_head % 2 == 0 and c.n_kv_head % 2 == 0,
+               f"differential attention pairs heads: n_head={c.n_head} and "
+               f"n_kv_head={c.n_kv_head} must be even")
+    else:
+        yield (c.differential and c.n_head % c.n_noise == 0 and c.n_head >= 2 * c.n_noise
+               and 2 * c.n_noise % c.n_kv_head == 0 and c.n_kv_head % 2 == 0,
+               f"model.n_noise={c.n_noise}: needs differential=true, n_head={c.n_head} a multiple "
+               f"of it and at least twice it, and an even n_kv_head={c.n_kv_head} that divides "
+               f"{2 * c.n_noise}: a pair of keys, signal's and noise's, for so many groups")
+
+    # Rotary positions
+    if c.position == "rope":
+        width = "d_rope" if c.kv_rank else "d_head"
+        yield c.rotary % 2 == 0, f"model.{width}={c.rotary}: rotary positions need an even width"
+
+
+# Built here and not above: a config is checked as it is built
+PRESETS = {name: ModelConfig(**changed) for name, changed in PRESET_FIELDS.items()}
+
+
+# ---- the operations a model is handed ----------------------------------------------------------------------
 
 def linear(name, weights, pre, params, *x, ends=None):
-    """h = pre(*x), once; (h·wᵀ for w in weights).  `name` says which matmul of a layer this is; `params` are the
-    parameters that pre uses. With `ends` (E,) weights are stacks (E, out, in): w[e] meets rows ends[e-1] to ends[e].
+    """h = pre(*x), computed once → the tuple of h·wᵀ for each w in weights.
 
-    h belongs to the matmul: whoever replaces this function may recompute it, store it smaller or elsewhere."""
+    name: which matmul of the layer this is.
+    params: the parameters that `pre` uses.
+    ends (E,): each w is then a stack (E, out, in), and w[e] multiplies rows ends[e-1] to ends[e] of h.
+
+    h belongs to the matmul: a replacement for this function may recompute h in the backward, or store it
+    in a smaller dtype or in host memory."""
     h = pre(*x)
     if ends is None:
         return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
@@ -180,51 +251,67 @@ def linear(name, weights, pre, params, *x, ends=None):
 
 
 def identity(x):
+    """x itself: the `pre` of a matmul whose input needs no preparation."""
     return x
 
 
 def parameters_of(*modules):
-    """Of what `pre` consists of; an activation may be a plain function, which has none."""
+    """The parameters of those arguments that are modules; an activation may be a plain function."""
     return tuple(p for module in modules if isinstance(module, nn.Module) for p in module.parameters())
 
 
 def local_exchange(tokens, weight, counts):
-    """Send tokens (M, C) and their weights (M, 1), sorted by expert, `counts` (E,) of each, to where their experts are.
+    """Send tokens (M, C) and their weights (M, 1) to the devices that hold their experts. Both are sorted
+    by expert; counts (E,) says how many go to each.
 
-    → arrive() → tokens and weights for the experts here, their counts, and the way back for what they become. What is
-    computed before `arrive` is computed while they travel. On one device they are there already."""
-    return lambda: (tokens, weight, counts, identity)
+    → arrive(), which returns the tokens and weights for the experts held here, their counts, and the
+    function that sends the results back. Work done before arrive() overlaps with the transfer. On one
+    device nothing moves."""
+    def arrive():
+        return tokens, weight, counts, identity
+    return arrive
 
 
 class Ops(NamedTuple):
+    """The operations a Transformer is handed; these defaults are those of one device."""
     linear: Callable = linear
     exchange: Callable = local_exchange
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
+    """w·x / √(mean x² + eps) over the last dimension, with gains w (width,) initialised to 1."""
+
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
+    """F.layer_norm with gains, and without a bias."""
+
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps)
 
 
 def make_norm(config):
-    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.d_model, config.norm_eps)
+    """The norm of the residual stream that config.norm names."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.d_model, config.norm_eps)
 
 
 class PolyNorm(nn.Module):
+    """kernels.poly_norm with its weights (3,), for x³, x² and x, and its bias (1,).   [Motif §2.1]"""
+
     def __init__(self, compiled=False):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.full((3,), 1 / 3)), nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(1))
         self.compiled = compiled
 
     def forward(self, x):
@@ -232,21 +319,32 @@ class PolyNorm(nn.Module):
 
 
 def rope_frequencies(config, device=None):
-    """Radians a token of each pair, (rotary/2,) float64: θ_i = theta^(-2i/d). With YaRN, those that turn fewer than
-    yarn_slow times in yarn_from tokens are divided by s, those above yarn_fast are not, linear in i between."""
-    d, c = config.rotary, config
+    """Radians per token of each rotary pair, (rotary/2,) float64: θ_i = theta^(-2i/d).
+
+    YaRN divides θ_i by s where the pair makes fewer than yarn_slow turns in yarn_from tokens, keeps it
+    where it makes more than yarn_fast, and interpolates linearly in i between them."""
+    c = config
+    d = c.rotary
     i = torch.arange(d // 2, device=device, dtype=torch.float64)
     theta = c.rope_theta ** -(2 * i / d)
     if not c.yarn:
         return theta
-    where = lambda turns: d * math.log(c.yarn_from / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
-    low, high = max(math.floor(where(c.yarn_fast)), 0), min(math.ceil(where(c.yarn_slow)), d - 1)
-    slowed = ((i - low) / max(high - low, 1e-3)).clamp(0, 1)                                # γ = 1 − slowed, eq. 18-20
+
+    # Index, as a real number, of the pair that makes `turns` turns in the original context
+    def pair(turns):
+        return d * math.log(c.yarn_from / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+    # From pair `low` to pair `high`, the share of the slowed frequency grows from 0 to 1
+    low = max(math.floor(pair(c.yarn_fast)), 0)
+    high = min(math.ceil(pair(c.yarn_slow)), d - 1)
+    slowed = ((i - low) / max(high - low, 1e-3)).clamp(0, 1)                # γ = 1 − slowed, eq. 18-20
     return theta * (1 - slowed) + theta / c.yarn * slowed
 
 
 def rope_table(config, start, stop, device, dtype):
-    """cos(position · theta^(-2i/d)) for both halves, and ∓sin, both (T, d). In float64 first: angles grow large."""
+    """cos(position · θ_i) for both halves of a head, and ∓sin, both (T, d), for positions start to stop.
+
+    Computed in float64 and then rounded: angles grow with the position."""
     position = torch.arange(start, stop, device=device, dtype=torch.float64)
     angle = position[:, None] * rope_frequencies(config, device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -254,37 +352,48 @@ def rope_table(config, start, stop, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """(a, b) → (a·cos − b·sin, b·cos + a·sin) for the pairs (x_i, x_i+d/2) of x (B, H, T, d)."""
+    """(a, b) → (a·cos − b·sin, b·cos + a·sin) for each pair (x_i, x_i+d/2) of x (B, H, T, d)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def matrix(rows, columns):
+    """A parameter (rows, columns) without values: Transformer.reset fills it."""
     return nn.Parameter(torch.empty(rows, columns))
 
 
 class Heads(nn.Module):
-    """What every attention knows of its own heads: `max_logits`, and `qk_heads`, which weights make them.
+    """What every attention knows about its heads: `max_logits` (H,), the largest q·k·scale of each, and
+    `qk_heads`, the weights that make the logits of each.
 
-    Recorded in training forwards, over micro-batches, until `clear_logits`. With a threshold `tau`, a head that
-    provably stays below it may record an upper bound (≤ tau) in place of its largest logit: then not exact."""
+    Training forwards record the maximum over micro-batches until `clear_logits`. With a threshold `tau`,
+    a head whose logits provably do not exceed it may record an upper bound (≤ tau) instead of its largest
+    logit; `max_logits_exact` is then False."""
 
     def __init__(self, config, layer, ops):
         super().__init__()
-        self.config, self.layer, self.ops = config, layer, ops
-        self.register_buffer("max_logits", torch.full((config.n_head,), -torch.inf), persistent=False)            # (H,)
-        self.max_logits_exact, self.tau = True, None
-        self.counts = True                                             # False while a forward is computed again
+        self.config = config
+        self.layer = layer
+        self.ops = ops
+        largest = torch.full((config.n_head,), -torch.inf)
+        self.register_buffer("max_logits", largest, persistent=False)       # (H,)
+        self.max_logits_exact = True
+        self.tau = None
+        self.counts = True                                     # False while a forward is recomputed
 
     def clear_logits(self, tau=None):
+        """Start a new maximum. tau: threshold up to which bounds suffice; None asks for exact values."""
         self.max_logits.fill_(-torch.inf)
-        self.max_logits_exact, self.tau = True, tau
+        self.max_logits_exact = True
+        self.tau = tau
 
     def asks(self):
-        """The `tau` that attention is called with: OFF where this forward does not count."""
-        return self.tau if self.training and self.counts else kernels.OFF
+        """The `tau` that attention is called with: OFF in a forward whose logits are not recorded."""
+        if self.training and self.counts:
+            return self.tau
+        return kernels.OFF
 
     def record(self, logits):
-        """(largest (H,), whether they are exact) of this forward, or None."""
+        """Take in the (largest (H,), exact) of one forward; None if it was not asked for."""
         if logits is not None:
             largest, exact = logits
             self.max_logits.copy_(torch.maximum(self.max_logits, largest))
@@ -292,151 +401,230 @@ class Heads(nn.Module):
 
 
 class Attention(Heads):
-    """Multi-head or grouped attention, plain or differential.
+    """Multi-head or grouped-query attention, plain or differential.
 
-    share_kv: the first of so many adjacent layers makes keys and values, the others read them (CLA, 2405.12981): the
-    cache shrinks, each layer still has maps of its own. LiSA [2408.01890], which Motif cites, shares the maps instead:
-    a trained model's layers take over the attention of a neighbour, its heads aligned by a small network and corrected
-    by queries and keys of low rank. That is fitted to a model that exists; this one is trained as it is."""
+    share_kv: of each group of adjacent layers, the first makes keys and values and the others read them
+    (cross-layer attention, 2405.12981). The cache shrinks; each layer still has its own softmax maps.
+    LiSA [2408.01890], which Motif cites, shares the maps instead: layers of a trained model take over a
+    neighbour's maps, with heads aligned by a small network and a correction from low-rank queries and
+    keys. LiSA is fitted to an existing model; the sharing here is trained from the start."""
 
     def __init__(self, config, layer, ops):
         super().__init__(config, layer, ops)
         H, Hk, d, C = config.n_head, config.n_kv_head, config.d_head, config.d_model
         self.norm = make_norm(config)
-        out = H * d if config.maps == 1 else (H - H // config.maps) * 2 * d            # a noise map puts nothing out
-        self.wq, self.wo, self.leads = matrix(H * d, C), matrix(C, out), layer % config.share_kv == 0
+
+        # Projections; only signal maps have an output, of width 2d
+        out = H * d
+        if config.maps > 1:
+            out = (H - H // config.maps) * 2 * d
+        self.wq = matrix(H * d, C)
+        self.wo = matrix(C, out)
+        self.leads = layer % config.share_kv == 0              # makes the keys and values of its group
         if self.leads:
-            self.wk, self.wv = matrix(Hk * d, C), matrix(Hk * d, C)
+            self.wk = matrix(Hk * d, C)
+            self.wv = matrix(Hk * d, C)
+
+        # QK-Norm
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, config.norm_eps), RMSNorm(d, config.norm_eps) if self.leads else None
+            self.q_norm = RMSNorm(d, config.norm_eps)
+            self.k_norm = RMSNorm(d, config.norm_eps) if self.leads else None
+
+        # Differential attention: λ, where the paper's l is layer + 1, and the norm of each head
         if config.differential:
-            self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))       # l = layer + 1 in the paper
+            self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
-            self.head_norm = RMSNorm(2 * d, eps=1e-5)              # one vector for all heads    [Motif config]
+            self.head_norm = RMSNorm(2 * d, eps=1e-5)   # one gain vector for all heads   [Motif config]
 
     def lam(self):
-        """λ = exp(λq1·λk1) − exp(λq2·λk2) + λ_init, one number a layer, shared by its heads.   [2410.05258 eq. 2]"""
+        """λ = exp(λq1·λk1) − exp(λq2·λk2) + λ_init, one number for all heads.   [2410.05258 eq. 2]"""
         return (self.lq1 @ self.lk1).exp() - (self.lq2 @ self.lk2).exp() + self.lam_init
 
     def qk_heads(self):
-        """What makes up each head's logits: (parameter, view of it as (H, rows, inputs), power of γ).
+        """The weights that make each head's logits: [(parameter, view as (H, rows, inputs), power of γ)].
 
-        A key that other heads or layers use too stays as it is: all of γ goes to the head's own query rows."""
-        by_head = lambda w: w.unflatten(0, (-1, self.config.d_head))
+        Keys that several heads or layers use stay as they are; the head's query rows take all of γ."""
+        def by_head(w):
+            return w.unflatten(0, (-1, self.config.d_head))
         if self.config.n_kv_head < self.config.n_head or self.config.share_kv > 1:
             return [(self.wq, by_head, 1.0)]
         return [(self.wq, by_head, 0.5), (self.wk, by_head, 0.5)]
 
     def join(self, y):
-        """Heads side by side (B, H, T, d) → (B, T, H·d); differential ones normalised each, × (1 − λ_init)."""
+        """Concatenate heads: (B, H, T, d) → (B, T, H·d); differential: each norm(y) × (1 − λ_init)."""
         if self.config.differential:
             y = self.head_norm(y) * (1 - self.lam_init)
         return y.transpose(1, 2).flatten(2)
 
     def forward(self, x, rope=None, sees=None, cache=None, kv=None):
-        """x (B, T, C), and the leader's keys and values where layers share them → (B, T, C), keys and values."""
-        c, heads = self.config, lambda t, width: t.unflatten(-1, (-1, width)).transpose(1, 2)    # (B, H, T, width)
+        """x (B, T, C) → (B, T, C), and the keys and values used here.
+
+        kv: the leader's keys and values, if this layer reads them."""
+        c = self.config
+
+        def heads(t, width):
+            return t.unflatten(-1, (-1, width)).transpose(1, 2)             # (B, H, T, width)
+
+        # Queries, keys and values
+        gains = parameters_of(self.norm)
         if self.leads:
-            q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, parameters_of(self.norm), x)
-            kv = self.key(heads(k, c.d_head), rope), heads(v, 2 * c.d_head if c.differential else c.d_head)
-            kv = kv if cache is None else cache.put(self.layer, *kv)
+            q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, gains, x)
+            v_width = 2 * c.d_head if c.differential else c.d_head
+            kv = self.key(heads(k, c.d_head), rope), heads(v, v_width)
+            if cache is not None:
+                kv = cache.put(self.layer, *kv)
         else:
-            q, = self.ops.linear("q", (self.wq,), self.norm, parameters_of(self.norm), x)
-        q, (k, v) = self.query(heads(q, c.d_head), rope), kv
+            q, = self.ops.linear("q", (self.wq,), self.norm, gains, x)
+        q = self.query(heads(q, c.d_head), rope)
+        k, v = kv
+
+        # Attention
         if c.differential:
-            y, logits = kernels.diff_attention(q, k, v, self.lam().to(q.dtype), sees, c.maps, self.asks())
+            lam = self.lam().to(q.dtype)
+            y, logits = kernels.diff_attention(q, k, v, lam, sees, c.maps, self.asks())
             gains = parameters_of(self.head_norm)
         else:
             y, logits = kernels.attention(q, k, v, sees, tau=self.asks())
             gains = ()
         self.record(logits)
-        return self.ops.linear("out", (self.wo,), self.join, gains, y)[0], kv
+
+        # Back into the residual stream
+        out, = self.ops.linear("out", (self.wo,), self.join, gains, y)
+        return out, kv
 
     def key(self, k, rope):
-        """k (B, Hk, T, d), normalised if it is to be, then rotated."""
-        k = self.k_norm(k) if self.config.qk_norm else k
+        """k (B, Hk, T, d) → normalised under QK-Norm, then rotated."""
+        if self.config.qk_norm:
+            k = self.k_norm(k)
         return k if rope is None else rotate(k, *rope)
 
     def query(self, q, rope):
-        """q (B, H, T, d), as key; with YaRN the logits' sharper scale is the query's."""
-        q = self.q_norm(q) if self.config.qk_norm else q
-        q = q if rope is None else rotate(q, *rope)
+        """q (B, H, T, d) → as `key`; YaRN's factor on the logits is applied to the query."""
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+        if rope is not None:
+            q = rotate(q, *rope)
         return q * self.config.sharpness if self.config.yarn else q
 
 
 class LatentAttention(Heads):
-    """Multi-head latent attention: queries, keys and values are made from short vectors.   [DeepSeek-V3 §2.1.1]
+    """Multi-head latent attention: queries, keys, values from short vectors.   [DeepSeek-V3 §2.1.1]
 
         c_q = norm(W_dq h),  [c_kv; k_rope] = W_dkv h,  c_kv = norm(c_kv)               (1)
         q_i = [W_uq c_q ; rope(W_qr c_q)],  k_i = [W_uk c_kv ; rope(k_rope)],  v_i = W_uv c_kv     (2)
 
-    Heads share the rotary key. Training multiplies (2) out. Decoding keeps c_kv and k_rope alone, kv_rank + d_rope
-    numbers a token, and absorbs W_uk into the query and W_uv into the output: q_i·k_i = (W_ukᵀ q_nope)·c_kv + ..."""
+    All heads share the rotary key. Training computes (2) in full. Decoding caches only c_kv and k_rope,
+    kv_rank + d_rope numbers a token, and absorbs W_uk into the query and W_uv into the output:
+    q_i·k_i = (W_ukᵀ q_nope)·c_kv + ..."""
 
     def __init__(self, config, layer, ops):
         super().__init__(config, layer, ops)
-        c, H = config, config.n_head
-        self.norm, self.kv_norm = make_norm(c), RMSNorm(c.kv_rank, c.norm_eps)
+        c = config
+        H = c.n_head
+        self.norm = make_norm(c)
+        self.kv_norm = RMSNorm(c.kv_rank, c.norm_eps)
+
+        # Down to the latents, and up to the heads; without a query latent, wuq reads the residual stream
         if c.q_rank:
-            self.wdq, self.q_norm = matrix(c.q_rank, c.d_model), RMSNorm(c.q_rank, c.norm_eps)
-        self.wuq = matrix(H * (c.d_head + c.d_rope), c.q_rank or c.d_model)    # of each head: W_uq's rows, then W_qr's
+            self.wdq = matrix(c.q_rank, c.d_model)
+            self.q_norm = RMSNorm(c.q_rank, c.norm_eps)
+        self.wuq = matrix(H * (c.d_head + c.d_rope), c.q_rank or c.d_model)    # each head: W_uq, then W_qr
         self.wdkv = matrix(c.kv_rank + c.d_rope, c.d_model)
-        self.wuk, self.wuv = matrix(H * c.d_head, c.kv_rank), matrix(H * c.d_value, c.kv_rank)
+        self.wuk = matrix(H * c.d_head, c.kv_rank)
+        self.wuv = matrix(H * c.d_value, c.kv_rank)
         self.wo = matrix(c.d_model, H * c.d_value)
 
     def qk_heads(self):
-        """As Attention.qk_heads. The rotary key is everybody's: all of γ goes to the head's own rotary query."""
-        d, by_head = self.config.d_head, lambda w: w.unflatten(0, (self.config.n_head, -1))
-        return [(self.wuq, lambda w: by_head(w)[:, :d], 0.5), (self.wuq, lambda w: by_head(w)[:, d:], 1.0),
+        """As Attention.qk_heads. The rotary key is shared: the head's own rotary query takes all of γ."""
+        d = self.config.d_head
+
+        def by_head(w):
+            return w.unflatten(0, (self.config.n_head, -1))
+        return [(self.wuq, lambda w: by_head(w)[:, :d], 0.5),
+                (self.wuq, lambda w: by_head(w)[:, d:], 1.0),
                 (self.wuk, by_head, 0.5)]
 
     def forward(self, x, rope, sees=None, cache=None, kv=None):
-        c, H = self.config, self.config.n_head
-        heads = lambda t: t.unflatten(-1, (H, -1)).transpose(1, 2)                               # (B, H, T, width)
+        """x (B, T, C) → (B, T, C), and None: layers do not share latents."""
+        c = self.config
+        H = c.n_head
+
+        def heads(t):
+            return t.unflatten(-1, (H, -1)).transpose(1, 2)                 # (B, H, T, width)
+
+        # Latents and queries
+        gains = parameters_of(self.norm)
         if c.q_rank:
-            cq, ckv = self.ops.linear("latents", (self.wdq, self.wdkv), self.norm, parameters_of(self.norm), x)  # (1)
-            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, parameters_of(self.q_norm), cq)
+            cq, ckv = self.ops.linear("latents", (self.wdq, self.wdkv), self.norm, gains, x)    # (1)
+            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, parameters_of(self.q_norm), cq)    # (2)
         else:
-            q, ckv = self.ops.linear("latents", (self.wuq, self.wdkv), self.norm, parameters_of(self.norm), x)
+            q, ckv = self.ops.linear("latents", (self.wuq, self.wdkv), self.norm, gains, x)
         q = q * c.sharpness if c.yarn else q
+
+        # Rotate the rotary parts
         q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
         ckv, k_rope = ckv.split((c.kv_rank, c.d_rope), -1)
-        q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope[:, None], *rope)                   # (B, 1, T, d_rope)
+        q_rope = rotate(q_rope, *rope)                                      # (B, H, T, d_rope)
+        k_rope = rotate(k_rope[:, None], *rope)                             # (B, 1, T, d_rope)
         scale = (c.d_head + c.d_rope) ** -0.5
+
         if cache is not None:
-            ckv, k_rope = cache.put(self.layer, self.kv_norm(ckv)[:, None], k_rope)              # (B, 1, S, kv_rank)
-            wuk, wuv = (w.to(q.dtype).unflatten(0, (H, -1)) for w in (self.wuk, self.wuv))       # (H, width, kv_rank)
-            q, k = torch.cat((q_nope @ wuk, q_rope), -1), torch.cat((ckv, k_rope), -1)
-            y = kernels.attention(q, k, ckv, sees, scale)[0] @ wuv.mT
+            # With a cache: one key [c_kv; k_rope] for all heads, whose value is c_kv
+            ckv = self.kv_norm(ckv)[:, None]
+            ckv, k_rope = cache.put(self.layer, ckv, k_rope)                # (B, 1, S, kv_rank or d_rope)
+            wuk = self.wuk.to(q.dtype).unflatten(0, (H, -1))                # (H, d_head, kv_rank)
+            wuv = self.wuv.to(q.dtype).unflatten(0, (H, -1))                # (H, d_value, kv_rank)
+            q = torch.cat((q_nope @ wuk, q_rope), -1)                       # (B, H, T, kv_rank + d_rope)
+            k = torch.cat((ckv, k_rope), -1)
+            y, _ = kernels.attention(q, k, ckv, sees, scale)
+            y = y @ wuv.mT
         else:
+            # Without a cache: keys and values of each head
             gains = parameters_of(self.kv_norm)
-            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, gains, ckv)                  # (2)
-            q, k = torch.cat((q_nope, q_rope), -1), torch.cat((heads(k), k_rope.expand(-1, H, -1, -1)), -1)
+            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, gains, ckv)           # (2)
+            q = torch.cat((q_nope, q_rope), -1)
+            k = torch.cat((heads(k), k_rope.expand(-1, H, -1, -1)), -1)
             y, logits = kernels.attention(q, k, heads(v), sees, scale, self.asks())
             self.record(logits)
-        return self.ops.linear("out", (self.wo,), self.join, (), y)[0], None
+
+        # Back into the residual stream
+        out, = self.ops.linear("out", (self.wo,), self.join, (), y)
+        return out, None
 
     def join(self, y):
-        """Heads side by side: (B, H, T, d_value) → (B, T, H·d_value)."""
+        """Concatenate heads: (B, H, T, d_value) → (B, T, H·d_value)."""
         return y.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) · up(x)), or down(act(up(x))) where not gated. `shared`: the expert that every token goes to,
-    whose input is normalised already."""
+    """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate.
+
+    shared: this is the shared expert of a mixture, whose input is normalised already."""
 
     def __init__(self, config, ops, shared=False):
         super().__init__()
-        self.ops, self.gated, self.prefix = ops, config.gated, "shared_" if shared else ""
-        d_ff = config.n_shared * config.d_expert if shared else config.d_ff
-        self.norm = nn.Identity() if shared else make_norm(config)
+        self.ops = ops
+        self.gated = config.gated
+
+        # The shared expert is n_shared experts side by side
+        if shared:
+            self.prefix = "shared_"
+            d_ff = config.n_shared * config.d_expert
+            self.norm = nn.Identity()
+        else:
+            self.prefix = ""
+            d_ff = config.d_ff
+            self.norm = make_norm(config)
+
+        # Activation and matrices
         self.act = PolyNorm(config.compile_act) if config.act == "polynorm" else ACTIVATIONS[config.act]
         if config.gated:
             self.gate = matrix(d_ff, config.d_model)
-        self.up, self.down = matrix(d_ff, config.d_model), matrix(config.d_model, d_ff)
+        self.up = matrix(d_ff, config.d_model)
+        self.down = matrix(config.d_model, d_ff)
 
     def inner(self, gate, up):
-        """What `down` multiplies."""
+        """The input of `down`."""
         return self.act(gate) * up
 
     def inside(self):
@@ -445,122 +633,181 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) → (B, T, C)"""
-        gains, inside = parameters_of(self.norm), self.inside()
-        if not self.gated:
-            h = self.ops.linear("up", (self.up,), self.norm, gains, x)
-            return self.ops.linear("down", (self.down,), self.act, inside, *h)[0]
-        gate, up = self.ops.linear(self.prefix + "up", (self.gate, self.up), self.norm, gains, x)
-        return self.ops.linear(self.prefix + "down", (self.down,), self.inner, inside, gate, up)[0]
+        gains = parameters_of(self.norm)
+        inside = self.inside()
+        if self.gated:
+            gate, up = self.ops.linear(self.prefix + "up", (self.gate, self.up), self.norm, gains, x)
+            out, = self.ops.linear(self.prefix + "down", (self.down,), self.inner, inside, gate, up)
+        else:
+            h, = self.ops.linear("up", (self.up,), self.norm, gains, x)
+            out, = self.ops.linear("down", (self.down,), self.act, inside, h)
+        return out
 
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: route → dispatch → experts → combine, functions that pass tensors.   [DeepSeek-V3
-    §2.1.2]
+    """Sparse mixture of experts: route → dispatch → experts → combine, functions that pass tensors.
+    [DeepSeek-V3 §2.1.2]
 
-    No token is dropped and none padded. `load` (E,) counts the tokens of each expert over training forwards; after the
-    step, `balance_` moves `bias`, which has a say in the choice of experts and none in their weights."""
+    No token is dropped and none is padded. `load` (E,) counts the tokens of each expert over training
+    forwards; after each step `balance_` moves `bias` (E,), which affects the choice of experts but not
+    their weights.
+
+    here: the range of experts whose matrices this instance holds."""
 
     def __init__(self, config, ops, here):
         super().__init__()
-        c, E = config, config.n_expert
-        self.config, self.ops, self.norm = c, ops, make_norm(c)
+        c = config
+        E, n = c.n_expert, len(here)
+        self.config = c
+        self.ops = ops
+        self.norm = make_norm(c)
+
+        # The router knows all experts; the matrices are stacks of those held here
         self.router = matrix(E, c.d_model)
-        self.gate, self.up = (nn.Parameter(torch.empty(len(here), c.d_expert, c.d_model)) for _ in range(2))
-        self.down = nn.Parameter(torch.empty(len(here), c.d_model, c.d_expert))
+        self.gate = nn.Parameter(torch.empty(n, c.d_expert, c.d_model))
+        self.up = nn.Parameter(torch.empty(n, c.d_expert, c.d_model))
+        self.down = nn.Parameter(torch.empty(n, c.d_model, c.d_expert))
         self.act = PolyNorm(c.compile_act) if c.act == "polynorm" else ACTIVATIONS[c.act]
         if c.n_shared:
             self.shared = FeedForward(c, ops, shared=True)
+
+        # Balance
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)
-        self.counts = True                                             # False while a forward is computed again
+        self.counts = True                                     # False while a forward is recomputed
 
     def route(self, h):
-        """h (B, T, C) → a token's experts (N, k); their weights (N, k), its scores in parts of their sum; balance loss.
+        """h (B, T, C) → the experts of each token (N, k), their weights (N, k), and the balance loss.
 
-        Scores are computed in float32 whatever h is: one step of bfloat16 is larger than the bias's, and among hundreds
-        of experts every tenth token would have a tie at its last place."""
+        A token's weights are the scores of its experts divided by their sum, times route_scale. Scores
+        are computed in float32 or wider: the rounding step of bfloat16 is larger than the bias's step, and
+        with hundreds of experts one token in ten would have a tie for its last expert."""
         c = self.config
+
+        # Scores, and the biased scores that decide the choice
         exact = kernels.accumulation_dtype(h.dtype)
-        s = F.linear(h.to(exact), self.router.to(exact)).sigmoid().flatten(0, 1)                              # (N, E)
+        s = F.linear(h.to(exact), self.router.to(exact)).sigmoid().flatten(0, 1)           # (N, E)
         choice = s.detach() + self.bias
-        if c.n_group > 1:                                              # the groups whose best two sum up highest
-            groups = choice.unflatten(-1, (c.n_group, -1))                                       # (N, G, E/G)
-            best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1).topk(c.top_group, -1).indices
+
+        # Only the groups whose best two experts have the largest sum stay eligible
+        if c.n_group > 1:
+            groups = choice.unflatten(-1, (c.n_group, -1))                                 # (N, G, E/G)
+            group_score = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)         # (N, G)
+            best = group_score.topk(c.top_group, -1).indices
             chosen = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(1, best, True)
             choice = groups.masked_fill(~chosen[..., None], -torch.inf).flatten(1)
+
+        # Weights; a single active expert keeps its score, since s/s = 1 has no gradient
         index = choice.topk(c.n_active, -1).indices
         weight = s.gather(1, index)
-        if c.n_active > 1:                                             # one alone would be s/s = 1, and learn nothing
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)       # not 0/0 where all scores are zero
+        if c.n_active > 1:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)       # no 0/0 if all scores are zero
+
+        # Balance loss
         balance = 0.0
         if self.training and c.balance_loss:
             balance = c.balance_loss * self.imbalance(s, h.shape[0])
         return index, weight * c.route_scale, balance
 
     def imbalance(self, s, B):
-        """Scores s (N, E) of B sequences → mean over sequences of Σ_i f_i·P_i, 1 where every expert is scored alike.
-        f counts each token's k best scores, without bias and groups, which have a say in the dispatch alone.
-        [DeepSeek-V3 eq. 17-20]"""
+        """Scores s (N, E) → Σ_i f_i·P_i, a mean over the B sequences; 1 if all experts score alike.
+
+        f counts the k best scores of each token, without the bias and the groups, which affect only the
+        dispatch; P averages each token's scores, divided by their sum.   [DeepSeek-V3 eq. 17-20]"""
         E, k = self.config.n_expert, self.config.n_active
         best = s.topk(k, -1).indices
-        f = torch.zeros_like(s).scatter(1, best, 1.0).unflatten(0, (B, -1)).mean(1) * E / k                  # (B, E)
+        f = torch.zeros_like(s).scatter(1, best, 1.0)                                      # (N, E)
+        f = f.unflatten(0, (B, -1)).mean(1) * E / k                                        # (B, E)
         p = (s / s.sum(-1, keepdim=True)).unflatten(0, (B, -1)).mean(1)
         return (f * p).sum(-1).mean()
 
     def dispatch(self, h, index, weight):
-        """Send every token to its experts. h (N, C), index and weight (N, k) → (token of each row sent, `arrive`).
+        """Send each token to its experts: h (N, C), index and weight (N, k) → the token of each row (N·k,)
+        and `arrive`. Rows are sorted by expert, each with its weight: see the example in `forward`."""
+        # Sort the N·k pairs (token, expert) by expert; a stable sort keeps tokens in order
+        order = index.flatten().argsort(stable=True)                                       # (N·k,)
+        token = order // index.shape[1]
 
-        Rows are sorted by expert, once: with N = 2 tokens and k = 2, index [[3, 0], [0, 1]] makes the rows of tokens
-        0, 1, 1, 0, for the experts 0, 0, 1, 3. The weight of each goes with it."""
-        order = index.flatten().argsort(stable=True)                   # (N·k,)
-        counts = index.flatten().bincount(minlength=self.config.n_expert)
+        # Tokens of each expert
+        counts = index.flatten().bincount(minlength=self.config.n_expert)                  # (E,)
         if self.training and self.counts:
             self.load += counts
-        token = order // index.shape[1]
-        rows = h.index_select(0, token)
-        return token, self.ops.exchange(rows, weight.flatten()[order, None].to(h.dtype), counts)
+
+        # Send
+        rows = h.index_select(0, token)                                                    # (N·k, C)
+        weight = weight.flatten()[order, None].to(h.dtype)                                 # (N·k, 1)
+        return token, self.ops.exchange(rows, weight, counts)
 
     def experts(self, rows, weight, counts):
-        """rows (M, C) and their weights (M, 1), sorted by expert, and how many each one here has → what the experts
-        make of them (M, C)."""
+        """Rows (M, C) with weights (M, 1), sorted by expert, and the counts of the experts held here →
+        the weighted outputs of the experts (M, C)."""
         ends = counts.cumsum(0)
+        inside = parameters_of(self.act)
         gate, up = self.ops.linear("expert_up", (self.gate, self.up), identity, (), rows, ends=ends)
-        return self.ops.linear("expert_down", (self.down,), self.inner, parameters_of(self.act), gate, up, weight,
-                               ends=ends)[0]
+        out, = self.ops.linear("expert_down", (self.down,), self.inner, inside,
+                               gate, up, weight, ends=ends)
+        return out
 
     def inner(self, gate, up, weight):
-        """What `down` multiplies: weighted here, so that nothing has to be kept for it where the token came from."""
+        """The input of `down`. It includes the weight, so that the rank a row came from need not keep the
+        row's output for the backward."""
         return self.act(gate) * up * weight
 
     def combine(self, rows, token, N):
-        """Sum what came back for each token: rows (N·k, C) → (N, C)."""
-        return torch.zeros(N, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, token, rows)
+        """Sum the rows of each token: rows (N·k, C), token (N·k,) → (N, C)."""
+        y = torch.zeros(N, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        return y.index_add(0, token, rows)
 
     def forward(self, x):
-        """x (B, T, C) → (B, T, C), balance loss"""
+        """x (B, T, C) → (B, T, C), balance loss
+
+        Example: N = 2 tokens, k = 2 active experts of E = 4. The router returns index [[3, 0], [0, 1]]
+        and weight [[a, b], [c, d]]: token 0 goes to experts 3 and 0, token 1 to experts 0 and 1.
+        Dispatch sends four rows, sorted by expert:
+
+            row      0  1  2  3
+            expert   0  0  1  3      counts [2, 1, 0, 1]: no token was routed to expert 2
+            token    0  1  1  0      the rows of h that are sent
+            weight   b  c  d  a
+
+        Each row returns as its expert's output times its weight. Combine sums the rows of each token:
+
+            y[0] = row 0 + row 3 = b·expert_0(h[0]) + a·expert_3(h[0])
+            y[1] = row 1 + row 2 = c·expert_0(h[1]) + d·expert_1(h[1])"""
+        # Route and dispatch
         h = self.norm(x)
         index, weight, balance = self.route(h)
         token, arrive = self.dispatch(h.flatten(0, 1), index, weight)
-        shared = self.shared(h) if self.config.n_shared else 0.0       # while tokens travel
+
+        # The shared expert, while tokens travel
+        shared = self.shared(h) if self.config.n_shared else 0.0
+
+        # Experts and combine
         rows, weight, counts, back = arrive()
         y = back(self.experts(rows, weight, counts))
         return self.combine(y, token, len(index)).view_as(h) + shared, balance
 
     @torch.no_grad()
     def balance_(self, load):
-        """b_i += u where expert i had fewer tokens than the mean of load (E,), −= u where more."""
+        """b_i += u if expert i had fewer tokens than the mean of load (E,), −= u if it had more."""
         self.bias += self.config.balance_rate * (load.mean() - load).sign().to(self.bias.dtype)
 
 
 class Layer(nn.Module):
+    """Pre-norm block: x + attention(x), then x + ffn(x); the norms are inside the two parts."""
+
     def __init__(self, config, layer, ops, experts):
         super().__init__()
-        self.attention = (LatentAttention if config.kv_rank else Attention)(config, layer, ops)
+        attention = LatentAttention if config.kv_rank else Attention
+        self.attention = attention(config, layer, ops)
         self.sparse = bool(config.n_expert) and layer >= config.n_dense
-        self.ffn = MoE(config, ops, experts) if self.sparse else FeedForward(config, ops)
+        if self.sparse:
+            self.ffn = MoE(config, ops, experts)
+        else:
+            self.ffn = FeedForward(config, ops)
 
     def forward(self, x, rope=None, sees=None, cache=None, kv=None):
-        """x (B, T, C) → (B, T, C), the keys and values that the layers behind it share, if they do, balance loss."""
+        """x (B, T, C) → (B, T, C), keys and values for layers that share them, balance loss"""
         y, kv = self.attention(x, rope, sees, cache, kv)
         x = x + y
         if self.sparse:
@@ -569,89 +816,113 @@ class Layer(nn.Module):
         return x + self.ffn(x), kv, 0.0
 
 
-# ---- a candidate: nGPT, the network on the unit sphere [2410.01131] -----------------------------------------------
-# Vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual stream, columns of those
-# that write to it, and the stream itself, so that no other norm is needed. Scales are kept as s/√C, the size of a unit
-# vector's entries, so that the optimizer's steps suit both (§2.5); only those inside feed-forward layers as s.
+# ---- a candidate: nGPT, the network on the unit sphere [2410.01131] ----------------------------------------
+# All vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual
+# stream, columns of matrices that write to it, and the stream itself, so that no other norm is needed.
+# Learned scales are stored as s/√C, the size of an entry of a unit vector, so that the optimizer's steps
+# suit scales and matrices alike (§2.5); only the scales inside feed-forward layers are stored as s.
 
 def unit(x, dim=-1):
+    """x / ‖x‖ along `dim`."""
     return F.normalize(x, dim=dim)
 
 
 def scales(width, d_model):
+    """A parameter (width,) that stores scales of 1 as 1/√d_model."""
     return nn.Parameter(torch.full((width,), d_model ** -0.5))
 
 
 @torch.no_grad()
 def renormalise_(tensors):
-    """{name: weight}: every vector of width d_model gets norm 1. Called after each step of an nGPT."""
+    """{name: weight}: scale all vectors of width d_model to norm 1. Called after each step of an nGPT."""
     for name, w in tensors.items():
         if w.ndim > 1:
-            w.copy_(unit(w, -2 if name.endswith(("wo", "down")) else -1))
+            writes = name.endswith(("wo", "down"))             # to the residual stream, with its columns
+            w.copy_(unit(w, -2 if writes else -1))
 
 
 class SphereAttention(Attention):
+    """Attention between unit queries and keys, with learned scales `s_qk` (H·d,).   [eq. 15, 16]"""
+
     def __init__(self, config, layer, ops):
         super().__init__(config, layer, ops)
         self.norm = nn.Identity()
         self.s_qk = scales(config.n_head * config.d_head, config.d_model)
 
     def key(self, k, rope):
+        """k (B, Hk, T, d) → unit vectors, rotated."""
         return super().key(unit(k), rope)
 
     def query(self, q, rope):
-        """Keys have norm 1, and both scales are the query's: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They come before the
-        rotation, so that logits depend on distances alone; in nGPT's own code they follow it.   [eq. 15, 16]"""
+        """q (B, H, T, d) → unit vectors, scaled, rotated.
+
+        Keys have norm 1, and the query takes both scales: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They are
+        applied before the rotation, so that logits depend only on distances; nGPT's own code applies them
+        after it.   [eq. 15, 16]"""
         d = self.config.d_head
-        scale = self.s_qk.unflatten(0, (-1, 1, d)).square() * self.config.d_model * d                   # (H, 1, d)
+        scale = self.s_qk.unflatten(0, (-1, 1, d)).square() * self.config.d_model * d      # (H, 1, d)
         return super().query(unit(q) * scale.to(q.dtype), rope)
 
 
 class SphereFeedForward(FeedForward):
+    """FeedForward without a norm, with learned scales `s_gate` and `s_up` (d_ff,)."""
+
     def __init__(self, config, ops):
         super().__init__(config, ops)
-        self.norm, self.root = nn.Identity(), config.d_model ** 0.5
-        self.s_gate, self.s_up = scales(config.d_ff, 1), scales(config.d_ff, 1)
+        self.norm = nn.Identity()
+        self.root = config.d_model ** 0.5
+        self.s_gate = scales(config.d_ff, 1)
+        self.s_up = scales(config.d_ff, 1)
 
     def inner(self, gate, up):
         """act(s_v·√C·gate)·(s_u·up)   [eq. 20, 21]"""
-        return super().inner(gate * (self.s_gate * self.root).to(gate.dtype), up * self.s_up.to(up.dtype))
+        gate = gate * (self.s_gate * self.root).to(gate.dtype)
+        up = up * self.s_up.to(up.dtype)
+        return super().inner(gate, up)
 
     def inside(self):
+        """The parameters that `inner` uses."""
         return (*super().inside(), self.s_gate, self.s_up)
 
 
 class SphereLayer(nn.Module):
-    """A step along the sphere, in place of a sum: each entry goes its own part α of the way."""
+    """Steps along the sphere in place of residual sums: entry j moves the fraction α_j of the way."""
 
     def __init__(self, config, layer, ops, experts):
         super().__init__()
-        self.attention, self.ffn = SphereAttention(config, layer, ops), SphereFeedForward(config, ops)
-        self.rate = config.d_model ** 0.5 / config.n_layer             # α is born as 1/n_layer
-        self.a_attention, self.a_ffn = (scales(config.d_model, config.d_model) for _ in range(2))
+        self.attention = SphereAttention(config, layer, ops)
+        self.ffn = SphereFeedForward(config, ops)
+        self.rate = config.d_model ** 0.5 / config.n_layer     # α starts at 1/n_layer
+        self.a_attention = scales(config.d_model, config.d_model)
+        self.a_ffn = scales(config.d_model, config.d_model)
 
     def forward(self, x, rope=None, sees=None, cache=None, kv=None):
-        """As Layer's."""
+        """As Layer.forward."""
         y, kv = self.attention(x, rope, sees, cache, kv)
-        x = unit(x + (self.a_attention * self.rate).to(x.dtype) * (unit(y) - x))                             # [eq. 10]
-        return unit(x + (self.a_ffn * self.rate).to(x.dtype) * (unit(self.ffn(x)) - x)), kv, 0.0             # [eq. 11]
+        alpha = (self.a_attention * self.rate).to(x.dtype)
+        x = unit(x + alpha * (unit(y) - x))                                                # [eq. 10]
+        alpha = (self.a_ffn * self.rate).to(x.dtype)
+        x = unit(x + alpha * (unit(self.ffn(x)) - x))                                      # [eq. 11]
+        return x, kv, 0.0
 
 
 def sharpened(head, s_logits):
-    """Logits are cosines times a learned sharpness.   [eq. 3]"""
+    """The head (V, C) with its rows scaled: logits are cosines times a learned sharpness.   [eq. 3]"""
     return head * (s_logits * head.shape[1] ** 0.5)[:, None]
 
 
-# ---- the network --------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of the tokens seen so far, by layer. Room for `context` tokens is taken at the first `put`."""
+    """Keys and values so far, by layer. The first `put` allocates room for `context` tokens."""
 
     def __init__(self, context):
-        self.context, self.length, self.store = context, 0, {}
+        self.context = context
+        self.length = 0                                        # tokens; Transformer.forward advances it
+        self.store = {}
 
     def put(self, layer, *new):
-        """Append tensors (B, H, T, width) after `length` tokens; → all of them so far, (B, H, length + T, width)."""
+        """Append tensors (B, H, T, width) to the `length` tokens stored → (B, H, length + T, width) each."""
         if layer not in self.store:
             self.store[layer] = [t.new_empty(*t.shape[:2], self.context, t.shape[3]) for t in new]
         stop = self.length + new[0].shape[2]
@@ -661,25 +932,38 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """The whole model, or the layers of `layers` (a range): the first holds the embedding, the last the head.
+    """The whole model, or only the layers in `layers` (a range): the first range holds the embedding, the
+    last one the head. ValueError: the range starts within a group of layers that share keys and values.
 
-    Parameters have the same names in both, and the same first values for a seed: each is drawn from its own name. The
-    same holds for `experts`, the range of them that is here (all by default): ops.exchange has to bring the tokens."""
+    Parameter names do not depend on the range; neither do initial values, since each parameter is drawn
+    from a random stream seeded with its name. The same holds for `experts`, the range of experts held here
+    (all by default); with fewer, ops.exchange has to bring them their tokens."""
 
     def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None):
         super().__init__()
-        self.config, layers = config, range(config.n_layer) if layers is None else layers
+        self.config = config
+
+        # The part of the model that is held here
+        if layers is None:
+            layers = range(config.n_layer)
         if layers.start % config.share_kv:
-            raise ValueError(f"layers from {layers.start} on: their keys and values are made in another range "
-                             f"(share_kv={config.share_kv})")
+            raise ValueError(f"layers from {layers.start} on: their keys and values are made in another "
+                             f"range (share_kv={config.share_kv})")
         self.experts = range(config.n_expert) if experts is None else experts
-        self.first, self.last = layers.start == 0, layers.stop == config.n_layer
+        self.first = layers.start == 0
+        self.last = layers.stop == config.n_layer
+
+        # Embedding; a last range with tied matrices needs it for the head
         if self.first or self.last and config.tie:
             self.embed = matrix(config.vocab_size, config.d_model)
         if self.first and config.position == "learned":
             self.position = matrix(config.context, config.d_model)
+
+        # Layers
         layer = SphereLayer if config.ngpt else Layer
         self.layers = nn.ModuleDict({str(i): layer(config, i, ops, self.experts) for i in layers})
+
+        # Final norm and head
         if self.last:
             self.norm = nn.Identity() if config.ngpt else make_norm(config)
             if not config.tie:
@@ -690,26 +974,38 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed):
+        """Draw all matrices and λ vectors. Gains and PolyNorm keep the values of their constructors."""
         for name, p in self.named_parameters():
+            if p.is_meta:
+                continue
+
+            # Standard deviation
             leaf = name.rsplit(".", 1)[-1]
             if leaf in ("lq1", "lk1", "lq2", "lk2"):
-                std = 0.1                                                                        # [2410.05258]
+                std = 0.1                                                                  # [2410.05258]
             elif p.ndim < 2:
-                continue                                               # gains and PolyNorm are born with their values
+                continue
             elif leaf in ("wo", "down"):
                 std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
-                std = 0.0 if self.config.zero_out and not self.config.ngpt else std
+                if self.config.zero_out and not self.config.ngpt:
+                    std = 0.0
             else:
                 std = self.config.init_std
-            units = [(name, p)] if p.ndim < 3 else [(f"{name}.{e}", p[i]) for i, e in enumerate(self.experts)]
-            for unit_name, w in [] if p.is_meta else units:
+
+            # Each matrix of a stack is drawn from the name of its expert, wherever that is held
+            units = [(name, p)]
+            if p.ndim == 3:
+                units = [(f"{name}.{e}", p[i]) for i, e in enumerate(self.experts)]
+            for unit_name, w in units:
                 random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{unit_name}".encode()))
-                w.copy_(torch.empty(w.shape, dtype=torch.float32).normal_(0, 1, generator=random) * std)
+                values = torch.empty(w.shape, dtype=torch.float32).normal_(0, 1, generator=random)
+                w.copy_(values * std)
+
         if self.config.ngpt:
             renormalise_(dict(self.named_parameters()))
 
     def attentions(self):
-        """name → Attention, in order."""
+        """name → Attention or LatentAttention, in order."""
         return {name: m for name, m in self.named_modules() if isinstance(m, Heads)}
 
     def mixtures(self):
@@ -717,23 +1013,36 @@ class Transformer(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
 
     def forward(self, x, targets=None, doc_start=None, weight=None, cache=None, dtype=None):
-        """x (B, T) int64 tokens (or (B, T, C), where an earlier range ends) → logits (B, T, V).
+        """x (B, T) int64 tokens, or (B, T, C) from an earlier range of layers → logits (B, T, V).
 
-        With targets (B, T): (mean loss in nats/token, its (N,) terms, balance loss); with `weight` (B, T), the loss is
-        the sum of weight × term. A range without the last layer → ((B, T, C), the balance loss of its layers).
-        doc_start (B, T): where each token's document begins, or None: attention crosses documents.
-        dtype: what is computed in (the weights' own by default)."""
-        past, T = cache.length if cache else 0, x.shape[1]
+        With targets (B, T): (mean loss in nats/token, its (N,) terms, balance loss); with `weight`
+        (B, T), the loss is the sum of weight × term. A range without the last layer → ((B, T, C), the
+        balance loss of its layers).
+        doc_start (B, T): position at which each token's document begins; None: attention crosses them.
+        dtype: that of the computation, by default the dtype of the weights.
+        ValueError: there are more tokens than learned positions."""
+        past = cache.length if cache else 0
+        T = x.shape[1]
         if past + T > self.config.context and self.config.position == "learned":
             raise ValueError(f"{past + T} tokens, but there are learned positions for {self.config.context}")
+
+        # Embedding
         if self.first:
             x = F.embedding(x, self.embed)
-            x = x + self.position[past:past + T] if self.config.position == "learned" else x
-            x = x if dtype is None else x.to(dtype)
+            if self.config.position == "learned":
+                x = x + self.position[past:past + T]
+            if dtype is not None:
+                x = x.to(dtype)
+
+        # Positions and masks, the same for all layers
         rope = None
         if self.config.position == "rope":
             rope = rope_table(self.config, past, past + T, x.device, kernels.accumulation_dtype(x.dtype))
-        sees, kv, balance = kernels.sight(T, past + T, doc_start, x.device), None, 0.0
+        sees = kernels.sight(T, past + T, doc_start, x.device)
+
+        # Layers
+        kv = None
+        balance = 0.0
         for layer in self.layers.values():
             x, kv, of_layer = layer(x, rope, sees, cache, kv)
             balance = balance + of_layer
@@ -741,57 +1050,83 @@ class Transformer(nn.Module):
             cache.length += T
         if not self.last:
             return x, balance
-        head, x = self.embed if self.config.tie else self.head, self.norm(x)
-        head = sharpened(head, self.s_logits) if self.config.ngpt else head
+
+        # Head: logits, or the loss
+        head = self.embed if self.config.tie else self.head
+        x = self.norm(x)
+        if self.config.ngpt:
+            head = sharpened(head, self.s_logits)
         if targets is None:
             return F.linear(x, head.to(x.dtype))
-        weight = None if weight is None else weight.flatten()
-        loss, nll = kernels.cross_entropy(x.flatten(0, 1), head, targets.flatten(), weight, self.config.loss_chunk)
+        if weight is not None:
+            weight = weight.flatten()
+        h = x.flatten(0, 1)                                                                # (N, C)
+        loss, nll = kernels.cross_entropy(h, head, targets.flatten(), weight, self.config.loss_chunk)
         return loss, nll, balance
 
     def count(self, on):
-        """Whether forwards from here on are counted, in loads and largest logits: one that is computed again is not."""
+        """Turn the recording of loads and largest logits on or off: recomputed forwards are not recorded."""
         for module in (*self.attentions().values(), *self.mixtures().values()):
             module.counts = on
 
 
-# ---- counting -----------------------------------------------------------------------------------------------------
+# ---- counting ----------------------------------------------------------------------------------------------
 
 @functools.cache
 def count_parameters(config):
-    """Parameters, counted on a model without storage: total; active (those that a token meets: its own experts, and of
-    the look-up tables the head alone); embedding (head and positions too); matmul (those that a token is multiplied
-    with: every matrix but the look-up tables, the head once, its own experts)."""
+    """Parameter counts, from a model without storage:
+
+    total       all of them
+    active      those used for one token: its own routed experts; of the look-up tables, only the head
+    embedding   those of embedding, head and learned positions
+    matmul      those a token is multiplied with: all active matrices, the head once"""
     with torch.device("meta"):
         named = dict(Transformer(config).named_parameters())
-    outside = sum(p.numel() for name, p in named.items() if name in ("embed", "head", "position"))
-    met = {name: p.numel() * config.n_active // config.n_expert if p.ndim == 3 else p.numel()
-           for name, p in named.items() if name not in ("embed", "head", "position")}
+
+    # A token uses n_active of the n_expert matrices of a stack
+    tables = 0
+    used = {}
+    for name, p in named.items():
+        if name in ("embed", "head", "position"):
+            tables += p.numel()
+        elif p.ndim == 3:
+            used[name] = p.numel() * config.n_active // config.n_expert
+        else:
+            used[name] = p.numel()
+
+    # The head's matrix counts once, whether or not it is also the embedding
     head = config.vocab_size * config.d_model
-    return dict(total=sum(p.numel() for p in named.values()), active=sum(met.values()) + head, embedding=outside,
-                matmul=sum(n for name, n in met.items() if named[name].ndim > 1) + head)
+    matrices = sum(n for name, n in used.items() if named[name].ndim > 1)
+    return dict(total=sum(p.numel() for p in named.values()), active=sum(used.values()) + head,
+                embedding=tables, matmul=matrices + head)
 
 
 def flops_per_token(config, context=None, training=True):
     """FLOPs of one token: 2 per multiply-add of every matmul, and 3 times the forward's when training.
 
-    Attention is counted against the full context, as PaLM does (a causal kernel needs half). Differential attention
-    multiplies each of its maps with values twice as wide."""
-    width = config.d_head * (3 if config.differential else 2)                            # of q·k, and of what follows
+    Attention is counted against the full context, as PaLM does (a causal kernel needs half).
+    Differential attention multiplies each of its maps with values of width 2d."""
+    # Width of a head: of q·k, and of the values
+    width = config.d_head * 2
+    if config.differential:
+        width = config.d_head * 3
     width = config.d_head + config.d_rope + config.d_value if config.kv_rank else width
+
+    # Multiply-adds of attention, then of everything
     attention = config.n_layer * (context or config.context) * config.n_head * width
     return (6 if training else 2) * (count_parameters(config)["matmul"] + attention)
 
 
 def cache_per_token(config):
-    """Numbers that the KV cache keeps for one token."""
+    """How many numbers the KV cache keeps for one token."""
     if config.kv_rank:
         return config.n_layer * (config.kv_rank + config.d_rope)
     return math.ceil(config.n_layer / config.share_kv) * 2 * config.n_kv_head * config.d_head
 
 
-# ---- tensor files: the safetensors format -------------------------------------------------------------------------
-# 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, the raw bytes. No code is run.
+# ---- tensor files: the safetensors format ------------------------------------------------------------------
+# 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, the raw bytes.
+# Reading a file runs no code.
 
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, I16=torch.int16, I8=torch.int8, U64=torch.uint64, U32=torch.uint32,
@@ -802,14 +1137,18 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def write_tensors(path, tensors):
-    """Write {name: tensor} to a safetensors file and force it to the disk; tensors come to the CPU one at a time."""
-    header, offset = {}, 0
+    """Write {name: tensor} to a safetensors file and force it to disk. Tensors move to the CPU one by one."""
+    # Header
+    header = {}
+    offset = 0
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = dict(dtype=CODES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                    # the data begins aligned
+    text += b" " * (-len(text) % 8)                            # the data begins aligned
+
+    # Length, header, data
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
@@ -819,16 +1158,18 @@ def write_tensors(path, tensors):
 
 
 def json_object(raw, where):
-    """bytes → the JSON object that they are. ValueError, one line that begins with `where`: they are
-    something else, say a key twice, are not UTF-8, or nest deeper than Python follows."""
-    def once(pairs):
+    """Parse bytes as one JSON object. ValueError, in one line that begins with `where`: they are
+    something else, repeat a key, are not UTF-8, or nest deeper than Python's recursion limit."""
+    def unique(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a key comes twice")
-        "".join(found).encode()                                        # half a surrogate pair is no text
+        "".join(found).encode()                                # raises for half a surrogate pair
         return found
+
+    # Python raises RecursionError where JSON nests too deep
     try:
-        found = json.loads(raw.decode(), object_pairs_hook=once)
+        found = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not good JSON: {str(error):.80}") from None
     if not isinstance(found, dict):
@@ -837,39 +1178,47 @@ def json_object(raw, where):
 
 
 def read_entry(entry):
-    """A header's entry → (dtype, shape, start, stop), or None: it is not one, or of another size."""
+    """A header entry → (dtype, shape, start, stop); None if it is malformed or contradicts itself."""
     def sizes(numbers):
         return type(numbers) is list and all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers)
+
+    # Types of the three fields
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return None
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if code not in list(DTYPES) or not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
         return None
+
+    # The size, without multiplying numbers of unlimited length
     count = 1
     for n in shape:
         count *= n
         if count >= 2 ** 63:
             return None
-    fits = offsets[1] - offsets[0] == count * DTYPES[code].itemsize
-    return (DTYPES[code], shape, *offsets) if fits else None
+    if offsets[1] - offsets[0] != count * DTYPES[code].itemsize:
+        return None
+    return DTYPES[code], shape, *offsets
 
 
 def read_tensors(path):
-    """{name: tensor} of a safetensors file, memory-mapped: bytes are read where they are used, and writes do
-    not reach the file. ValueError: the file is not what its header says, or tensors are not all of its data,
-    one after the other."""
+    """{name: tensor} of a safetensors file, memory-mapped: bytes are read when they are used, and writes
+    to the tensors do not reach the file. ValueError: the file contradicts its header, or its tensors do
+    not cover the data exactly, one after the other."""
+    # Header
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):            # the format's own limit on headers
+        if size < 8 or length > min(size - 8, 100_000_000):    # the format's own limit on headers
             raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
         header = json_object(file.read(length), f"{path}: its header")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    # Its metadata, which nothing here uses
     about = header.pop("__metadata__", None)
     if about is not None and not (type(about) is dict and all(type(text) is str for text in about.values())):
         raise ValueError(f"{path}: its __metadata__ is not text by name: {about!r:.80}")
 
-    # All entries before any tensor
+    # All entries are checked before any tensor is made
     entries = {name: read_entry(entry) for name, entry in header.items()}
     for name, entry in entries.items():
         if entry is None:
@@ -882,6 +1231,7 @@ def read_tensors(path):
     if end != size - 8 - length:
         raise ValueError(f"{path}: {size - 8 - length} bytes of data, but its tensors have {end}")
 
+    # Tensors
     tensors = {}
     for name, (dtype, shape, start, stop) in entries.items():
         flat = torch.empty(0, dtype=dtype)
@@ -892,15 +1242,16 @@ def read_tensors(path):
     return tensors
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 def pick(logits, temperature, top_p, random):
-    """One token a row of logits (B, V). Temperature 0 takes the largest; top_p keeps the smallest set of that mass."""
+    """Draw one token for each row of logits (B, V) → (B, 1). Temperature 0 takes the most probable one;
+    top_p draws from the smallest set of most probable tokens whose mass reaches it."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     dropped = probs.cumsum(-1) - probs >= top_p
-    dropped[..., 0] = False                                            # the first token always stays
+    dropped[..., 0] = False                                    # the most probable token always stays
     probs[dropped] = 0
     return order.gather(-1, torch.multinomial(probs, 1, generator=random))
 
@@ -908,13 +1259,18 @@ def pick(logits, temperature, top_p, random):
 @torch.no_grad()
 def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
     """tokens (B, T) int64 → (B, T + n). A full cache starts again from the last half of the context."""
-    was_training, context = model.training, model.config.context
+    was_training = model.training
+    context = model.config.context
     model.eval()
     random = torch.Generator(tokens.device).manual_seed(seed)
-    cache, new = Cache(context), tokens[:, -context:]
+
+    # The prompt first, then one token at a time
+    cache = Cache(context)
+    new = tokens[:, -context:]
     for _ in range(n):
         if cache.length + new.shape[1] > context:
-            cache, new = Cache(context), tokens[:, -max(1, context // 2):]
+            cache = Cache(context)
+            new = tokens[:, -max(1, context // 2):]
         new = pick(model(new, cache=cache)[:, -1], temperature, top_p, random)
         tokens = torch.cat((tokens, new), 1)
     model.train(was_training)
@@ -922,9 +1278,11 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
 
 
 def sample(args):
-    """Print what the model of the folder args.sample writes after args.prompt, or write it to args.export.
-    ValueError: an option is out of its range, or the folder has no model or no tokenizer."""
+    """Print what the model in folder args.sample writes after args.prompt, or export it to args.export.
+    ValueError: an option is out of range, or the folder has no model or no tokenizer."""
     from train import is_hf, load_run
+
+    # Options
     ranges = dict(tokens=(0, 10 ** 9), temperature=(0, 1000), top_p=(0, 1), seed=(0, 2 ** 63 - 1),
                   average=(1, 10 ** 9))
     for name, (least, most) in ranges.items():
@@ -935,8 +1293,10 @@ def sample(args):
         args.prompt.encode()
     except UnicodeEncodeError:
         raise ValueError(f"--prompt={args.prompt!r:.80}: is not UTF-8") from None
+
+    # The model; what a folder lacks is reported before its weights are read
     folder = Path(args.sample)
-    if is_hf(folder) and not (folder / "tokenizer.json").exists():     # said before its weights are read
+    if is_hf(folder) and not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json, and nothing else is read as its tokenizer")
     if is_hf(folder) and args.average > 1:
         raise ValueError(f"--average={args.average}: {folder} is no run, and has no checkpoints")
@@ -945,16 +1305,22 @@ def sample(args):
         from notes.huggingface import save_hf
         return save_hf(model, args.export, tokenizer)
 
-    prompt, size = [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()], model.config.vocab_size
+    # The prompt
+    prompt = [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]
+    size = model.config.vocab_size
     if max(prompt) >= size:
         raise ValueError(f"{folder}: its tokenizer has a token {max(prompt)}, its model {size} of them")
-    cold = args.temperature < 1e-6                                     # logits divided by it would overflow
-    temperature = 0.0 if cold else args.temperature
+
+    # Its continuation; logits divided by a tiny temperature would overflow
+    temperature = args.temperature
+    if temperature < 1e-6:
+        temperature = 0.0
     out = generate(model, torch.tensor([prompt]), args.tokens, temperature, args.top_p, args.seed)
     print(tokenizer.decode(out[0, 1:].tolist()))
 
 
 def count_presets():
+    """Print one line for each preset: parameters, FLOPs and cache."""
     print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
           f"{'at 128k':>10}{'KV cache, numbers/token':>25}")
     for name, config in PRESETS.items():
@@ -965,10 +1331,14 @@ def count_presets():
 
 
 def main(argv):
+    """The command line: count presets, sample from a model or export it. Errors: SystemExit, in one line."""
+    # Options
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
     parser.add_argument("--sample", metavar="RUN", help="folder of a run, or a Hugging Face folder")
-    parser.add_argument("--average", type=int, default=1, metavar="N", help="the mean of its newest N checkpoints")
-    parser.add_argument("--export", metavar="FOLDER", help="write --sample's model there in the Hugging Face layout")
+    parser.add_argument("--average", type=int, default=1, metavar="N",
+                        help="the mean of its newest N checkpoints")
+    parser.add_argument("--export", metavar="FOLDER",
+                        help="write --sample's model there in the Hugging Face layout")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -977,10 +1347,16 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.sample is None and (args.export or args.prompt):
         parser.error("--export and --prompt need --sample")
+
+    # A terminal that lacks some characters gets replacements
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")                       # a terminal may lack some characters
+        sys.stdout.reconfigure(errors="replace")
+
+    # Run
     try:
-        return count_presets() if args.sample is None else sample(args)
+        if args.sample is None:
+            return count_presets()
+        return sample(args)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise SystemExit(f"model.py: {lines[0]}") from None
