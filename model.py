@@ -14,7 +14,7 @@ that another file decides how a matmul's input is stored and where a token's exp
 built from a range of layers, with the same parameter names.
 
 Shapes:  B batch  T time  C width  H softmax maps (n_head)  d head width  V vocabulary  N = B·T tokens
-Try:     python model.py                                # every preset: parameters, FLOPs/token, KV cache
+Try:     python model.py         # every preset: parameters, FLOPs/token, KV cache; and who calls whom
          python model.py --sample out/laptop --prompt "def "
                          [--tokens 200 --temperature 0.8 --top-p 0.95 --seed 0]
          python model.py --sample out/laptop-k2 --export FOLDER   # as Hugging Face's DeepseekV3ForCausalLM
@@ -1319,6 +1319,35 @@ def sample(args):
     print(tokenizer.decode(out[0, 1:].tolist()))
 
 
+ROOMS = """
+The files, and which of the others each imports:
+
+  kernels.py   operations: definition, fast path   -
+  data.py      text, tokens, batches               -
+  model.py     the network                         kernels
+  muonclip.py  Muon, AdamW, QK-Clip                kernels
+  parallel.py  expert parallelism, ZeRO-1          kernels
+  train.py     recipes, checkpoints, the loop      data, kernels, model, muonclip, parallel
+  notes/       claims of the reports, rerun        any
+
+One step, train.train_step, in the order of its calls:
+
+  muonclip.learning_rate(tokens)              a pure function of the tokens seen
+  data.Batches(step)                          this rank's windows, a pure function of (seed, step)
+  parallel.execute(plan)                      forward and backward of its micro-batches
+    model.Transformer.forward                 layers; then the loss
+      kernels.attention, kernels.poly_norm    and the other operations
+    parallel.Zero1.accumulate                 gradients into buckets, as they appear
+  train.share_what_was_seen                   losses, largest logits, expert loads: of all ranks
+  parallel.Zero1.reduce, .clip_norm_          gradients to their owners, one norm
+  train.update
+    parallel.Zero1.step                       owners update, then everybody gets the weights
+      muonclip.MuonClip.step                  Muon, AdamW
+      muonclip.qk_clip_, .add_snapshot_       on the owner's float32 masters
+  train.finish                                checkpoint, evaluation, log
+"""
+
+
 def count_presets():
     """Print one line for each preset: parameters, FLOPs and cache."""
     print(f"{'preset':<14}{'parameters':>18}{'active':>16}{'embedding':>15}{'training FLOPs/token at 4k':>28}"
@@ -1328,6 +1357,7 @@ def count_presets():
         print(f"{name:<14}{counts['total']:>18,}{counts['active']:>16,}{counts['embedding']:>15,}"
               f"{flops_per_token(config, 4096):>28.2e}{flops_per_token(config, 131_072):>10.2e}"
               f"{cache_per_token(config):>25,}")
+    print(ROOMS, end="")
 
 
 def main(argv):

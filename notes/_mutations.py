@@ -1,12 +1,13 @@
-"""Mistakes made on purpose: each has to be noticed by the test that is named beside it.
+"""Mutation tests: deliberate mistakes, each of which must be caught by the tests named in its row.
 
-    python -m notes._mutations                    all of them, one after the other: some ten minutes
-    python -m notes._mutations parallel disk      those of a file, or with this word in their row
+    python -m notes._mutations                    all mutations, one at a time: some ten minutes
+    python -m notes._mutations parallel disk      only rows that contain one of these words, e.g. a file name
 
-A row is (what is wrong, old text, new text, which tests: an expression for pytest -k). The repository is copied
-to a temporary folder, where the named tests have to pass; then one mistake at a time is put in, and its tests
-have to fail: if they pass, it survives. A row whose old text does not occur exactly once is stale: the code has
-changed, and the row has to follow. Exits with 1 unless all are caught. Not a note: it has no page.
+A row is (what is wrong, old text, new text, the tests: an expression for pytest -k). The repository is copied
+to a temporary folder, where the named tests must pass. Then the mutations are applied one at a time, and the
+row's tests must fail; if they pass, the mutation survives. A row whose old text does not occur exactly once
+is stale: the code has changed, and the row must be updated. Exits with 1 unless all are caught. Not a note:
+it has no page.
 """
 import os
 import shutil
@@ -16,57 +17,59 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
-ONE = "run_is_its_definition_step_by_step"
-TWO = "run_of_two_ranks_is_the_same_definition"
+ONE = "run_matches_its_definition_step_by_step"
+TWO = "run_of_two_ranks_matches_the_same_definition"
 DISK = "renamed_is_on_the_disk"
 
 TABLE = {
     "kernels.py": [
         ("RMSNorm's gradient along x", "gw.addcmul_(n, c, value=-1).mul_(r)", "gw.mul_(r)",
-         "rms_norm_is_its"),
+         "rms_norm_matches"),
         ("PolyNorm's gradient, sign of a term", "dx.addcmul_(c, x, value=-1)", "dx.addcmul_(c, x)",
-         "poly_norm_is_its"),
+         "poly_norm_matches"),
         ("a query sees the next key", "mask = key <= query\n", "mask = key <= query + 1\n",
          "two_explicit_maps or " + ONE),
-        ("a document's first token is out of sight", "(key >= doc_start", "(key > doc_start", ONE),
+        ("a document's first token is masked", "(key >= doc_start", "(key > doc_start", ONE),
         ("differential attention adds its maps", "append((signal - lam * noise)",
          "append((signal + lam * noise)", "two_explicit_maps"),
         ("a bound that is too low", ".norm(dim=-1).amax(3)", ".norm(dim=-1).mean(3)", "bounds_on"),
         ("cross-entropy's gradient by chunk", "grad.div_(N) if", "grad.div_(len(target)) if",
          "cross_entropy_in_chunks"),
-        ("an expert's gradient of all rows", "dw[e] = g[rows].mT @ x[rows]", "dw[e] = g.mT @ x", "weighted_sum"),
+        ("an expert's gradient from all rows", "dw[e] = g[rows].mT @ x[rows]", "dw[e] = g.mT @ x",
+         "weighted_sum"),
     ],
     "data.py": [
-        ("ties of pairs to the largest", "heappush(heap, (-count[p], p))",
+        ("BPE breaks ties the other way", "heappush(heap, (-count[p], p))",
          "heappush(heap, (-count[p], p[::-1]))", "bpe_equals"),
         ("cumulative integral of the mixture", "u * u / (2 * self.horizon)", "u * u / self.horizon",
          "mixture_of_motif"),
-        ("the permutation goes past its end", "out = x >= n", "out = x > n", "permutation_visits"),
+        ("the permutation runs past its end", "out = x >= n", "out = x > n", "permutation_visits"),
         ("ranks see each other's windows", "+ rank * b\n", "+ rank\n", "independent_of_world"),
-        ("the seed of the data is not used", "np.full(b, self.seed & 2 ** 64 - 1,", "np.full(b, 0,",
+        ("the data seed is ignored", "np.full(b, self.seed & 2 ** 64 - 1,", "np.full(b, 0,",
          "independent_of_world"),
-        ("every epoch in one order", "for part in (domain, j // W)", "for part in (domain,)",
+        ("every epoch in the same order", "for part in (domain, j // W)", "for part in (domain,)",
          "once_an_epoch"),
-        ("targets are the tokens themselves", "(rows[:, :-1], rows[:, 1:])", "(rows[:, :-1], rows[:, :-1])",
+        ("targets are the inputs themselves", "(rows[:, :-1], rows[:, 1:])", "(rows[:, :-1], rows[:, :-1])",
          "independent_of_world"),
-        ("an end of text is of the next document", "np.arange(1, x.shape[1] + 1), 0)",
+        ("eot belongs to the next document", "np.arange(1, x.shape[1] + 1), 0)",
          "np.arange(x.shape[1]), 0)", "document_starts"),
-        ("the first windows are evaluated", "np.arange(n) * total // n * T", "np.arange(n) * T",
+        ("only the first windows are evaluated", "np.arange(n) * total // n * T", "np.arange(n) * T",
          "validation_windows"),
         ("the bigram's back-off weight", "(both + followers[a] * unigram[b])", "(both + unigram[b])",
          "bigram_equals"),
-        ("any chosen document is validation", "if held + sizes[i] <= total / 10:", "if True:", "few_or_uneven"),
-        ("validation may be a few bytes", "enough = held >= total / 100", "enough = held > 0", "few_or_uneven"),
-        ("hidden files are text", 'if file.name.startswith("."):', "if False:", "what_is_read"),
-        ("links are followed for ever", "in seen: left_out", "in set(): left_out", "what_is_read"),
-        ("shards are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
+        ("no limit on validation", "if held + sizes[i] <= total / 10:", "if True:", "few_or_uneven"),
+        ("validation may be tiny", "enough = held >= total / 100", "enough = held > 0", "few_or_uneven"),
+        ("hidden files are read", 'if file.name.startswith("."):', "if False:", "what_is_read"),
+        ("links are followed forever", "in seen:", "in set():", "what_is_read"),
+        ("shards are not synced to disk", "os.fsync(file.fileno())", "pass", DISK),
     ],
     "model.py": [
-        ("tensor files are not forced to disk", "os.fsync(file.fileno())", "pass", DISK),
-        ("rotated the other way", "torch.cat((-sin, sin), -1)", "torch.cat((sin, -sin), -1)", ONE),
-        ("rotary pairs are neighbours", "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)", ONE),
-        ("no sharpness of YaRN, MHA", "return q * self.config.sharpness if self.config.yarn else q", "return q", "yarn_sharpens"),
-        ("no sharpness of YaRN, MLA", "q = q * c.sharpness if c.yarn else q\n", "pass\n", "yarn_sharpens"),
+        ("tensor files are not synced to disk", "os.fsync(file.fileno())", "pass", DISK),
+        ("rotary direction reversed", "torch.cat((-sin, sin), -1)", "torch.cat((sin, -sin), -1)", ONE),
+        ("rotary pairs are interleaved", "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)", ONE),
+        ("YaRN without sharpening, MHA", "return q * self.config.sharpness if self.config.yarn else q",
+         "return q", "yarn_sharpens"),
+        ("YaRN without sharpening, MLA", "q = q * c.sharpness if c.yarn else q\n", "pass\n", "yarn_sharpens"),
         ("λ_init counts layers from 1", "(layer - config.lam_delay)", "(layer + 1 - config.lam_delay)",
          "lambda_starts or " + ONE),
         ("the head norm's ε is the model's", "RMSNorm(2 * d, eps=1e-5)", "RMSNorm(2 * d, config.norm_eps)",
@@ -74,40 +77,40 @@ TABLE = {
         ("half of γ where keys are shared", "return [(self.wq, by_head, 1.0)]",
          "return [(self.wq, by_head, 0.5)]", "qk_clip_brings"),
         ("half of γ for rotary queries", "by_head(w)[:, d:], 1.0)", "by_head(w)[:, d:], 0.5)", ONE),
-        ("logits of the last micro-batch", "torch.maximum(self.max_logits, largest)", "largest", ONE),
-        ("groups by their best expert", "min(2, groups.shape[-1])", "1", ONE),
-        ("the router's bias is in the weights", "weight = s.gather(1, index)",
+        ("logits of only the last micro-batch", "torch.maximum(self.max_logits, largest)", "largest", ONE),
+        ("groups ranked by their best expert", "min(2, groups.shape[-1])", "1", ONE),
+        ("the router's bias enters the weights", "weight = s.gather(1, index)",
          "weight = choice.gather(1, index)", "bias_moves"),
-        ("balance loss of the dispatch", "best = s.topk(k, -1)", "best = (s + self.bias).topk(k, -1)",
+        ("balance loss of biased scores", "best = s.topk(k, -1)", "best = (s + self.bias).topk(k, -1)",
          "balance_loss_counts"),
         ("balance loss over all sequences", "unflatten(0, (B, -1)).mean(1) * E / k",
          "mean(0, keepdim=True) * E / k", ONE),
-        ("balance loss of the last layer", "balance = balance + of_layer", "balance = of_layer", ONE),
-        ("the router's bias the wrong way", "(load.mean() - load).sign()", "(load - load.mean()).sign()",
+        ("balance loss of only the last layer", "balance = balance + of_layer", "balance = of_layer", ONE),
+        ("router's bias moves the wrong way", "(load.mean() - load).sign()", "(load - load.mean()).sign()",
          ONE),
-        ("load of the last micro-batch", "self.load += counts", "self.load = counts", ONE),
-        ("experts without the router's weight", "self.act(gate) * up * weight", "self.act(gate) * up",
+        ("load of only the last micro-batch", "self.load += counts", "self.load = counts", ONE),
+        ("experts without router weights", "self.act(gate) * up * weight", "self.act(gate) * up",
          "weighted_sum"),
-        ("residual projections born too large", "init_std / math.sqrt(2 * self.config.n_layer)", "init_std",
-         "weights_are_born"),
-        ("the seed of the weights is not used", 'f"{seed}/{unit_name}"', "unit_name", "weights_are_born"),
+        ("residual projections start too large", "init_std / math.sqrt(2 * self.config.n_layer)", "init_std",
+         "weights_are_initialised"),
+        ("the weight seed is ignored", 'f"{seed}/{unit_name}"', "unit_name", "weights_are_initialised"),
         ("FLOPs of training", "(6 if training else 2)", "(4 if training else 2)", "flops_of"),
         ("FLOPs of latent attention", "config.d_head + config.d_rope + config.d_value if",
          "config.d_head + config.d_value if", "flops_of"),
     ],
     "notes/corpus.py": [
-        ("false statements are true", "claim(len({value(side) for side in sides}) == 1, found)", "pass",
+        ("false statements pass", "claim(len({value(side) for side in sides}) == 1, found)", "pass",
          "arithmetic_statement"),
     ],
     "muonclip.py": [
         ("always Nesterov", "alpha=momentum) if nesterov else ms", "alpha=momentum)", ONE),
-        ("A is not computed anew", "k % restart == 0", "False", "needs_its_restart"),
+        ("the Gram matrix is never recomputed", "k % restart == 0", "False", "needs_its_restart"),
         ("AdamW's β1", "torch._foreach_lerp_(ms, gs, 1 - beta1)", "torch._foreach_lerp_(ms, gs, beta1)", ONE),
         ("AdamW's ε", "torch._foreach_add_(roots, eps)", "torch._foreach_add_(roots, eps ** 0.5)", ONE),
         ("negative logits are clipped", "torch.where(s > tau,", "torch.where(s.abs() > tau,",
          "qk_clip_brings"),
-        ("warm-up starts from 0", "c.lr * (tokens + config.step_tokens) /", "c.lr * tokens /", ONE),
-        ("the mean is kept when put back", "w.copy_(mean.pop(name))", "w.copy_(mean[name])", ONE),
+        ("warm-up starts at 0", "c.lr * (tokens + config.step_tokens) /", "c.lr * tokens /", ONE),
+        ("the mean survives being put back", "w.copy_(mean.pop(name))", "w.copy_(mean[name])", ONE),
         ("λ and coefficients decay", '"embedding and head") or kind == "gains" and muon',
          '"embedding and head") or muon', "by_their_kind"),
         ("gains decay under AdamW", 'or kind == "gains" and muon', 'or kind == "gains"', "by_their_kind"),
@@ -115,57 +118,57 @@ TABLE = {
          ONE),
     ],
     "parallel.py": [
-        ("expert gradients take the way out", "start(g, ctx.trip.received, ctx.trip.sent)",
+        ("expert gradients go the wrong way", "start(g, ctx.trip.received, ctx.trip.sent)",
          "start(g, ctx.trip.sent, ctx.trip.received)", TWO),
         ("tokens return in order of arrival", "Depart.apply(y[inverse], home)", "Depart.apply(y, home)", TWO),
-        ("all matrices to the first owner", "r = min(room, key=lambda r: (work_of[r], size_of[r])) if room",
+        ("all matrices on the first owner", "r = min(room, key=lambda r: (work_of[r], size_of[r])) if room",
          "r = room[0] if room", "shared_out_evenly"),
-        ("the norm of one rank's gradients", "all_sum(squares, self.mesh, self.mesh.dp).sum()",
+        ("the norm of one rank's gradients only", "all_sum(squares, self.mesh, self.mesh.dp).sum()",
          "squares.sum()", TWO),
-        ("gradients of the last micro-batch", "bucket.gradient[where].add_(",
+        ("gradients of only the last micro-batch", "bucket.gradient[where].add_(",
          "bucket.gradient[where].copy_(", TWO),
-        ("expert gradients by their replicas", "bucket.gradient.div_(n)",
+        ("expert gradients over their replicas", "bucket.gradient.div_(n)",
          "bucket.gradient.div_(bucket.axis.size)", TWO),
-        ("micro-batches count alike", "of_all = len(here[0]) / share", "of_all = micro / share", ONE),
+        ("micro-batches weigh the same", "of_all = len(here[0]) / share", "of_all = micro / share", ONE),
         ("the learning rate is never set", 'group["lr"] = lr', "pass", ONE),
         ("threads outlive the mesh", "    GROUPS.clear()\n", "", "of_two_ranks"),
-        ("a bucket of two chunks", "return chunk(piece.name), str(", "return (str)(", "without_processes"),
-        ("experts with replicas are one piece", "if stacked and axis.size > 1 else [first + len(p)]",
+        ("a bucket mixes two chunks", "return chunk(piece.name), str(", "return (str)(", "without_processes"),
+        ("replicated experts are one piece", "if stacked and axis.size > 1 else [first + len(p)]",
          "if False else [first + len(p)]", "without_processes"),
-        ("the norm is fetched from the device", 'norm.device.type != "cpu" or norm > largest', "norm > largest",
+        ("the norm is read from the device", 'norm.device.type != "cpu" or norm > largest', "norm > largest",
          "never_waits"),
-        ("moments stay after an average", "optimizer.state.clear()", "pass", ONE),
+        ("moments survive an average", "optimizer.state.clear()", "pass", ONE),
     ],
     "train.py": [
         ("gradients are never clipped", "owners.clip_norm_(config.optim.clip_norm)",
          "owners.clip_norm_(math.inf)", ONE),
-        ("largest logits of all steps", "        attention.clear_logits(threshold)\n", "        pass\n", ONE),
-        ("router's load of all steps", "        moe.load.zero_()\n", "        pass\n", ONE),
+        ("logits are never cleared", "        attention.clear_logits(threshold)\n", "        pass\n", ONE),
+        ("the router's load is never cleared", "        moe.load.zero_()\n", "        pass\n", ONE),
         ("router biases are not averaged", "put_back_(run.buffers, run.mean)", "pass", ONE),
-        ("the clip comes before the update", "owners.step(sound, follow)",
+        ("QK-Clip comes before the update", "owners.step(sound, follow)",
          "owners.step(False, follow); run.owners.step(sound, len)", ONE),
         ("a rank's own load moves the router", "zip(run.mixtures, seen.loads)",
          "zip(run.mixtures, [m.load for m in run.mixtures])", TWO),
-        ("bits a token, not a byte", "nats / math.log(2) / size", "nats / math.log(2) / tokens",
+        ("bits per token, not per byte", "nats / math.log(2) / size", "nats / math.log(2) / tokens",
          "bits_are_counted"),
         ("ranks evaluate the same windows", "range(mesh.dp.rank * config.micro,", "range(0,", TWO),
-        ("losses of another domain", "index_add_(0, batch.domain.to(", "index_add_(0, batch.domain.flip(0).to(",
-         ONE),
-        ("another data set is taken up", 'for what in ("tokenizer", "data"):', 'for what in ("tokenizer",):',
+        ("losses of another domain", "index_add_(0, batch.domain.to(",
+         "index_add_(0, batch.domain.flip(0).to(", ONE),
+        ("changed data is accepted", 'for what in ("tokenizer", "data"):', 'for what in ("tokenizer",):',
          "resuming_refuses"),
         ("the log keeps later rows", 'and int(row["step"]) <= step]', "]", "resumed_log"),
         ("moments of another optimizer", "moments=same)", "moments=True)", "stage_begins"),
-        ("a step that is not finite updates", "owners.step(sound, follow)", "owners.step(True, follow)",
+        ("a nonfinite step updates", "owners.step(sound, follow)", "owners.step(True, follow)",
          "skipped_whole"),
-        ("memory of a rank's experts", "(config.mesh.ep if p.ndim == 3 else 1)", "1", "memory_of"),
-        ("rows from the wrong place", "t[max(start - at, 0):stop - at]", "t[:stop - at]",
+        ("memory ignores expert parallelism", "(config.mesh.ep if p.ndim == 3 else 1)", "1", "memory_of"),
+        ("rows from the wrong offset", "t[max(start - at, 0):stop - at]", "t[:stop - at]",
          "rows_of_a_checkpoint"),
-        ("a checkpoint's names are not on disk", "        sync_folder(beside)\n", "", DISK),
-        ("its own name is not on disk", "        sync_folder(ckpt)\n", "", DISK),
-        ("the manifest is not forced to disk", "with atomic(beside / \"manifest.json\", \"w\")",
-         "with open(beside / \"manifest.json\", \"w\")", DISK),
+        ("a checkpoint's folder is not synced", "        sync_folder(tmp)\n", "", DISK),
+        ("a checkpoint's own name is not synced", "        sync_folder(ckpt)\n", "", DISK),
+        ("the manifest is not synced to disk", "with atomic(tmp / \"manifest.json\", \"w\")",
+         "with open(tmp / \"manifest.json\", \"w\")", DISK),
         ("later checkpoints stay", "kept[here:] + kept", "kept", "leaves_no_later"),
-        ("the log is not on disk", "run.folder.sync_log()", "pass", DISK),
+        ("the log is not synced to disk", "run.folder.sync_log()", "pass", DISK),
         ("checksums are not compared", 'i % parts == part and parallel.checksum(t) != entry["sha256"]',
          "False", "damaged_checkpoints"),
     ],
@@ -173,17 +176,17 @@ TABLE = {
 
 
 def run(folder, tests):
-    """pytest's exit status: 0 all pass, 1 one fails; any other says that they could not be run."""
+    """pytest's exit status: 0 all pass, 1 some fail, anything else means that the tests could not run."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "test_all.py", "-k", tests]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     try:
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=300).returncode
     except subprocess.TimeoutExpired:
-        return 1                                                   # a mistake may well wait for ever
+        return 1                                                   # a mutation may well hang forever
 
 
 def attempt(folder, file, old, new, tests):
-    """Put one mistake in, run its tests, take it out again.  → what has become of it"""
+    """Apply one mutation, run its tests, undo it.  → its verdict: caught, survives, stale or broken"""
     path = folder / file
     text = path.read_text("utf-8")
     if text.count(old) != 1:
@@ -201,7 +204,7 @@ def main(words):
         copy = Path(folder) / "kimotif"
         shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns(".git", "cache", "out", "__pycache__"))
         if run(copy, " or ".join(sorted({tests for *_, tests in rows}))) != 0:
-            raise SystemExit("tests of these rows do not pass on the code as it is, or there are none")
+            raise SystemExit("tests of these rows do not pass on the unchanged code, or there are none")
         verdicts = []
         for file, what, *row in rows:
             verdicts.append(attempt(copy, file, *row))

@@ -1,4 +1,4 @@
-"""Why does Muon make attention logits explode? AdamW beside Muon: same start, same data, same RMS of every update.
+"""Why does Muon make attention logits explode? AdamW against Muon: same start, same data, same update RMS.
 
   python muonclip.py        # or python -m notes.appendix_e: three minutes on two cores
 """
@@ -16,7 +16,7 @@ from notes import _note
 
 ARMS = "AdamW", "Muon"
 HIGH = {arm: f"{arm}, lr 0.01" for arm in ARMS}
-TOP = 8                          # singular pairs of a weight that are followed
+TOP = 8                          # leading singular pairs of a weight that are tracked
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ def cells(quick):
     setting = Setting()
     if quick:
         toy = _note.toy(replace(train.RECIPES["laptop"], model=setting.model))
-        setting = replace(setting, model=toy.model, data=replace(toy.data, horizon=10 ** 9), batch=4, steps=12, every=4)
+        setting = replace(setting, model=toy.model, data=replace(toy.data, horizon=10 ** 9), batch=4,
+                          steps=12, every=4)
     return [(arm, seed, setting) for seed in range(1 if quick else 3) for arm in ARMS] + [
         (HIGH[arm], 0, replace(setting, lr=1e-2)) for arm in ARMS]
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- what is measured --------------------------------------------------------------------------------------
 
 def svd_entropy(s):
     """H = −(1/log n)·Σ pᵢ log pᵢ with pᵢ = sᵢ²/Σs²; 1 where all s (n,) are equal.   [Moonlight §3.4]"""
@@ -50,7 +51,7 @@ def svd_entropy(s):
 
 @torch.no_grad()
 def measure(model, updates, by_head):
-    """Spectra of weights and updates, means over the hidden matrices or the heads.  updates: {name: −ΔW at RMS 0.2}"""
+    """Spectra of weights and updates, averaged over matrices or heads.  updates: {name: −ΔW at RMS 0.2}"""
     weights = dict(model.named_parameters())
     spectra = {name: torch.linalg.svd(weights[name].detach(), full_matrices=False) for name in updates}
     of_update = {name: torch.linalg.svdvals(update) for name, update in updates.items()}
@@ -60,12 +61,14 @@ def measure(model, updates, by_head):
     for leaf in ("wq", "wk"):
         row[f"norm_{leaf}"] = statistics.mean(s[0].item() for name, (_, s, _) in spectra.items()
                                               if name.endswith(leaf))
-    products = torch.cat([by_head(a.wq).mT @ by_head(a.wk) for a in model.attentions().values()])     # (heads, C, C)
+    # (heads, C, C)
+    products = torch.cat([by_head(a.wq).mT @ by_head(a.wk) for a in model.attentions().values()])
     row["norm_qk"] = torch.linalg.matrix_norm(products, 2).mean().item()
-    # how much one step adds to the weight's own largest singular values:  uᵢᵀ(−ΔW)vᵢ
-    added = [torch.einsum("mi,mn,in->i", u[:, :TOP], updates[name], vt[:TOP]) for name, (u, _, vt) in spectra.items()
-             if name.endswith(("wq", "wk"))]
-    added = torch.stack(added)                                                                   # (matrices, TOP)
+
+    # How much one step adds to the weight's own largest singular values:  uᵢᵀ(−ΔW)vᵢ
+    added = [torch.einsum("mi,mn,in->i", u[:, :TOP], updates[name], vt[:TOP])
+             for name, (u, _, vt) in spectra.items() if name.endswith(("wq", "wk"))]
+    added = torch.stack(added)                                                              # (matrices, TOP)
     largest = torch.stack([s[0] for name, s in of_update.items() if name.endswith(("wq", "wk"))])
     return row | dict(added_first=added[:, 0].mean().item(), added_top=added.mean().item(),
                       aligned=(added[:, 0] / largest).mean().item())
@@ -94,9 +97,11 @@ def run(arm, seed, setting):
                 updates = [muonclip.muon_update([g], [m])[0] for g, m in zip(gs, state(ms, hidden))]
             else:
                 updates = muonclip.adamw_update(gs, state(ms, hidden), state(vs, hidden), step)
-            updates = [u * (-setting.rms / u.square().mean().sqrt().clamp_min(1e-20)) for u in updates]   # equal RMS
+            # Rescale every update to the same RMS
+            updates = [u * (-setting.rms / u.square().mean().sqrt().clamp_min(1e-20)) for u in updates]
             if step % setting.every == 0 or step == 1:
-                yield dict(step=step, loss=loss.item(), max_logit=max(a.max_logits.max().item() for a in attentions),
+                max_logit = max(a.max_logits.max().item() for a in attentions)
+                yield dict(step=step, loss=loss.item(), max_logit=max_logit,
                            **measure(model, dict(zip(matrices, updates)), attentions[0].qk_heads()[0][1]))
             if step == setting.steps // 2:
                 s = torch.linalg.svdvals(dict(zip(matrices, updates))["layers.1.attention.wq"])
@@ -106,13 +111,13 @@ def run(arm, seed, setting):
             torch._foreach_add_(others, rest, alpha=-setting.lr)
 
 
-# ---- figure and table -----------------------------------------------------------------------------------------------
+# ---- figure and table --------------------------------------------------------------------------------------
 
 def show(rows):
     figure, axes = _note.panels(2, 3, width=12)
     (spectrum, entropy, logit), (norms, added, loss) = axes
     for arm, colour in zip(ARMS, _note.COLOURS):
-        draw = lambda axis, y, **style: _note.band(axis, rows, arm, "step", y, **(dict(color=colour) | style))
+        draw = lambda axis, y, **style: _note.band(axis, rows, arm, "step", y, **dict(color=colour) | style)
         _note.band(spectrum, rows, arm, "index", "singular", color=colour)
         draw(entropy, "update_entropy", label=f"{arm}: updates")
         draw(entropy, "weight_entropy", label="weights", ls="--")
@@ -126,7 +131,8 @@ def show(rows):
     spectrum.set(title="one update: singular values", xlabel="index", ylabel="at RMS 0.2", ylim=(1e-2, None))
     entropy.set(title="SVD entropy, mean of hidden matrices", xlabel="step")
     norms.set(title="spectral norm (WqᵀWk: of a head)", xlabel="step", ylim=(0, 5.5))
-    added.set(title="added to Wq's, Wk's own singular values", xlabel="step", ylabel="uᵀ(−ΔW)v, one step, lr 1")
+    added.set(title="added to Wq's, Wk's own singular values", xlabel="step",
+              ylabel="uᵀ(−ΔW)v, one step, lr 1")
     logit.set(title="largest logit", xlabel="step")
     loss.set(title="training loss", xlabel="step", ylabel="nats/byte")
     for axis in axes.flat:
@@ -134,19 +140,21 @@ def show(rows):
     _note.log_y(spectrum)
     _note.log_y(logit)
 
-    def end(arm, key):                                             # the mean of the last fifth of the run, a seed each
+    def end(arm, key):                                             # means of each seed's last fifth
         last = max(row.get("step", 0) for row in rows)
         return [statistics.mean(row[key] for row in of_seed if row.get("step", 0) > 0.8 * last and key in row)
                 for of_seed in _note.of_arm(rows, arm).values()]
     columns = *ARMS, *HIGH.values()
-    what = {"largest singular value of an update (RMS 0.2)": "update_norm", "SVD entropy of updates": "update_entropy",
-            "SVD entropy of weights": "weight_entropy", "uᵀ(−ΔW)v, the weight's first pair": "added_first",
+    what = {"largest singular value of an update (RMS 0.2)": "update_norm",
+            "SVD entropy of updates": "update_entropy", "SVD entropy of weights": "weight_entropy",
+            "uᵀ(−ΔW)v, the weight's first pair": "added_first",
             "the same, as a part of the update's largest singular value": "aligned",
             f"uᵀ(−ΔW)v, mean of its first {TOP}": "added_top", "spectral norm of Wq": "norm_wq",
             "spectral norm of Wk": "norm_wk", "spectral norm of a head's WqᵀWk": "norm_qk",
             "largest logit": "max_logit", "training loss": "loss"}
     lines = _note.table(("mean of the last fifth; median of seeds (range)", *columns),
-                        *((label, *(_note.spread(end(arm, key)) for arm in columns)) for label, key in what.items()))
+                        *((label, *(_note.spread(end(arm, key)) for arm in columns))
+                          for label, key in what.items()))
     return figure, lines
 
 

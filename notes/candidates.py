@@ -1,4 +1,4 @@
-"""Motif's choices: every candidate beside the same base, with AdamW as in Motif, and some again with MuonClip."""
+"""Motif's choices: every candidate against the same base, with AdamW as in Motif, some also with MuonClip."""
 import statistics
 from dataclasses import replace
 
@@ -7,17 +7,17 @@ from model import ModelConfig, cache_per_token, count_parameters
 from notes import _note
 
 STEPS = 800                                                        # of 2,048 bytes
-RATES = dict(adamw=(1e-3, 3e-3, 1e-2, 3e-2), muonclip=(3e-3, 1e-2, 3e-2))    # the last for nGPT alone under AdamW
-BASE = ModelConfig(n_layer=4, n_head=4, n_kv_head=4, d_model=64, d_head=16, d_ff=192, vocab_size=261, context=128,
-                   differential=False, act="silu", init_std=0.1)
+RATES = dict(adamw=(1e-3, 3e-3, 1e-2, 3e-2), muonclip=(3e-3, 1e-2, 3e-2))    # AdamW's last is for nGPT only
+BASE = ModelConfig(n_layer=4, n_head=4, n_kv_head=4, d_model=64, d_head=16, d_ff=192, vocab_size=261,
+                   context=128, differential=False, act="silu", init_std=0.1)
 CHANGES = {"base": {}, "QK-Norm": dict(qk_norm=True), "differential": dict(differential=True),
            "shared K/V": dict(share_kv=2), "nGPT": dict(ngpt=True), "PolyNorm": dict(act="polynorm"),
            "differential + PolyNorm": dict(differential=True, act="polynorm")}
 BOTH = "differential + PolyNorm"                                   # what Motif chose
 SEEDS = {("base", "adamw"): 5, ("QK-Norm", "adamw"): 3, ("PolyNorm", "adamw"): 5, (BOTH, "adamw"): 3,
          ("differential", "adamw"): 3, ("base", "muonclip"): 3, ("QK-Norm", "muonclip"): 3,
-         ("PolyNorm", "muonclip"): 3, (BOTH, "muonclip"): 3}       # those with MuonClip are all there are of it
-BEST = {"adamw": 3e-3, "muonclip": 1e-2}                           # of the three, for all with more than one seed
+         ("PolyNorm", "muonclip"): 3, (BOTH, "muonclip"): 3}       # MuonClip runs for these arms only
+BEST = {"adamw": 3e-3, "muonclip": 1e-2}                           # best rate of every arm with several seeds
 
 
 def hidden(model):
@@ -26,15 +26,16 @@ def hidden(model):
 
 
 def like(base, **changes):
-    """`base` with the changes and, by the width of its feed-forward layers, as many hidden parameters."""
+    """`base` with the changes, its feed-forward width adjusted to keep the number of hidden parameters."""
     model = replace(base, **changes)
     a_column = (hidden(replace(model, d_ff=200)) - hidden(replace(model, d_ff=100))) / 100
     return replace(model, d_ff=4 * round((model.d_ff + (hidden(base) - hidden(model)) / a_column) / 4))
 
 
 def config(changes, lr, rule="adamw", base=BASE, steps=STEPS):
-    """Bytes of Python sources. AdamW with the settings of Motif §3.2.2, where the rate is held for four fifths of
-    the run. nGPT has no weight decay and no warm-up, and no clip, like QK-Norm."""
+    """Trains on bytes of Python sources. AdamW with the settings of Motif §3.2.2, where the rate is constant
+    for the first four fifths of the run. nGPT has no weight decay and no warm-up, and like QK-Norm no
+    QK-Clip."""
     model, recipe = like(base, **changes), train.RECIPES["laptop"]
     optim = replace(recipe.optim, name=rule, lr=lr, momentum=0.95, decay="rsqrt", decay_start=0.8, floor=0.25,
                     warmup=0.0 if model.ngpt else 0.02, weight_decay=0.0 if model.ngpt else 0.1,
@@ -52,12 +53,13 @@ def cells(quick):
     grid = [(arm, rule, lr, 0) for rule in RATES for lr in RATES[rule] for arm in CHANGES
             if (arm == "nGPT" or lr < 3e-2 if rule == "adamw" else (arm, rule) in SEEDS)]
     if quick:
-        return [(name(arm, rule, lr), 0, _note.toy(config(CHANGES[arm], lr, rule))) for arm, rule, lr, _ in grid
-                if lr == BEST[rule]]
+        return [(name(arm, rule, lr), 0, _note.toy(config(CHANGES[arm], lr, rule)))
+                for arm, rule, lr, _ in grid if lr == BEST[rule]]
     grid += [(arm, rule, BEST[rule], seed) for (arm, rule), n in SEEDS.items() for seed in range(1, n)]
     runs = [(name(arm, rule, lr), seed, config(CHANGES[arm], lr, rule)) for arm, rule, lr, seed in grid]
-    return runs + _note.speed_cells({name(arm, rule, 3e-3): config(CHANGES[arm], 3e-3, rule) for arm in CHANGES
-                                     for rule in RATES if rule == "adamw" or (arm, rule) in SEEDS})
+    return runs + _note.speed_cells({
+        name(arm, rule, 3e-3): config(CHANGES[arm], 3e-3, rule) for arm in CHANGES
+        for rule in RATES if rule == "adamw" or (arm, rule) in SEEDS})
 
 
 def run(arm, seed, config):
@@ -69,7 +71,8 @@ def show(rows):
     for arm in CHANGES:
         for rule in RATES:
             for lr in RATES[rule]:
-                found = {seed: some[-1]["bpb"] for seed, some in _note.of_arm(rows, name(arm, rule, lr)).items()}
+                seeds = _note.of_arm(rows, name(arm, rule, lr))
+                found = {seed: some[-1]["bpb"] for seed, some in seeds.items()}
                 if found:
                     ends.setdefault((arm, rule), {})[lr] = found
     best = {cell: min(of_rate, key=lambda lr: of_rate[lr][0]) for cell, of_rate in ends.items()}
@@ -114,9 +117,10 @@ def show(rows):
     pairs = [values for (arm, _), values in more.items() if arm != "base" and len(values) > 1]
     pooled = (sum((len(v) - 1) * statistics.variance(v) for v in pairs)
               / max(1, sum(len(v) - 1 for v in pairs))) ** 0.5
-    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%; of differences "
-              f"at the same seed, pooled over all arms: {pooled:.2f}%, so that two standard errors of a mean of three "
-              f"seeds are {2 * pooled / 3 ** 0.5:.1f}%, of five {2 * pooled / 5 ** 0.5:.1f}%."]
+    lines += ["", f"Standard deviation of base with AdamW over {len(of_base)} seeds: {deviation:.2f}%; "
+              f"of differences at the same seed, pooled over all arms: {pooled:.2f}%, so that two standard "
+              f"errors of a mean of three seeds are {2 * pooled / 3 ** 0.5:.1f}%, "
+              f"of five {2 * pooled / 5 ** 0.5:.1f}%."]
     return figure, lines[1:]
 
 

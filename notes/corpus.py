@@ -1,11 +1,11 @@
-"""The text that a run without --data.files learns from, and the checker of its arithmetic.
+"""The default text, which a run without --data.files trains on, and a checker of its arithmetic.
 
-  prose   the documentation in Python's standard library       found as files on this machine; differs a little
-  code    its source without that documentation                between Python versions
-  math    worked problems with every step, generated           the same on every machine
+  prose   docstrings of Python's standard library         found as files on this machine; differs slightly
+  code    its source without the docstrings               between Python versions
+  math    worked problems with every step, generated      the same on every machine
 
-`check` reads a worked problem as a pupil's answer: every statement in it is computed exactly, and the last line has to
-solve what the first one asks. It knows nothing of how the problems are made.
+`check` reads a worked problem like a pupil's answer: it computes every statement exactly, and the last line
+must solve what the first one asks. It does not know how the problems are generated.
 """
 import ast
 import functools
@@ -19,16 +19,16 @@ from pathlib import Path
 
 
 def documents(name):
-    """The documents of "prose", "code" or "math"."""
+    """The documents of the domain "prose", "code" or "math"."""
     return worked_math() if name == "math" else library()[name == "code"]
 
 
-# ---- prose and code: the standard library -------------------------------------------------------------------------
+# ---- prose and code: the standard library ------------------------------------------------------------------
 
 def library_files():
-    """[(module name, path)] of the standard library, sorted; found as files, never imported.
-    Left out: tests; installed packages; `encodings` and html.entities, generated tables; what was generated
-    when this Python was built (_sysconfigdata, config-*), which differs between machines and names paths."""
+    """[(module name, path)] of the standard library, sorted; found as files, never imported. Left out: tests;
+    installed packages; the generated tables `encodings` and html.entities; files generated when this Python
+    was built (_sysconfigdata, config-*), which name paths and differ between machines."""
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "entities"}
     root, found = Path(sysconfig.get_paths()["stdlib"]), []
     for path in sorted(root.rglob("*.py")):
@@ -40,13 +40,13 @@ def library_files():
 
 
 def split_docstrings(source, module):
-    """source text → ([(qualified name, docstring)], the source without them).  An empty body gets `pass`.
-    SyntaxError if either side of the cut does not parse."""
+    """source text → ([(qualified name, docstring)], the source without docstrings).  An empty body gets
+    `pass`. SyntaxError if the source does not parse before or after."""
     docs, cuts = [], []
 
     def visit(node, name):
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr): continue             # holds no docstring; most of the tree
+            if isinstance(child, ast.expr): continue             # most of the tree, and without docstrings
             named = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             visit(child, f"{name}.{child.name}" if named else name)
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): return
@@ -56,7 +56,7 @@ def split_docstrings(source, module):
 
     visit(ast.parse(source), module)
     lines = source.encode().split(b"\n")         # ast counts columns in UTF-8 bytes; a form feed ends no line
-    for node, empty in sorted(cuts, key=lambda c: -c[0].lineno):                     # from the bottom upwards
+    for node, empty in sorted(cuts, key=lambda c: -c[0].lineno):                     # from the bottom up
         first, last = node.lineno - 1, node.end_lineno
         before, after = lines[first][:node.col_offset], lines[last - 1][node.end_col_offset:]
         if empty or before.strip() or after.strip():
@@ -71,12 +71,12 @@ def split_docstrings(source, module):
 
 @functools.cache                                                 # both domains come from one pass
 def library():
-    """(prose documents, code documents): no docstring is in both, and none is in prose twice."""
+    """(prose documents, code documents). No docstring is in both, and none is in the prose twice."""
     prose, code, seen = [], [], set()
     for module, path in library_files():
         try:
             source = path.read_bytes().decode().replace("\r\n", "\n")
-            if module == "pydoc_data.topics":                    # topics = {title: text}: language reference
+            if module == "pydoc_data.topics":                   # topics = {title: text}: language reference
                 table = ast.parse(source).body[-1].value
                 prose += [f"{title}\n\n{text.strip()}\n" for title, text in ast.literal_eval(table).items()]
                 continue
@@ -91,11 +91,11 @@ def library():
     return prose, code
 
 
-# ---- math: worked problems, generated -----------------------------------------------------------------------------
-# A problem: random.Random → lines.  Every `=` between numbers is a true statement: see `check`.
+# ---- math: worked problems, generated ----------------------------------------------------------------------
+# A problem is a function random.Random → lines.  Every `=` between numbers is a true statement: see `check`.
 
-def between(rng, low, high):                                    # of a Random, only random() is promised to be
-    return low + int(rng.random() * (high - low + 1))           # the same in every Python version
+def between(rng, low, high):                                    # only random() is guaranteed to give the same
+    return low + int(rng.random() * (high - low + 1))           # numbers in every Python version
 
 def one_of(rng, *options): return options[between(rng, 0, len(options) - 1)]
 def natural(rng, digits):  return between(rng, 10 ** (k := between(rng, 0, digits - 1)), 10 ** (k + 1) - 1)
@@ -103,7 +103,7 @@ def nonzero(rng, size):    return between(rng, 1, size) * one_of(rng, -1, 1)
 def paren(n):              return f"({n})" if n < 0 else f"{n}"
 
 def polynomial(*terms):
-    """(2, "x"), (-3, "") → 2x - 3;  zeros vanish."""
+    """(2, "x"), (-3, "") → 2x - 3;  terms with a zero coefficient are omitted."""
     text = ""
     for a, x in terms:
         size = x if abs(a) == 1 and x else f"{abs(a)}{x}"
@@ -167,7 +167,7 @@ def fractions(rng):
 
 def linear(rng):
     x, a, b, c = between(rng, -15, 15), nonzero(rng, 12), nonzero(rng, 40), between(rng, -9, 9)
-    if a == c: a = 13                                            # else every x would do, or none
+    if a == c: a = 13                                            # otherwise every x or none is a solution
     d = (a - c) * x + b
     lines = [f"{one_of(rng, 'Solve', 'Find x:', 'Solve for x:')} {polynomial((a, 'x'), (b, ''))} = "
              f"{polynomial((c, 'x'), (d, ''))}"]
@@ -196,7 +196,7 @@ def quadratic(rng):
 def system(rng):
     x, y = between(rng, -9, 9), between(rng, -9, 9)
     a, b, c, d = (nonzero(rng, 9) for _ in range(4))
-    if a * d == b * c: d += 1 if d != -1 else 2                  # parallel lines; a is not 0, so these cross
+    if a * d == b * c: d += 1 if d != -1 else 2                  # parallel; a is not 0, so now they cross
     e, f = a * x + b * y, c * x + d * y
     left, right = (polynomial((p, "x"), (q, "y")) for p, q in ((a, b), (c, d)))
     minor = a * d - b * c
@@ -211,7 +211,7 @@ def system(rng):
             f"Check in the second: {c} * {paren(x)} + {paren(d)} * {paren(y)} = {f}"]
 
 def percentage(rng):
-    p, n = 5 * between(rng, 1, 19), 20 * between(rng, 1, 400)    # of 5% and of 20: the part is whole
+    p, n = 5 * between(rng, 1, 19), 20 * between(rng, 1, 400)    # multiples of 5% and 20: p% of n is whole
     g, part, up = math.gcd(p, 100), n * p // 100, one_of(rng, True, False)
     thing = one_of(rng, "price", "rent", "fee", "wage", "stock of paper", "crowd", "harvest", "bill")
     moves = one_of(rng, "rises", "goes up") if up else one_of(rng, "falls", "goes down")
@@ -230,7 +230,7 @@ def euclid(rng):
     return lines + [f"The last divisor is {p}.", f"Least common multiple: {a} / {p} * {b} = {a * b // p}"]
 
 def expression(rng):
-    """An expression, evaluated one operation at a time, the leftmost possible first."""
+    """An expression, evaluated one operation at a time, always the leftmost possible one."""
     def grow(depth):
         if depth == 0 or rng.random() < 0.15: return between(rng, 1, 12)
         return [grow(depth - 1), one_of(rng, "+", "-", "*"), grow(depth - 1)]
@@ -254,7 +254,7 @@ PROBLEMS = (addition, subtraction, multiplication, division, fractions, linear, 
             euclid, expression)
 
 def worked_math(size=2_000_000):
-    """Distinct problems with every step, one document each, about `size` bytes; the same on every machine."""
+    """Distinct worked problems, one document each, about `size` bytes in all; the same on every machine."""
     rng, found = random.Random(2026), {}                         # a dict keeps the order and drops duplicates
     while size > 0:
         text = "\n".join(one_of(rng, *PROBLEMS)(rng)) + "\n"
@@ -263,7 +263,7 @@ def worked_math(size=2_000_000):
     return list(found)
 
 
-# ---- the checker of arithmetic ------------------------------------------------------------------------------------
+# ---- the checker of arithmetic -----------------------------------------------------------------------------
 
 STATEMENT = re.compile(r"(?<![\w^])[-(\d][-\d+*/() ]*(?:= [-(\d][-\d+*/() ]*)+")
 APPLY = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
@@ -271,7 +271,7 @@ APPLY = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lam
 
 
 def number(node):
-    """A parsed expression of + - * / → an exact Fraction.  KeyError, ZeroDivisionError: it is none."""
+    """A parsed expression of + - * / → an exact Fraction.  KeyError, ZeroDivisionError: it is none"""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp):
@@ -280,7 +280,7 @@ def number(node):
 
 
 def value(text, **known):
-    """The exact value of "3x^2 - (4 + x)" where x is `known`."""
+    """The exact value of a text such as "3x^2 - (4 + x)", with the variables' values in `known`."""
     text = re.sub(r"(\d)([xy])", r"\1*\2", text).replace("^2", "**2").replace(")(", ")*(")
     for name, v in known.items():
         text = re.sub(rf"\b{name}\b|(?<=\*){name}", f"({v})", text)
@@ -289,8 +289,8 @@ def value(text, **known):
 
 
 def check(problem):
-    """A worked problem → (statements that were checked, its kind or None).  ValueError: what in it is not true, or
-    does not answer its question."""
+    """A worked problem → (number of statements checked, kind or None).  ValueError: a statement that is
+    false, or an answer that does not fit the question."""
     try:
         return statements(problem), answer(problem)
     except (AttributeError, IndexError, KeyError, TypeError, SyntaxError, ZeroDivisionError) as error:
@@ -303,7 +303,7 @@ def claim(true, what):
 
 
 def statements(problem):
-    """How many `=` between numbers there are; all of them hold."""
+    """Check every `=` between numbers. → how many there are"""
     checked, (_, *lines) = 0, problem.strip().split("\n")
     for line in lines:
         if "x" in line or "y" in line.replace("by", ""):
@@ -318,7 +318,7 @@ def statements(problem):
 
 
 def answer(problem):
-    """The kind of the problem, if it is one whose answer is tried in its question: it fits."""
+    """Check the answer by substituting it into the question. → the kind of problem, None if not checked"""
     kind, (first, *lines) = None, problem.strip().split("\n")
     if m := re.match(r"(?:Solve for x:|Find x:|Solve) ([^,:]*) = ([^,:]*)$", first):
         kind, x = "linear", re.search(r"x = .* = (-?\d+)$", problem, re.M).group(1)
@@ -333,14 +333,16 @@ def answer(problem):
     if m := re.match(r"(?:Solve the system|Find x and y:) (.*) = (.*), (.*) = (.*)", first):
         kind = "system"
         y, x = (re.search(rf"^{v} = .* = (-?\d+)$", problem, re.M).group(1) for v in "yx")
-        claim(value(m[1], x=x, y=y) == int(m[2]) and value(m[3], x=x, y=y) == int(m[4]), f"x = {x}, y = {y}")
-    if re.match(r"^ones: ", lines[0]):                             # the digits written are those of the answer
+        fits = value(m[1], x=x, y=y) == int(m[2]) and value(m[3], x=x, y=y) == int(m[4])
+        claim(fits, f"x = {x}, y = {y}")
+    if re.match(r"^ones: ", lines[0]):                             # the digits written down form the answer
         kind = "columns"
         sign = "-" if re.match(r".* - .* = ", [line for line in lines if "Check" not in line][-1]) else "+"
         rows = [line for line in lines if re.match(r"(ones|tens|.*hundreds|.*thousands): ", line)]
         digits = [re.search(r"write (\d)" if sign == "+" else r"= (\d)$", row)[1] for row in rows]
         written = int("1" * ("leads" in problem) + "".join(reversed(digits)))
-        claim(written == int(re.search(rf"^\d+ \{sign} \d+ = (\d+)$", problem, re.M)[1]), f"digits of {written}")
+        result = int(re.search(rf"^\d+ \{sign} \d+ = (\d+)$", problem, re.M)[1])
+        claim(written == result, f"digits of {written}")
     if m := re.search(r"divisor of (\d+) and (\d+)", first):
         a, b = int(m[1]), int(m[2])
         claim(lines[-2] == f"The last divisor is {math.gcd(a, b)}.", lines[-2])

@@ -1,4 +1,4 @@
-"""Differential attention beside plain: loss, needles, largest logits and activations, λ, without the head norm."""
+"""Differential against plain attention: loss, needles, largest logits and activations, λ, no head norm."""
 import contextlib
 import statistics
 from dataclasses import replace
@@ -18,9 +18,9 @@ RATE = 3e-3
 NO_NORM = "differential, no head norm"
 CHANGES = {"plain": {}, "differential": dict(differential=True), NO_NORM: dict(differential=True),
            "grouped, 2 to 1": dict(differential=True, n_head=6, n_noise=2)}
-NEEDLES = 6                      # in a window that is asked, as in the paper
+NEEDLES = 6                      # per window at evaluation, as in the paper
 KEYS, ITEMS, STRAW = 16, 16, 16 + 16 * 16
-SIZE = 128                       # tokens of a window that is trained on
+SIZE = 128                       # tokens of a training window
 
 
 def cells(quick):
@@ -35,22 +35,22 @@ def cells(quick):
 
 def run(arm, seed, config):
     with contextlib.ExitStack() as stack:
-        if arm == NO_NORM:       # the gains stay; 1 − λ_init only makes up for what the norm takes away
+        if arm == NO_NORM:       # the gains stay; 1 − λ_init is dropped, as it only compensates for the norm
             gains = lambda self, y: (y * self.head_norm.weight).transpose(1, 2).flatten(2)
             stack.enter_context(mock.patch.object(Attention, "join", gains))
         yield from (find if arm.startswith("needles") else language)(arm, seed, config)
 
 
-# ---- a language model -----------------------------------------------------------------------------------------------
+# ---- a language model --------------------------------------------------------------------------------------
 
 def language(arm, seed, config):
-    """Bits/byte over the run; λ of each layer; at the end, the largest logit and activation on validation text."""
+    """Bits/byte and each layer's λ over the run; at the end, the largest logit and activation."""
     lams, end = [], {}
 
     def watch(step, model):
         if config.model.differential and step % config.eval_every == 0:
-            lams.append(dict(step=step, **{f"lam_{i}": a.lam().item() for i, a in enumerate(
-                model.attentions().values(), 1)}))
+            of_layer = enumerate(model.attentions().values(), 1)
+            lams.append(dict(step=step, **{f"lam_{i}": a.lam().item() for i, a in of_layer}))
         if step == config.total_steps:
             end.update(outliers(model, config))
     yield from _note.history(arm, seed, config, watch)
@@ -60,8 +60,8 @@ def language(arm, seed, config):
 
 @torch.no_grad()
 def outliers(model, config):
-    """On the validation windows of the run: the largest logit of any head; of the residual stream behind each layer,
-    the largest entry and the kurtosis E[h⁴]/E[h²]² (3 for a Gaussian), both the worst of all layers."""
+    """On the run's validation windows: the largest logit of any head, and the largest entry and the kurtosis
+    E[h⁴]/E[h²]² (3 for a Gaussian) of the residual stream after each layer, both maximised over layers."""
     batches = Batches(prepare(config.data, config.model.vocab_size), replace(config.data, horizon=1), 0, 1,
                       config.model.context)
     largest, kurtosis = [], []
@@ -80,31 +80,32 @@ def outliers(model, config):
                 max_activation=max(largest), kurtosis=max(kurtosis))
 
 
-# ---- needles in a haystack ------------------------------------------------------------------------------------------
+# ---- needles in a haystack ---------------------------------------------------------------------------------
 
 def needle_config(change, steps=400):
-    """As the language model, for windows of `needles`."""
+    """The language model's configuration, adapted to windows of `needles`."""
     base = replace(BASE, vocab_size=STRAW + 64, context=SIZE)
     c = config(change, RATE, base=base, steps=steps)
     return replace(c, batch=32, micro=32, tokens=steps * 32 * SIZE)
 
 
 def needles(B, n, size, random):
-    """B windows of straw with n needles somewhere in it, each a token that says its key (one of 16) and its item (one
-    of 16); the last 2n tokens ask for all of them, in another order: key, needle, key, needle.
+    """B windows of straw with n needles at random places. A needle is a token that encodes one of 16 keys and
+    one of 16 items; the last 2n tokens ask for every needle, in another order: key, needle, key, needle.
 
-    → x (B, size), and where the needle of each question lies (B, n)."""
+    → x (B, size), and the position of each question's needle (B, n)"""
     first = size - 2 * n
     x = torch.randint(STRAW, STRAW + 64, (B, size), generator=random)
     shuffled = lambda m: torch.rand(B, m, generator=random).argsort(1)[:, :n]
     key, at = shuffled(KEYS), shuffled(first)
-    x[:, first::2], x[:, first + 1::2] = key, KEYS + key * ITEMS + torch.randint(ITEMS, (B, n), generator=random)
-    return x.scatter_(1, at, x[:, first + 1::2]), at       # places are in no order, so questions are in another
+    x[:, first::2] = key
+    x[:, first + 1::2] = KEYS + key * ITEMS + torch.randint(ITEMS, (B, n), generator=random)
+    return x.scatter_(1, at, x[:, first + 1::2]), at       # places are unsorted, so questions are too
 
 
 @contextlib.contextmanager
 def watched(maps):
-    """Within it, each attention appends its map (B, heads, T, T) to `maps`: for differential attention A1 − λ·A2."""
+    """In this context attention appends its map (B, heads, T, T) to `maps`; differential: A1 − λ·A2."""
     def plain(q, k, v, sees=None, tau=None):
         bias = kernels.mask_bias(q, q.shape[2], k.shape[2])
         maps.append((q @ kernels.repeat_heads(k, q.shape[1]).mT * q.shape[-1] ** -0.5 + bias).softmax(-1))
@@ -121,10 +122,11 @@ def watched(maps):
 
 
 def find(arm, seed, config):
-    """Accuracy over the run; at the end, also in longer windows, where a question looks: shares of Σ|attention|, their
-    mean over layers and heads, and those of the head that looks most at the answer."""
+    """Accuracy over the run. At the end, and also in longer windows, what the questions attend to: shares of
+    Σ|attention|, averaged over layers and heads, and for the head that attends most to the answer."""
     model = Transformer(config.model, seed=seed)
-    optimizer, random = MuonClip(model.named_parameters(), config.optim), torch.Generator().manual_seed(seed)
+    optimizer = MuonClip(model.named_parameters(), config.optim)
+    random = torch.Generator().manual_seed(seed)
     size = config.model.context
     for step in range(1, config.total_steps + 1):
         n = int(torch.randint(1, min(2 * NEEDLES, size // 4) + 1, (), generator=random))
@@ -142,7 +144,7 @@ def find(arm, seed, config):
 
 @torch.no_grad()
 def asked(model, size, look=False, B=64, n=NEEDLES):
-    """How many of the answers of B new windows are right, and, if asked to look, what their questions look at."""
+    """The share of right answers on B new windows and, with `look`, what the questions attend to."""
     x, answer = needles(B, n, size, torch.Generator().manual_seed(size))
     maps, model = [], model.eval()
     with watched(maps) if look else contextlib.nullcontext():
@@ -151,23 +153,25 @@ def asked(model, size, look=False, B=64, n=NEEDLES):
     found = dict(right=(logits.argmax(-1) == x[:, 1 - 2 * n::2]).double().mean().item())
     if not look:
         return found
-    a = torch.stack([m[:, :, -2 * n::2] for m in maps], 1).abs()                       # (B, L, H, n questions, T)
+    a = torch.stack([m[:, :, -2 * n::2] for m in maps], 1).abs()           # (B, L, H, n questions, T)
     a = a / a.sum(-1, keepdim=True)
     right = a.gather(-1, answer[:, None, None, :, None].expand(*a.shape[:4], 1)).squeeze(-1)
     straw = (a * (x >= STRAW)[:, None, None, None]).sum(-1)
-    others = a[..., :size - 2 * n].sum(-1) - straw - right                 # what is left lies on earlier questions
+    others = a[..., :size - 2 * n].sum(-1) - straw - right                 # the rest is on earlier questions
     best = right.mean((0, 3)).flatten().argmax()
     of_head = lambda share: share.mean((0, 3)).flatten()[best].item()
-    return found | dict(on_answer=right.mean().item(), on_others=others.mean().item(), on_straw=straw.mean().item(),
-                        best_answer=of_head(right), best_others=of_head(others), best_straw=of_head(straw))
+    return found | dict(on_answer=right.mean().item(), on_others=others.mean().item(),
+                        on_straw=straw.mean().item(), best_answer=of_head(right),
+                        best_others=of_head(others), best_straw=of_head(straw))
 
 
-# ---- figure and table -----------------------------------------------------------------------------------------------
+# ---- figure and table --------------------------------------------------------------------------------------
 
 def show(rows):
     bits = {arm: {seed: [row for row in some if "bpb" in row][-1]["bpb"]
                   for seed, some in _note.of_arm(rows, arm).items()} for arm in CHANGES}
-    more = {arm: [100 * (b / bits["plain"][seed] - 1) for seed, b in of_seed.items()] for arm, of_seed in bits.items()}
+    more = {arm: [100 * (b / bits["plain"][seed] - 1) for seed, b in of_seed.items()]
+            for arm, of_seed in bits.items()}
     of = lambda arm, what, **where: [row[what] for row in rows if row["arm"] == arm and what in row
                                      and all(row.get(k) == v for k, v in where.items())]
     figure, [(loss, largest, lam), (learning, longer, looks)] = _note.panels(2, 3, width=13, height=3.6)
@@ -190,11 +194,12 @@ def show(rows):
     loss.axvline(0, color="0.4", lw=0.8)
     loss.set(title="bits/byte beside plain, %, each seed", yticks=[-i for i in range(len(CHANGES))],
              yticklabels=list(CHANGES))
-    largest.set(title="outliers beside plain", xticks=range(3), xticklabels=("logit", "activation", "kurtosis"),
-                ylim=(0, None))
+    largest.set(title="outliers beside plain", xticks=range(3),
+                xticklabels=("logit", "activation", "kurtosis"), ylim=(0, None))
     lam.set(title="λ of the differential arm", xlabel="step", ylim=(0, 1.3))
     learning.set(title="needles found", xlabel="step", ylim=(0, 1.02))
-    longer.set(title="needles found, at the end", xlabel="tokens of a window (trained on the shortest)", ylim=(0, 1.02))
+    longer.set(title="needles found, at the end", xlabel="tokens of a window (trained on the shortest)",
+               ylim=(0, 1.02))
     looks.set(title="share of attention on the answer", xlabel="tokens of a window", ylim=(0, None))
     for axis in (longer, looks):
         axis.set(xscale="log", xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes])
@@ -205,8 +210,8 @@ def show(rows):
 
     take = lambda arm, what, digits=2, **where: _note.spread(of(arm, what, **where), digits)
     lines = _note.table(
-        ("arm", "hidden parameters", "bits/byte", "beside plain, %, same seeds", "largest logit", "largest activation",
-         "kurtosis"),
+        ("arm", "hidden parameters", "bits/byte", "beside plain, %, same seeds", "largest logit",
+         "largest activation", "kurtosis"),
         *((arm, f"{hidden(like(BASE, **change)):,}", _note.spread(list(bits[arm].values())),
            "–" if arm == "plain" else _note.spread(more[arm], 2), take(arm, "max_logit", 1),
            take(arm, "max_activation", 1), take(arm, "kurtosis", 1)) for arm, change in CHANGES.items()))

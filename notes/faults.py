@@ -1,8 +1,8 @@
 """Is anything lost when a run is killed, its files are damaged, or its machine changes?
 
-Each fault befalls a real training process at a random moment; then one command resumes the run, and it has to end with
-the weights, optimizer state and log of one that was never stopped: to the bit, but for the last two kinds, where ranks
-change, whose losses have to be near.
+Each fault strikes a real training process at a random moment. Then one command resumes the run, which must
+end with the weights, optimizer state and log of an uninterrupted run: bit for bit, except for the last two
+kinds, where the ranks change and only the losses have to be close.
 
   python -m notes.faults            the campaign          python -m notes.faults --quick      one of each
 """
@@ -40,8 +40,10 @@ HERE = Path(__file__).parent.parent
 KINDS = {
     "kill": "SIGKILL at a step", "kill in save": "SIGKILL at a line of the save",
     "kill in average": "SIGKILL while a snapshot is added or the mean put back",
-    "kill in evaluation": "SIGKILL in an evaluation or before its row", "flipped byte": "a bit of a checkpoint's file",
-    "flipped value": "a digit in a manifest that stays JSON", "missing file": "a file of a checkpoint is gone",
+    "kill in evaluation": "SIGKILL in an evaluation or before its row",
+    "flipped byte": "a bit of a checkpoint's file",
+    "flipped value": "a digit in a manifest that stays JSON",
+    "missing file": "a file of a checkpoint is gone",
     "full disk": "no space left in the save", "stop in save": "SIGTERM or Ctrl-C in the save",
     "launcher killed": "torchrun alone", "rank killed": "one rank of two; torchrun restarts both",
     "layout changed": "all ranks, twice, each time resumed with other dp and ep",
@@ -49,11 +51,13 @@ KINDS = {
 SLOW = "layout changed", "node killed"
 
 
-# ---- the run that faults befall -------------------------------------------------------------------------------------
+# ---- the run that is struck --------------------------------------------------------------------------------
 
-MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=261, context=32)
-EXPERTS = replace(MODEL, n_layer=3, differential=False, act="silu", tie=False, q_rank=12, kv_rank=10, d_rope=4,
-                  d_value=6, n_expert=8, n_dense=1, n_active=2, d_expert=16, n_group=4, top_group=2, route_scale=2.0)
+MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=261,
+                    context=32)
+EXPERTS = replace(MODEL, n_layer=3, differential=False, act="silu", tie=False, q_rank=12, kv_rank=10,
+                  d_rope=4, d_value=6, n_expert=8, n_dense=1, n_active=2, d_expert=16, n_group=4,
+                  top_group=2, route_scale=2.0)
 MIXED = dict(model=EXPERTS)
 LAYOUTS = (1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)           # dp, ep
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
@@ -61,15 +65,17 @@ OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=
 
 
 def write_sentences(folder):
-    """A small text file of sentences with something to learn."""
+    """Write a small file of sentences with enough structure to learn from. → its path"""
     rng = random.Random(0)
-    nouns, verbs = "river stone lamp garden engine letter winter harbour".split(), "holds finds turns keeps".split()
+    nouns = "river stone lamp garden engine letter winter harbour".split()
+    verbs = "holds finds turns keeps".split()
     lines = (f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}.\n" for _ in range(2000))
     (folder / "mine.txt").write_text("".join(lines))
     return folder / "mine.txt"
 
 
 def tiny_run(path, **changes):
+    """The configuration of a run of 30 steps on the text at `path`, which takes a few seconds."""
     config = train.Config(model=MODEL, tokens=30 * 8 * 32, batch=8, micro=4, eval_every=10, eval_windows=4,
                           save_every=4, optim=muonclip.OptimConfig(lr=0.02, tau=0.3, exact_logits=True),
                           data=data.DataConfig(domains="mine:1:1", files=f"mine={path}", tokenizer="bytes",
@@ -80,8 +86,8 @@ def tiny_run(path, **changes):
 def command(path, out, *more, **changes):
     """The command line of such a run: [python, train.py, options]."""
     config = tiny_run(path, **changes)
-    options = [f"--{f}={getattr(config, f)}" for f in ("tokens", "batch", "micro", "eval_every", "eval_windows",
-                                                        "save_every")]
+    options = [f"--{f}={getattr(config, f)}"
+               for f in ("tokens", "batch", "micro", "eval_every", "eval_windows", "save_every")]
     for part in ("model", "optim", "data"):
         default, own = getattr(train.RECIPES["laptop"], part), getattr(config, part)
         options += [f"--{part}.{f.name}={getattr(own, f.name)}" for f in fields(own)
@@ -90,22 +96,22 @@ def command(path, out, *more, **changes):
 
 
 def log_of(out):
-    """log.csv without the columns of time and speed."""
+    """The rows of log.csv, without the time and speed columns."""
     with open(out / "log.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "seconds")}
                 for row in csv.DictReader(file)]
 
 
 def weights_of(out):
+    """The tensors of a run's newest checkpoint, by name."""
     return train.newest_checkpoint(out)[1]
 
 
-
-# ---- processes ------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 def worker(args, log, befalls=(), number=0, fault=""):
-    """A training process. Before the `number`-th line of ours that runs inside the functions `befalls` of train.py (and
-    what they call), the fault strikes."""
+    """A training process. The fault strikes before the `number`-th line of our code that runs inside the
+    functions `befalls` of train.py or anything they call."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -119,10 +125,11 @@ def worker(args, log, befalls=(), number=0, fault=""):
         if fault == "stop in save":
             os.kill(os.getpid(), signal.SIGTERM if number % 2 else signal.SIGINT)
         elif os.path.ismount(Path(log).parent):                    # a disk of our own: fill it
-            with contextlib.suppress(OSError), open(Path(log).parent / "filler", "wb", buffering=0) as file:
+            filler = Path(log).parent / "filler"
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1 << 12))
-        else:                                                      # else a file must not grow beyond so many bytes
+        else:                                                      # otherwise, limit the size of files
             resource.setrlimit(resource.RLIMIT_FSIZE, (number % 1000, resource.RLIM_INFINITY))
 
     def trace(frame, event, _):
@@ -145,15 +152,16 @@ def worker(args, log, befalls=(), number=0, fault=""):
 
 
 def start(args, log, *fault):
+    """Start a `worker` from a server process that has done the slow imports already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])               # seconds each
+    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])         # seconds each
     process = context.Process(target=worker, args=(args, str(log), *fault))
     process.start()
     return process
 
 
 def wait_for(step, out, alive, saved=1):
-    """Until the log has that step and there are `saved` checkpoints. → False if the process ended first."""
+    """Wait for this step in the log and for `saved` checkpoints. → False if the process ended first"""
     deadline = time.monotonic() + 90
     while alive():
         assert time.monotonic() < deadline, f"{out}: step {step} was not reached"
@@ -164,7 +172,7 @@ def wait_for(step, out, alive, saved=1):
 
 
 def last_step(out):
-    """The last step in the log; 0 where there is none yet."""
+    """The last step in the log, 0 if there is none yet."""
     with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
         return int((out / "log.csv").read_text().splitlines()[-1].split(",")[0])
     return 0
@@ -178,6 +186,7 @@ def is_alive(pid):
 
 
 def under_torchrun(path, out, ranks, restarts=0, more=(), **changes):
+    """Start the run on several ranks of this machine. → the launcher's process"""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
            f"--max-restarts={restarts}", *command(path, out, *OPTIONS, *more, **changes)[1:]]
     env = dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="")
@@ -186,22 +195,24 @@ def under_torchrun(path, out, ranks, restarts=0, more=(), **changes):
 
 
 def node(path, out, number, port, *more):
-    """One of two torchrun agents that are two nodes, with a rank each; node 0 hosts their rendezvous."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
-           "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={int(number == 0)}",
-           "--local-addr=127.0.0.1", *command(path, out, *OPTIONS, "--mesh.timeout=20", *more)[1:]]
+    """One of two torchrun agents that play two nodes with one rank each; node 0 hosts the rendezvous."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+           "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+           f"--rdzv-conf=is_host={int(number == 0)}", "--local-addr=127.0.0.1",
+           *command(path, out, *OPTIONS, "--mesh.timeout=20", *more)[1:]]
+    env = dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="",
+               TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     with open(out.parent / f"log-{number}.txt", "a") as log:
-        return subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=out.parent, start_new_session=True,
-                                env=dict(os.environ, OMP_NUM_THREADS="1", TORCHELASTIC_ERROR_FILE="",
-                                         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+        return subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=out.parent,
+                                start_new_session=True, env=env)
 
 
-
-# ---- faults ---------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 def node_trial(path, out, whole, rng):
-    """Two nodes; the one that does not host is killed, agent and rank, and started again with --resume: the other has
-    restarted its own rank meanwhile, and the run ends as if nothing had been. → steps computed again."""
+    """Two nodes, of which the one that does not host the rendezvous is killed, agent and rank, and started
+    again with --resume. Meanwhile the other node restarts its own rank, and the run ends as if nothing had
+    happened. → steps computed again"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -214,7 +225,8 @@ def node_trial(path, out, whole, rng):
     other.wait()
     reached, saved = last_step(out), int(train.checkpoints(out)[-1].name[-8:])
     other = node(path, out, 1, port, "--resume")
-    assert host.wait(180) == 0 and other.wait(60) == 0, "".join(p.read_text() for p in out.parent.glob("log-*.txt"))
+    ended_well = host.wait(180) == 0 and other.wait(60) == 0
+    assert ended_well, "".join(log.read_text() for log in out.parent.glob("log-*.txt"))
     ours, theirs = log_of(out), log_of(whole)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert math.isclose(float(ours[-1]["val_mine"]), float(theirs[-1]["val_mine"]), rel_tol=2e-3)
@@ -222,9 +234,9 @@ def node_trial(path, out, whole, rng):
 
 
 def layout_trial(path, out, whole, rng):
-    """A run of experts, killed at a random moment with all its ranks, is resumed in another layout, and killed and
-    resumed in a third. → steps computed again. Its log has every step; in float32, where a rounding may send a token to
-    another expert, its losses stay near those of one process."""
+    """A MoE run is killed with all its ranks at a random moment, resumed in another layout, killed again and
+    resumed in a third. Its log has every step, and its losses stay close to those of one process: in float32,
+    rounding may send a token to another expert. → steps computed again"""
     layouts, again = rng.sample(LAYOUTS, 3), 0
     for i, (dp, ep) in enumerate(layouts):
         launcher = under_torchrun(path, out, dp, more=[f"--mesh.ep={ep}"] + ["--resume"] * (i > 0), **MIXED)
@@ -242,7 +254,7 @@ def layout_trial(path, out, whole, rng):
             reached = last_step(out)
             again = max(again, reached - int(train.checkpoints(out)[-1].name[-8:]))
         elif i < 2:
-            return None                                            # it ended before
+            return None                                            # the run ended first
     code, said = launcher.wait(120), (out.parent / "log.txt").read_text()
     assert code == 0, said[-2000:]
     assert "Traceback" not in said.replace("torch/distributed", ""), said
@@ -255,7 +267,7 @@ def layout_trial(path, out, whole, rng):
 
 
 def flip_value(file, rng):
-    """One digit of a number of its configuration becomes another: JSON as good as before, which says something else."""
+    """Change one digit of a number in the manifest's configuration: still valid JSON, with another value."""
     text = file.read_text()
     config = text.index('"config"'), text.index("}\n }", text.index('"config"'))
     digits = [i for i in range(*config) if text[i].isdigit() and text[i - 1] in " .0123456789"]
@@ -268,7 +280,7 @@ def flip_value(file, rng):
 
 
 def befall(kind, path, out, rng):
-    """Start a run and let the fault strike. → the step that the run had reached, None where it ended before."""
+    """Start a run and let the fault strike. → the step that the run had reached, None if it ended first"""
     if kind == "launcher killed":
         return kill_launcher(path, out, rng.randrange(1, 29))
     if kind == "rank killed":
@@ -288,7 +300,7 @@ def kill_launcher(path, out, step):
     if is_alive(pid):
         try:
             train.RunFolder(out).close()
-            assert not is_alive(pid), "the worker lives, and yet somebody else was let in"
+            assert not is_alive(pid), "the folder's lock was given away while the worker was alive"
         except ValueError as error:
             assert f"in use by process {pid}" in str(error)
     deadline = time.monotonic() + 25
@@ -311,7 +323,7 @@ def kill_rank(path, out, step):
 
 
 def kill_and_damage(kind, path, out, rng):
-    """SIGKILL at a step, and then some damage to the newest checkpoint, but for a mere "kill"."""
+    """SIGKILL at a step and then, unless the kind is just "kill", some damage to the newest checkpoint."""
     step, process = rng.randrange(1, 29), start(command(path, out, *OPTIONS)[2:], out.parent / "log.txt")
     struck = wait_for(step, out, process.is_alive, saved=1 if kind == "kill" else 2)
     process.kill()
@@ -334,9 +346,10 @@ def kill_and_damage(kind, path, out, rng):
 
 
 def strike_inside(kind, path, out, rng):
-    """Before a line, drawn at random, of the save, the averaging or the evaluation."""
-    where, lines = {"kill in average": (("add_snapshot_", "put_back_"), 400),
-                    "kill in evaluation": (("evaluate", "record"), 400)}.get(kind, (("save_checkpoint",), 4000))
+    """Strike before a random line of the save, the averaging or the evaluation."""
+    places = {"kill in average": (("add_snapshot_", "put_back_"), 400),
+              "kill in evaluation": (("evaluate", "record"), 400)}
+    where, lines = places.get(kind, (("save_checkpoint",), 4000))
     log = out.parent / "log.txt"
     process = start(command(path, out, *OPTIONS)[2:], log, where, rng.randrange(1, lines), kind)
     process.join(60)
@@ -357,7 +370,8 @@ LOCK = threading.Lock()
 
 
 def never_stopped(folder, name):
-    """The folder of a run without faults: of "one" process, a "pair" of ranks, or "mixed" experts. Run at first."""
+    """The folder of a run without faults, trained on first use: "one" process, a "pair" of ranks, a "mixed"
+    MoE."""
     path, out = folder / "mine.txt", folder / name / "run"
     with LOCK:
         if not path.exists():
@@ -370,7 +384,7 @@ def never_stopped(folder, name):
 
 
 def strike_and_resume(kind, path, folder, whole, rng):
-    """One fault, one resume, one comparison. → steps that were computed again; None where the fault came too late."""
+    """One fault, one resume, one comparison. → steps computed again, None if the fault came too late"""
     out, log = folder / "run", folder / "log.txt"
     if kind == "layout changed":
         return layout_trial(path, out, whole, rng)
@@ -380,9 +394,9 @@ def strike_and_resume(kind, path, folder, whole, rng):
     if reached is None:
         return None
     before = log.stat().st_size if log.exists() else 0
-    if kind != "rank killed":                                      # torchrun has resumed that one by itself
+    if kind != "rank killed":                                      # torchrun has already resumed that one
         options = command(path, out, *OPTIONS)[2:]
-        if kind == "flipped value":                                # its configuration comes from the run alone
+        if kind == "flipped value":                                # let the configuration come from the run
             options = [option for option in options if option.startswith(("--out", "--data.cache"))]
         process = start([*options, "--resume"], log)
         process.join(60)
@@ -392,14 +406,15 @@ def strike_and_resume(kind, path, folder, whole, rng):
         assert "damaged" in said and "trying the one before" in said, said
     assert log_of(out) == log_of(whole), kind
     ours, theirs = weights_of(out), weights_of(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
+    assert ours.keys() == theirs.keys(), kind
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
     at = re.search(r"resuming .* at step (\d+)", said)
     return max(0, reached - int(at[1])) if at else 0
 
 
 def trial(kind, number, folder):
-    """Let the fault strike a run in `folder`, at a moment that `number` draws, until it has struck in time.
-    → steps that were computed again.  AssertionError: what was lost."""
+    """Let the fault strike runs in `folder`, at moments seeded by `number`, until it strikes one in time.
+    → steps computed again.  AssertionError: what was lost"""
     rng, out_of_space = random.Random(f"{kind} {number}"), kind == "full disk"
     whole = never_stopped(folder, {"rank killed": "pair", "layout changed": "mixed"}.get(kind, "one"))
     again = None
@@ -416,7 +431,7 @@ def trial(kind, number, folder):
     return again
 
 
-# ---- the note -------------------------------------------------------------------------------------------------------
+# ---- the note ----------------------------------------------------------------------------------------------
 
 def cells(quick):
     return [(kind, number, None) for number in range(1 if quick else 16) for kind in KINDS
@@ -425,7 +440,7 @@ def cells(quick):
 
 @functools.cache
 def folder_of_all():
-    """Trials share the runs without faults. Removed when Python ends."""
+    """A temporary folder for all trials, which share the runs without faults. Removed when Python exits."""
     return tempfile.TemporaryDirectory()
 
 
@@ -446,10 +461,11 @@ def show(rows):
         axis.scatter(again, [y + 0.5 * (i / max(1, len(again) - 1) - 0.5) for i in range(len(again))], s=14)
         if mine:
             table.append((kind, KINDS[kind], len(mine), len(again), _note.spread(again, 0) if again else "–"))
-    axis.set(xlabel="steps computed again, of 30", yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS), -1))
+    axis.set(xlabel="steps computed again, of 30", yticks=range(len(KINDS)), yticklabels=KINDS,
+             ylim=(len(KINDS), -1))
     total, survived = len(rows), sum(row["survived"] for row in rows)
-    return figure, [*_note.table(("fault", "what it is", "tried", "survived", "steps computed again"), *table), "",
-                    f"{survived:.0f} of {total} survived."]
+    heading = "fault", "what it is", "tried", "survived", "steps computed again"
+    return figure, [*_note.table(heading, *table), "", f"{survived:.0f} of {total} survived."]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Weights and tokenizers of others, in and out: folders in the layout of Hugging Face.
+"""Import and export of weights and tokenizers: folders in the layout of Hugging Face.
 
   torchrun train.py --init=FOLDER --data.files=mine=PATH        train on, from the weights of such a folder
   python model.py --sample FOLDER --prompt "..."                sample from it
   python model.py --sample RUN --export FOLDER                  write a run's model as one
 
-`hf_map` is the dictionary between their names and ours, read both ways; the tables before it say which configurations
-are the same model. What would be another one is refused, by name, before any weight is read.
+`hf_map` translates between their tensor names and ours, in both directions; the tables before it say which
+configurations describe the same model. Anything that would be a different model is refused by name before any
+weight is read.
 """
 import json
 import math
@@ -23,9 +24,10 @@ from kernels import listed
 from model import ModelConfig, Transformer, json_object, read_tensors, write_tensors
 
 
-# ---- weights: the layouts of DeepSeek-V3, Kimi K2 and Motif-2.6B ---------------------------------------------------
+# ---- weights: the layouts of DeepSeek-V3, Kimi K2 and Motif-2.6B -------------------------------------------
 
-HF_LAYER = {                                                           # ours in layers.N. ↔ theirs in model.layers.N.
+# Names of tensors: ours in layers.N. ↔ theirs in model.layers.N.
+HF_LAYER = {
     "attention.norm.weight": "input_layernorm.weight", "ffn.norm.weight": "post_attention_layernorm.weight",
     "attention.wdq": "self_attn.q_a_proj.weight", "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
     "attention.wuq": "self_attn.q_b_proj.weight", "attention.wdkv": "self_attn.kv_a_proj_with_mqa.weight",
@@ -33,31 +35,35 @@ HF_LAYER = {                                                           # ours in
     "ffn.router": "mlp.gate.weight", "ffn.bias": "mlp.gate.e_score_correction_bias",
     **{f"ffn.{part}{ours}": f"mlp.{theirs}{ours}_proj.weight" for ours in ("gate", "up", "down")
        for part, theirs in (("", ""), ("shared.", "shared_experts."))},
-    **{f"attention.w{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},                     # from here on Motif's
+    **{f"attention.w{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},               # Motif's, from here on
     **{f"attention.l{x}": f"self_attn.lambda_{x}" for x in ("q1", "k1", "q2", "k2")},
     "attention.head_norm.weight": "self_attn.subln.weight", "ffn.act.weight": "mlp.act_fn.weight",
     "ffn.act.bias": "mlp.act_fn.bias"}
 
+# {our field of ModelConfig: their key in config.json}
 HF_CONFIG = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                 d_model="hidden_size", d_ff="intermediate_size", vocab_size="vocab_size", norm_eps="rms_norm_eps",
-                 context="max_position_embeddings", tie="tie_word_embeddings")
-HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value="v_head_dim", q_rank="q_lora_rank",
-                   kv_rank="kv_lora_rank", n_expert="n_routed_experts", n_dense="first_k_dense_replace",
-                   n_active="num_experts_per_tok", n_shared="n_shared_experts", d_expert="moe_intermediate_size",
-                   n_group="n_group", top_group="topk_group", route_scale="routed_scaling_factor")
+                 d_model="hidden_size", d_ff="intermediate_size", vocab_size="vocab_size",
+                 norm_eps="rms_norm_eps", context="max_position_embeddings", tie="tie_word_embeddings")
+HF_DEEPSEEK = dict(d_head="qk_nope_head_dim", d_rope="qk_rope_head_dim", d_value="v_head_dim",
+                   q_rank="q_lora_rank", kv_rank="kv_lora_rank", n_expert="n_routed_experts",
+                   n_dense="first_k_dense_replace", n_active="num_experts_per_tok",
+                   n_shared="n_shared_experts", d_expert="moe_intermediate_size", n_group="n_group",
+                   top_group="topk_group", route_scale="routed_scaling_factor")
 HF_YARN = dict(yarn="factor", yarn_from="original_max_position_embeddings", yarn_fast="beta_fast",
                yarn_slow="beta_slow")
-COMMON_FIELDS = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False, n_noise=0)
+COMMON_FIELDS = dict(gated=True, norm="rms", position="rope", qk_norm=False, share_kv=1, ngpt=False,
+                     n_noise=0)
 DEEPSEEK_FIELDS = COMMON_FIELDS | dict(differential=False, act="silu")
-MOTIF_FIELDS = COMMON_FIELDS | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0, yarn=0.0)
+MOTIF_FIELDS = COMMON_FIELDS | dict(differential=True, act="polynorm", lam_delay=1, kv_rank=0, n_expert=0,
+                                    yarn=0.0)
 
-# Other keys of config.json that change numbers, and their values where the model is ours; `...`: no such key.
+# Other keys of config.json that affect the numbers, with the values our model implements; `...`: key missing
 HF_BOTH = dict(attention_bias=(False, None, ...), is_causal=(True, ...), per_layer_config=(None, ...),
                partial_rotary_factor=(1, ...))
 HF_DEEPSEEK_IS = HF_BOTH | dict(
     hidden_act=("silu",), norm_topk_prob=(True,), rope_interleave=(True, ...), scoring_func=("sigmoid", ...),
     topk_method=("noaux_tc", ...), moe_layer_freq=(1, ...),
-    rms_norm_eps=(1e-6,))                                              # their code has it for latents anyway
+    rms_norm_eps=(1e-6,))                                          # their code always uses it for latents
 HF_MOTIF_IS = HF_BOTH | dict(
     hidden_act=("poly_norm",), attn_rms_norm_eps=(1e-5, ...), use_bias=(False, None, ...),
     qkv_bias=(False, None, ...), num_noise_heads=(None, ...), use_sliding_window=(False, None, ...))
@@ -65,9 +71,10 @@ HF_YARN_IS = dict(mscale=(1,), mscale_all_dim=(1,), attention_factor=(None, ...)
 HF_FP8_IS = dict(quant_method=("fp8",), fmt=("e4m3", ...), activation_scheme=("dynamic", ...),
                  expert_dtype=("fp8", ...))
 HF_LATENT = HF_CONFIG | HF_DEEPSEEK, DEEPSEEK_FIELDS, HF_DEEPSEEK_IS, ("default", "yarn")
-HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT, motif=(HF_CONFIG, MOTIF_FIELDS, HF_MOTIF_IS, ("default",)))
+HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT,
+                motif=(HF_CONFIG, MOTIF_FIELDS, HF_MOTIF_IS, ("default",)))
 
-# What a run may choose anew for weights that exist. The rest of its configuration has to be theirs.
+# Fields that a run may choose anew for existing weights; all others must match the folder's.
 HF_FREE = {"context", "rope_theta", *HF_YARN, "balance_rate", "balance_loss", "compile_act", "zero_out",
            "init_std", "loss_chunk"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -75,8 +82,8 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def turn_rotary(w, rows, rotary, back=False):
-    """Their rotary pairs are neighbours, ours lie half a head apart. w (M·rows, inputs): the last `rotary` of each
-    `rows` rows are put into our order, or back into theirs."""
+    """Their rotary pairs are interleaved, ours lie half a head apart. w (M·rows, inputs): the last `rotary`
+    of each `rows` rows are reordered from their layout to ours, or back."""
     if not w.shape[0]:
         return w
     kept, turned = w.unflatten(0, (-1, rows)).split((rows - rotary, rotary), 1)
@@ -85,11 +92,14 @@ def turn_rotary(w, rows, rotary, back=False):
 
 
 def hf_map(config, names):
-    """The map, both ways, for the tensors `names` of a state dict: (our names, their names, ours(*theirs) → our
-    tensors, theirs(*ours) → theirs), a row for what has to be converted together."""
+    """The mapping, in both directions, of the tensors `names` of a state dict. Yields (our names, their
+    names, f(*theirs) → our tensors, g(*ours) → their tensors) for each group that is converted together."""
     c, same = config, lambda *ts: ts
-    outside = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head": "lm_head.weight"}
-    turned = {"attention.wuq": c.d_head + c.d_rope, "attention.wdkv": c.kv_rank + c.d_rope} if c.kv_rank else {}
+    outside = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+               "head": "lm_head.weight"}
+    turned = {}
+    if c.kv_rank:
+        turned = {"attention.wuq": c.d_head + c.d_rope, "attention.wdkv": c.kv_rank + c.d_rope}
     for name in names:
         number, _, leaf = name.removeprefix("layers.").partition(".")
         ours, theirs = (name,), outside.get(name, f"model.layers.{number}.{HF_LAYER.get(leaf)}")
@@ -98,9 +108,10 @@ def hf_map(config, names):
         if leaf in turned:
             turn = lambda w, back=False, rows=turned[leaf]: (turn_rotary(w, rows, c.d_rope, back),)
             yield ours, (theirs,), turn, lambda w, turn=turn: turn(w, True)
-        elif leaf == "attention.wuk":                                  # theirs has both, a head after the other
-            cut = lambda w: [t.flatten(0, 1) for t in w.unflatten(0, (c.n_head, -1)).split((c.d_head, c.d_value), 1)]
-            join = lambda k, v: (torch.cat([t.unflatten(0, (c.n_head, -1)) for t in (k, v)], 1).flatten(0, 1),)
+        elif leaf == "attention.wuk":                              # theirs holds k and v, head by head
+            by_head = lambda w: w.unflatten(0, (c.n_head, -1))
+            cut = lambda w: [t.flatten(0, 1) for t in by_head(w).split((c.d_head, c.d_value), 1)]
+            join = lambda k, v: (torch.cat([by_head(k), by_head(v)], 1).flatten(0, 1),)
             yield (name, name[:-1] + "v"), (f"model.layers.{number}.self_attn.kv_b_proj.weight",), cut, join
         elif leaf in ("ffn.gate", "ffn.up", "ffn.down") and c.n_expert and int(number) >= c.n_dense:
             each = tuple(theirs.replace("mlp.", f"mlp.experts.{i}.") for i in range(c.n_expert))
@@ -110,7 +121,7 @@ def hf_map(config, names):
 
 
 def unlike(found, needs):
-    """A line for each key of `needs` {key: values} that has another value in `found`."""
+    """One line for each key of `needs` {key: allowed values} whose value in `found` is not allowed."""
     for key, can in needs.items():
         if found.get(key, ...) not in can:
             have = " or ".join(repr(value) for value in can if value is not ...)
@@ -119,8 +130,8 @@ def unlike(found, needs):
 
 
 def hf_rope(found):
-    """What config.json says of positions, as one object, and lines on what contradicts itself. It stands in
-    one of two places; theta may stand outside."""
+    """The position settings of config.json as one object, and a line for each contradiction. They are in one
+    of two places; theta may be outside of it."""
     places = [found.get(key) for key in ("rope_scaling", "rope_parameters")]
     if any(place is not None and type(place) is not dict for place in places):
         return {}, ["rope_scaling or rope_parameters is not an object"]
@@ -135,8 +146,8 @@ def hf_rope(found):
 
 
 def hf_values(found, fields, null):
-    """{our field: value} for `fields` {our field: key of `found`}, and lines on keys that are missing or do
-    not fit the field. `null` {our field: value}: what null stands for, where it stands for something."""
+    """{our field: value} for `fields` {our field: key of `found`}, and a line for each key that is missing or
+    does not fit its field. `null` {our field: value} says what null means where it is allowed."""
     values, wrong = {}, []
     for ours, key in fields.items():
         value, kind = found.get(key, ...), type(getattr(ModelConfig, ours))
@@ -145,8 +156,8 @@ def hf_values(found, fields, null):
             continue
         if kind is float and type(value) is int and abs(value) < 2 ** 53:
             value = float(value)
-        least = dict(n_shared=0, n_dense=0, n_active=2).get(ours, 1)       # of one alone, codes differ
-        most = 2 ** 31 if ours in ("context", "yarn_from") else 2 ** 19    # no tensor of 2^63 bytes
+        least = dict(n_shared=0, n_dense=0, n_active=2).get(ours, 1)       # codes differ for n_active = 1
+        most = 2 ** 31 if ours in ("context", "yarn_from") else 2 ** 19    # no tensor reaches 2^63 bytes
         needs = {bool: "true or false", float: "a number above 0", int: f"whole, {least} to {most}"}
         fits = type(value) is kind
         if fits and kind is int:
@@ -161,10 +172,10 @@ def hf_values(found, fields, null):
 
 
 def hf_block(found):
-    """Rows and columns of an FP8 weight that share a scale, by config.json, and lines on what is wrong."""
+    """The FP8 block of config.json, (rows, columns) that share a scale, and a line for each error."""
     about = found.get("quantization_config")
     if about is None:
-        return (128, 128), []                                          # [DeepSeek-V3's]
+        return (128, 128), []                                      # [DeepSeek-V3's]
     if type(about) is not dict:
         return None, ["quantization_config is not an object"]
     wrong, block = [*unlike(about, HF_FP8_IS)], about.get("weight_block_size", [128, 128])
@@ -174,8 +185,8 @@ def hf_block(found):
 
 
 def hf_about(folder):
-    """config.json → (ModelConfig, rows and columns that share a scale where weights are FP8). ValueError: all
-    that we cannot build, or would build otherwise than those who wrote it."""
+    """config.json → (ModelConfig, FP8 block as in `hf_block`).  ValueError: everything that we cannot build,
+    or would build differently from its authors"""
     path = Path(folder) / "config.json"
     try:
         found = json_object(path.read_bytes(), path)
@@ -197,7 +208,7 @@ def hf_about(folder):
     turning, amiss = hf_values(rope, stretch, {})
     wrong += amiss
 
-    # The network. What transformers calls the width of a latent head is that of its rotated part.
+    # The network; for latent attention, transformers' head_dim is the width of the rotary part
     if kind != "motif":
         needs = needs | dict(head_dim=(found.get("qk_rope_head_dim"), ...),
                              num_local_experts=(found.get("n_routed_experts"), ...))
@@ -223,12 +234,13 @@ def hf_about(folder):
 
 
 def hf_config(folder):
-    """config.json of DeepSeek-V3's, Kimi K2's or Motif's kind → ModelConfig. ValueError: as hf_about."""
+    """config.json of a DeepSeek-V3, Kimi K2 or Motif model → ModelConfig.  ValueError: as hf_about"""
     return hf_about(folder)[0]
 
 
 def hf_tensors(folder):
-    """{their name: tensor}: what model.safetensors.index.json names; without one, all model*.safetensors."""
+    """{their name: tensor}: those that model.safetensors.index.json names; without an index, those of
+    model.safetensors or else of all model*.safetensors. ValueError: missing or ambiguous tensors"""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -261,9 +273,9 @@ def hf_tensors(folder):
 
 
 def hf_misfits(files, shapes, tied, block):
-    """A line for all that keeps the tensors `files` from being `shapes` {their name: shape}: a weight is
-    missing, misshapen or no floating numbers; an FP8 one has no scales, or scales have none; a name is
-    unknown."""
+    """A line for each mismatch between the tensors `files` and `shapes` {their name: shape}: weights that are
+    missing, misshapen or not floating point, FP8 weights without scales, scales without FP8 weights, unknown
+    names."""
     for name, shape in shapes.items():
         t, scale = files.get(name), files.get(f"{name}_scale_inv")
         if t is None:
@@ -292,12 +304,12 @@ def hf_misfits(files, shapes, tied, block):
 
 
 class HFWeights:
-    """The tensors of a Hugging Face folder under our names, as parallel.Saved has those of a checkpoint:
-    `weights[name]`, or some rows of it, in the precision they are kept in, FP8 ones multiplied out. Nothing
-    is read or put together before it is asked for, and nothing is held.
+    """The tensors of a Hugging Face folder under our names, with the interface that parallel.Saved has for
+    checkpoints: `weights[name]`, or some of its rows, in the stored precision, with FP8 dequantised. Tensors
+    are read and assembled on demand and never cached.
 
-    Layers beyond the last (the extra prediction layer) are left out, and counted. ValueError: all that is
-    missing, extra or misshapen, or a folder of another model than `config`."""
+    Layers beyond the last (the multi-token prediction layer) are skipped and counted. ValueError: all tensors
+    that are missing, extra or misshapen, or a folder whose model is not `config`."""
 
     def __init__(self, folder, config, say=print):
         theirs, self.block = hf_about(folder)
@@ -311,7 +323,7 @@ class HFWeights:
         with torch.device("meta"):
             self.whole = Transformer(config).state_dict()
 
-        # {our name: (their names, their tensors → ours, which of these)}
+        # {our name: (their names, their tensors → our tensors, index of ours among those)}
         self.sources, shapes = {}, {}
         for ours, names, to_ours, to_theirs in hf_map(config, self.whole):
             self.sources |= {name: (names, to_ours, i) for i, name in enumerate(ours)}
@@ -339,14 +351,14 @@ class HFWeights:
         return self.whole[name].shape
 
     def rows(self, name, start=0, stop=None):
-        """Rows start..stop, or all: of a stack of experts, some of them."""
+        """Rows start..stop, all by default; of a stack of experts, only these experts are read."""
         theirs, to_ours, i = self.sources[name]
         if self.whole[name].ndim == 3:
             return to_ours(*map(self.read, theirs[start:stop]))[0]
         return to_ours(*map(self.read, theirs))[i][start:stop]
 
     def read(self, name):
-        """A tensor under their name; an FP8 one times its scales, one for a block of numbers."""
+        """A tensor by their name; FP8 is multiplied by its scales, one per block."""
         t, scale = self.files[name], self.files.get(f"{name}_scale_inv")
         if scale is None:
             return t
@@ -357,9 +369,9 @@ class HFWeights:
 
 @torch.no_grad()
 def load_hf(folder, say=print):
-    """Build the model of a folder of DeepSeek-V3's, Kimi K2's or Motif's kind. ValueError: as HFWeights."""
+    """Build the model of a DeepSeek-V3, Kimi K2 or Motif folder.  ValueError: as HFWeights"""
     config = hf_config(folder)
-    weights = HFWeights(folder, config, say)                           # before room is made for a model
+    weights = HFWeights(folder, config, say)                       # checks sizes before allocating the model
     model = Transformer(config)
     for name, p in model.state_dict().items():
         p.copy_(weights[name])
@@ -367,8 +379,7 @@ def load_hf(folder, say=print):
 
 
 def write_hf(model, folder, dtype, shard_bytes):
-    """The weights of a whole model under their names: files of about shard_bytes, and the index that names
-    them."""
+    """Write a whole model's weights under their names: files of about shard_bytes each, and their index."""
     shard, where, own = {}, {}, model.state_dict()
 
     def write():
@@ -388,59 +399,64 @@ def write_hf(model, folder, dtype, shard_bytes):
 
 
 def save_hf(model, folder, tokenizer=None, dtype=None, shard_bytes=4 << 30):
-    """Write a whole model as a Hugging Face folder: MLA with experts as DeepSeek-V3's kind, which
-    transformers and what serves it load as DeepseekV3ForCausalLM; Motif's block as Motif's kind (our λ_init
-    is not that of its code: only lam_delay=1 is written). With a tokenizer, its tokenizer.json. The folder is
-    there when it is complete, not before. ValueError: what the kind cannot hold."""
+    """Write a whole model as a Hugging Face folder, with its tokenizer.json if a tokenizer is given. MLA with
+    experts is written as deepseek_v3, which transformers and the servers built on it load as
+    DeepseekV3ForCausalLM; Motif's block as motif, only with lam_delay=1, the λ_init of its code. The folder
+    appears only when it is complete. ValueError: what the format cannot express"""
     c, folder = model.config, Path(folder)
     kind = "deepseek_v3" if c.kv_rank else "motif"
     needs = DEEPSEEK_FIELDS | dict(n_expert=max(c.n_expert, 1), norm_eps=1e-6) if c.kv_rank else MOTIF_FIELDS
-    wrong = [f"{name}={getattr(c, name)}, not {value}" for name, value in needs.items() if getattr(c, name) != value]
+    wrong = [f"{name}={getattr(c, name)}, not {value}" for name, value in needs.items()
+             if getattr(c, name) != value]
     if wrong:
         raise ValueError(f"a model of the kind {kind} cannot have {'; '.join(wrong)}")
     if folder.exists():
         raise ValueError(f"{folder} exists: name a new folder")
-    about = {theirs: getattr(c, ours) for ours, theirs in (HF_CONFIG | (HF_DEEPSEEK if c.kv_rank else {})).items()}
+
+    # config.json
+    fields = HF_CONFIG | HF_DEEPSEEK if c.kv_rank else HF_CONFIG
+    about = {theirs: getattr(c, ours) for ours, theirs in fields.items()}
     about |= dict(model_type=kind, rope_theta=c.rope_theta, torch_dtype=str(dtype or model.embed.dtype)[6:])
     if c.kv_rank:
         about |= dict(architectures=["DeepseekV3ForCausalLM"], hidden_act="silu", norm_topk_prob=True,
                       q_lora_rank=c.q_rank or None, scoring_func="sigmoid", topk_method="noaux_tc",
-                      rope_interleave=True, attention_bias=False, num_nextn_predict_layers=0, bos_token_id=None,
-                      eos_token_id=None)
+                      rope_interleave=True, attention_bias=False, num_nextn_predict_layers=0,
+                      bos_token_id=None, eos_token_id=None)
     else:
-        about |= dict(architectures=["MotifForCausalLM"], hidden_act="poly_norm", head_dim=c.d_head, use_bias=False,
-                      attn_rms_norm_eps=1e-5)
+        about |= dict(architectures=["MotifForCausalLM"], hidden_act="poly_norm", head_dim=c.d_head,
+                      use_bias=False, attn_rms_norm_eps=1e-5)
     if c.yarn:
-        about["rope_scaling"] = dict({theirs: getattr(c, ours) for ours, theirs in HF_YARN.items()}, type="yarn",
-                                     mscale=1.0, mscale_all_dim=1.0)
+        yarn = {theirs: getattr(c, ours) for ours, theirs in HF_YARN.items()}
+        about["rope_scaling"] = dict(yarn, type="yarn", mscale=1.0, mscale_all_dim=1.0)
     if tokenizer:
         about["eos_token_id"] = tokenizer.eot
 
-    # Beside it, from nothing: an export that was killed may have left some
-    beside = folder.with_name(f".saving-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    # Into an empty temporary folder, since an export that was killed may have left files, then renamed
+    tmp = folder.with_name(f".saving-{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     try:
-        (beside / "config.json").write_text(json.dumps(about, indent=1))
-        hf_config(beside)                                              # refuses what could not be read again
-        write_hf(model, beside, dtype, shard_bytes)
+        (tmp / "config.json").write_text(json.dumps(about, indent=1))
+        hf_config(tmp)                                             # refuses what could not be read back
+        write_hf(model, tmp, dtype, shard_bytes)
         if tokenizer:
-            save_tokenizer(tokenizer, beside)
-        os.sync()                                                      # to the disk, before it has its name
-        beside.rename(folder)
+            save_tokenizer(tokenizer, tmp)
+        os.sync()                                                  # on disk before it gets its name
+        tmp.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
-# The printable character that stands for a byte in tokenizer.json: itself, or one from 256 on   [GPT-2's table]
+# The printable character for each byte in tokenizer.json: itself, or one from 256 on   [GPT-2's table]
 PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_CHARS = [chr(b) if b in PRINTABLE else chr(256 + sum(c not in PRINTABLE for c in range(b))) for b in range(256)]
+BYTE_CHARS = [chr(b) if b in PRINTABLE else chr(256 + sum(c not in PRINTABLE for c in range(b)))
+              for b in range(256)]
 
 
 def halves(piece, ranks):
-    """The two pieces that BPE joins last to make this one."""
+    """The two pieces whose merge, the last of BPE, gives this one."""
     parts = [piece[i:i + 1] for i in range(len(piece))]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
@@ -448,13 +464,13 @@ def halves(piece, ranks):
     return parts
 
 
-# What a byte-level tokenizer has to give back as it was: blanks, line ends, forms of letters, marks, no text at all
+# A byte-level tokenizer must round-trip this: blanks, line ends, Unicode forms, accents, control characters
 PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\u5b57 \U0001f642 1234567 "
          "Don't\u3000x\x00\n\n\nEnd \n ")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level tokenizer.json of others, through the package tokenizers; `text` is the file, eot an id."""
+    """A foreign byte-level tokenizer.json, read by the tokenizers package; `text`: the file, `eot`: an id."""
     def __init__(self, text, eot):
         try:
             import tokenizers
@@ -462,11 +478,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError("a Hugging Face tokenizer.json needs: pip install tokenizers") from None
         try:
             self.text, self.theirs, self.eot = text, tokenizers.Tokenizer.from_str(text), eot
-        except Exception as error:                               # the package has no class of its own for it
+        except Exception as error:                               # the package has no exception class for it
             raise ValueError(f"not a tokenizer.json: {str(error).splitlines()[0]:.200}") from None
-        self.theirs.encode_special_tokens = True                 # as text: specials are put in by id
-        self.theirs.no_truncation()                              # what was saved with it for other uses: here all of
-        self.theirs.no_padding()                                 # a text is read, always to the same ids
+        self.theirs.encode_special_tokens = True                 # as text; special tokens are added by id
+        self.theirs.no_truncation()                              # undo settings for other uses: encode all
+        self.theirs.no_padding()                                 # of a text, always to the same ids
         if getattr(self.theirs.model, "dropout", None): self.theirs.model.dropout = None
         added = self.theirs.get_added_tokens_decoder()
         vocab = self.theirs.get_vocab(with_added_tokens=False)
@@ -475,7 +491,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for piece, i in vocab.items():
             if i in added: continue
             if not byte_of.keys() >= set(piece):
-                raise ValueError(f"tokenizer.json: {piece!r} is not made of bytes: only byte-level ones are read")
+                raise ValueError(f"tokenizer.json: {piece!r} is not made of bytes: "
+                                 f"only byte-level ones are read")
             self.pieces[i] = bytes(byte_of[c] for c in piece)
         for i, token in added.items(): self.pieces[i] = token.content.encode()
         self.token_bytes = np.array([len(piece) for piece in self.pieces])
@@ -485,8 +502,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if (back := self.decode(self.encode(PROBE).tolist())) != PROBE:
             about, at = json.loads(text), len(os.path.commonprefix([PROBE, back]))
             parts = {key: about[key] for key in ("normalizer", "pre_tokenizer") if about.get(key)}
-            raise ValueError(f"tokenizer.json changes text: {PROBE[at:at + 9]!r} comes back as {back[at:at + 9]!r}; "
-                             f"it has {json.dumps(parts)[:300]}")
+            raise ValueError(f"tokenizer.json changes text: {PROBE[at:at + 9]!r} comes back as "
+                             f"{back[at:at + 9]!r}; it has {json.dumps(parts)[:300]}")
 
     def encode(self, text):
         return np.array(self.theirs.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -496,7 +513,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def read_hf_tokenizer(path, text):
-    """tokenizer.json with, beside it, the tokenizer_config.json that names the end of a document."""
+    """A tokenizer.json, and the tokenizer_config.json in its folder that names the end-of-text token."""
     try:
         eos = json.loads(path.with_name("tokenizer_config.json").read_bytes())["eos_token"]
         eos = eos["content"] if isinstance(eos, dict) else eos
@@ -504,18 +521,20 @@ def read_hf_tokenizer(path, text):
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: needs tokenizer_config.json beside it, with its eos_token") from None
     tokenizer = HuggingFaceTokenizer(text, -1)
-    if eos not in tokenizer.specials: raise ValueError(f"{path}: eos_token {eos!r} is not one of its specials")
+    if eos not in tokenizer.specials:
+        raise ValueError(f"{path}: eos_token {eos!r} is not one of its specials")
     return HuggingFaceTokenizer(text, tokenizer.specials[eos])
 
 
 def save_tokenizer(tokenizer, folder):
-    """tokenizer.json and tokenizer_config.json, which the package tokenizers (and transformers) reads."""
+    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return write_atomically(Path(folder) / "tokenizer.json", tokenizer.text.encode())
     ranks = {piece: i for i, piece in enumerate(tokenizer.pieces[:tokenizer.eot]) if piece}
     shown = lambda piece: "".join(BYTE_CHARS[b] for b in piece)
     merges = [[shown(half) for half in halves(piece, ranks)] for piece in ranks if len(piece) > 1]
-    split = dict(type="Split", pattern=dict(Regex=tokenizer.encoding._pat_str), behavior="Isolated", invert=False)
+    split = dict(type="Split", pattern=dict(Regex=tokenizer.encoding._pat_str), behavior="Isolated",
+                 invert=False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     saved = dict(version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,

@@ -1,4 +1,4 @@
-"""Long context: four times the trained length, before and after, with another base frequency and with YaRN."""
+"""Long context: four times the trained length with a larger RoPE base or YaRN, before and after tuning."""
 import statistics
 import tempfile
 from dataclasses import replace
@@ -11,14 +11,14 @@ from model import Transformer
 from notes import _note
 
 SHORT, LONG, BIN = 128, 512, 32                                    # bytes
-CHANGES = {"unchanged": {}, "base 500,000": dict(rope_theta=500_000.0),                        # [Motif §3.2.3]
-           "YaRN": dict(yarn=LONG / SHORT, yarn_from=SHORT, yarn_fast=1.0)}      # K2's yarn_fast = yarn_slow = 1
+CHANGES = {"unchanged": {}, "base 500,000": dict(rope_theta=500_000.0),                    # [Motif §3.2.3]
+           "YaRN": dict(yarn=LONG / SHORT, yarn_from=SHORT, yarn_fast=1.0)}    # K2: yarn_fast = yarn_slow = 1
 
 
 def cells(quick):
     base = train.RECIPES["shakespeare"]
-    base = replace(base, model=replace(base.model, context=SHORT), batch=32, micro=32, tokens=800 * 32 * SHORT,
-                   eval_every=10 ** 9, eval_windows=1, save_every=10 ** 9, keep=1,
+    base = replace(base, model=replace(base.model, context=SHORT), batch=32, micro=32,
+                   tokens=800 * 32 * SHORT, eval_every=10 ** 9, eval_windows=1, save_every=10 ** 9, keep=1,
                    data=replace(base.data, domains="code:1:1"), optim=replace(base.optim, weight_decay=0.1))
     if quick:
         base = replace(base, batch=4, micro=4, tokens=40 * 4 * SHORT, model=replace(base.model, n_layer=1))
@@ -27,16 +27,18 @@ def cells(quick):
 
 @torch.no_grad()
 def by_position(model, config):
-    """Mean nats/byte on the same validation windows of LONG bytes, for each BIN of positions."""
+    """Mean nats/byte on fixed validation windows of LONG bytes, for each bin of BIN positions."""
     corpus = prepare(config.data, config.model.vocab_size)
-    x, y, _ = Batches(corpus, replace(config.data, horizon=1), 0, 1, LONG).val("code", min(384, config.tokens // 8192))
+    batches = Batches(corpus, replace(config.data, horizon=1), 0, 1, LONG)
+    x, y, _ = batches.val("code", min(384, config.tokens // 8192))
     model.eval()
-    nll = torch.cat([model(a, b)[1].view(a.shape) for a, b in zip(x.split(32), y.split(32))])     # (windows, LONG)
+    # (windows, LONG)
+    nll = torch.cat([model(a, b)[1].view(a.shape) for a, b in zip(x.split(32), y.split(32))])
     return nll.double().mean(0).unflatten(0, (-1, BIN)).mean(1).tolist()
 
 
 def run(arm, seed, config):
-    """One base model; then, for each change, as it is, and after a tenth of the base's steps at the new length."""
+    """One base model, then each change to it, before and after a tenth of its steps at the new length."""
     with tempfile.TemporaryDirectory() as folder:
         first = replace(config, seed=seed, out=f"{folder}/base")
         history, model = train.train(first, quiet=True)
@@ -46,8 +48,8 @@ def run(arm, seed, config):
             longer = replace(config.model, context=LONG, **change)
             fresh = Transformer(longer)
             fresh.load_state_dict(model.state_dict())
-            tuned = replace(first, init=first.out, out=f"{folder}/{name}", model=longer, tokens=config.tokens // 10,
-                            batch=config.batch * SHORT // LONG,
+            tuned = replace(first, init=first.out, out=f"{folder}/{name}", model=longer,
+                            tokens=config.tokens // 10, batch=config.batch * SHORT // LONG,
                             optim=replace(config.optim, lr=config.optim.lr / 3, decay_start=0.0))
             after = train.train(tuned, quiet=True)[1]
             for when, measured in (("before", fresh), ("after", after)):
@@ -62,7 +64,8 @@ def show(rows):
     for i, (name, colour) in enumerate(zip(CHANGES, _note.COLOURS)):
         some = [row | dict(arm=name) for row in rows if row["change"] == i]
         for axis, trained in zip(axes[0], (0, 1)):
-            _note.band(axis, [row for row in some if row["trained"] == trained], name, "position", "nats", color=colour)
+            shown = [row for row in some if row["trained"] == trained]
+            _note.band(axis, shown, name, "position", "nats", color=colour)
         line = [name]
         for inside in (True, False):
             for trained in (0, 1):
@@ -72,7 +75,8 @@ def show(rows):
                         seeds.setdefault(row["seed"], []).append(row["nats"])
                 line.append(_note.spread([statistics.mean(v) for v in seeds.values()]))
         table.append(tuple(line))
-    for axis, title in zip(axes[0], ("before: no training at the new length", "after a tenth of the steps at 512")):
+    titles = "before: no training at the new length", "after a tenth of the steps at 512"
+    for axis, title in zip(axes[0], titles):
         axis.axvline(SHORT, color="0.4", ls="--", lw=0.8)
         axis.set(title=title, xlabel="position (trained up to the dashed line)", ylabel="nats/byte")
         axis.legend()

@@ -1,4 +1,6 @@
-"""A data mixture that moves while training goes on (Motif §3.2.1), beside a fixed and an abrupt one of equal totals."""
+"""A data mixture that shifts during training (Motif §3.2.1) against a fixed and an abrupt one, at equal
+totals.
+"""
 import statistics
 from dataclasses import replace
 
@@ -28,7 +30,7 @@ class Abrupt(data.Mixture):
 
 
 def configs():
-    """{arm: configuration}: each sees 45% prose, 35% code and 20% math in all; when, is what differs."""
+    """{arm: configuration}: in total each sees 45% prose, 35% code and 20% math; only the timing differs."""
     base = train.RECIPES["shakespeare"]
     base = replace(base, tokens=500 * base.step_tokens, eval_every=50, eval_windows=256, save_every=10 ** 9)
     mix = lambda start, end: replace(base, data=replace(

@@ -1,4 +1,5 @@
-"""PolyNorm, gated and not, beside ReLU², GELU and SwiGLU: loss, coefficients, the weights it leaves behind, cost."""
+"""PolyNorm, gated and not, against ReLU², GELU and SwiGLU: loss, coefficients, spectra of the weights, cost.
+"""
 import statistics
 
 import torch
@@ -8,8 +9,9 @@ from notes.appendix_e import svd_entropy
 from notes.candidates import BASE, config, hidden, like
 
 RATE = 3e-3
-CHANGES = {"SwiGLU": {}, "PolyNorm, gated": dict(act="polynorm"), "PolyNorm": dict(act="polynorm", gated=False),
-           "GELU": dict(act="gelu", gated=False), "ReLU²": dict(act="relu2", gated=False)}
+CHANGES = {"SwiGLU": {}, "PolyNorm, gated": dict(act="polynorm"),
+           "PolyNorm": dict(act="polynorm", gated=False), "GELU": dict(act="gelu", gated=False),
+           "ReLU²": dict(act="relu2", gated=False)}
 
 
 def cells(quick):
@@ -20,7 +22,7 @@ def cells(quick):
 
 @torch.no_grad()
 def layers(model):
-    """A row a layer: the entropy of its matrices' singular values, and PolyNorm's coefficients."""
+    """One row per layer: the entropy of its matrices' singular values, and PolyNorm's coefficients."""
     for i, layer in enumerate(model.layers.values()):
         of, inward = layer.ffn, [w for w in ("gate", "up") if hasattr(layer.ffn, w)]
         row = dict(layer=i + 1, inward=statistics.mean(svd_entropy(torch.linalg.svdvals(getattr(of, w)))
@@ -45,7 +47,8 @@ def show(rows):
     ends = {arm: {seed: [row for row in some if "bpb" in row][-1]["bpb"]
                   for seed, some in _note.of_arm(rows, arm).items()} for arm in CHANGES}
     base = ends["SwiGLU"]
-    more = {arm: [100 * (bits / base[seed] - 1) for seed, bits in of_seed.items()] for arm, of_seed in ends.items()}
+    more = {arm: [100 * (bits / base[seed] - 1) for seed, bits in of_seed.items()]
+            for arm, of_seed in ends.items()}
     figure, [(loss, learned, rank)] = _note.panels(1, 3, width=13, height=3.8)
     for i, (arm, colour) in enumerate(zip(CHANGES, _note.COLOURS)):
         loss.plot(more[arm], [-i] * len(more[arm]), "o", ms=5, color=colour, alpha=0.8)
@@ -53,7 +56,8 @@ def show(rows):
         _note.band(rank, rows, arm, "layer", "outward", color=colour, ls="--", label=None)
     for arm, style in (("PolyNorm, gated", "-"), ("PolyNorm", "--")):
         for what, colour in zip(("cube", "square", "linear", "bias"), _note.COLOURS):
-            _note.band(learned, rows, arm, "layer", what, color=colour, ls=style, label=what if style == "-" else None)
+            _note.band(learned, rows, arm, "layer", what, color=colour, ls=style,
+                       label=what if style == "-" else None)
     _note.reported(learned, 1 / 3, None)
     loss.axvline(0, color="0.4", lw=0.8)
     loss.set(title="bits/byte beside SwiGLU, %, each seed", yticks=[-i for i in range(len(CHANGES))],
@@ -63,11 +67,12 @@ def show(rows):
     rank.set(title="SVD entropy of gate, up (dashed: down)", xlabel="layer", xticks=layers)
     learned.legend(ncols=2)
     rank.legend(fontsize=7)
-    of = lambda arm, what, layer: [row[what] for row in rows if row["arm"] == arm and row.get("layer") == layer]
+    of = lambda arm, what, layer: [row[what] for row in rows
+                                   if row["arm"] == arm and row.get("layer") == layer]
     mean = lambda arm, what: [statistics.mean(values) for values in zip(*(of(arm, what, i) for i in layers))]
     lines = _note.table(
-        ("arm", "width", "hidden parameters", "bits/byte", "beside SwiGLU, %, same seeds", "entropy of gate, up",
-         "of down", "tokens/s, beside"),
+        ("arm", "width", "hidden parameters", "bits/byte", "beside SwiGLU, %, same seeds",
+         "entropy of gate, up", "of down", "tokens/s, beside"),
         *((arm, model.d_ff, f"{hidden(model):,}", _note.spread(list(ends[arm].values())),
            "–" if arm == "SwiGLU" else _note.spread(more[arm], 2), _note.spread(mean(arm, "inward")),
            _note.spread(mean(arm, "outward")), _note.pace(rows, arm, "SwiGLU"))

@@ -1,4 +1,4 @@
-"""QK-Clip: do logits explode, does the clip hold them, does it fall silent, and does it cost anything?"""
+"""QK-Clip: do logits explode, does the clip contain them, does it become inactive, does it cost anything?"""
 import statistics
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ TAUS = 30.0, 15.0, 5.0
 
 
 def configs():
-    """{arm: configuration}: bytes of the embedded corpus, plain attention, a rate high enough for logits to explode."""
+    """{arm: configuration}: bytes of the default text, plain attention, a rate at which logits explode."""
     base = train.RECIPES["shakespeare"]
     base = replace(base, data=replace(train.RECIPES["laptop"].data, tokenizer="bytes"),
                    model=replace(base.model, differential=False), tokens=400 * base.step_tokens,
                    eval_every=400, eval_windows=256, save_every=10 ** 9)
-    muon = replace(base, optim=replace(base.optim, lr=2e-2, momentum=0.95, decay_start=0.5, weight_decay=0.1, tau=0,
-                                       exact_logits=True))
+    muon = replace(base, optim=replace(base.optim, lr=2e-2, momentum=0.95, decay_start=0.5, weight_decay=0.1,
+                                       tau=0, exact_logits=True))
     adamw = replace(muon, optim=replace(muon.optim, name="adamw", lr=3e-3, warmup=0.05))
     return {"AdamW": adamw, "Muon": muon} | {
         f"MuonClip, τ = {tau:g}": replace(muon, optim=replace(muon.optim, tau=tau)) for tau in TAUS}
@@ -29,11 +29,11 @@ def cells(quick):
 
 
 def run(arm, seed, config):
-    """Every 8th step: the largest logit of each head; at the end, the validation loss and how the clip fared."""
+    """The largest logit of each head every 8th step; at the end, validation loss and clip statistics."""
     heads = []
     history = _note.trained(config, seed, watch=lambda step, model: heads.append(
         torch.cat([attention.max_logits for attention in model.attentions().values()])))
-    largest, tau = torch.stack(heads), config.optim.tau                                          # (steps, heads)
+    largest, tau = torch.stack(heads), config.optim.tau                                    # (steps, heads)
     for step in range(0, len(largest), 8):
         yield dict(step=step + 1, loss=history[step + 1]["loss"],
                    **{f"head_{i}": v for i, v in enumerate(largest[step].tolist())})
@@ -73,8 +73,8 @@ def show(rows):
     ends = {arm: [of_seed[-1] for of_seed in _note.of_arm(rows, arm).values()] for arm in arms}
     take = lambda arm, key, digits=3: _note.spread([row[key] for row in ends[arm]], digits)
     return figure, _note.table(
-        ("arm", "largest logit of the run", "heads ever clipped", "last clip, part of the run", "validation, nats/byte",
-         "training, last 20 steps"),
+        ("arm", "largest logit of the run", "heads ever clipped", "last clip, part of the run",
+         "validation, nats/byte", "training, last 20 steps"),
         *((arm, take(arm, "peak", 1), take(arm, "ever", 2), take(arm, "last_clip", 2), take(arm, "val"),
            take(arm, "train_end")) for arm in arms))
 

@@ -13,8 +13,8 @@ SEEDED = "gpt2, lr 0.001", "laptop, 50%", "laptop, 35%", "laptop, 25%"
 
 
 def configs():
-    """{arm: configuration}. The control has as many hidden parameters (d_ff 576), its rate on three points and all
-    of the budget; `laptop` has parts of it, its schedules shortened with it."""
+    """{arm: configuration}. The control has as many hidden parameters (d_ff 576), three learning rates and
+    the whole budget; `laptop` gets fractions of the budget, with its schedules shortened to match."""
     gpt2, laptop = train.RECIPES["gpt2"], train.RECIPES["laptop"]
     gpt2 = replace(gpt2, model=replace(gpt2.model, d_ff=576), tokens=BUDGET)
     arms = {f"gpt2, lr {lr:g}": replace(gpt2, optim=replace(gpt2.optim, lr=lr)) for lr in RATES}
@@ -33,7 +33,7 @@ def hidden(config):
 
 
 def pace(ends, network):
-    """Seconds of training per token of the run that was least disturbed, of all with this network."""
+    """Seconds of training per token in the least disturbed of all runs with this network."""
     return min(row["seconds"] / row["tokens"] for arm, found in ends.items() if arm.startswith(network)
                for row in found)
 
@@ -52,16 +52,19 @@ def show(rows):
     axis.legend()
 
     tokens = {arm: found[0]["tokens"] for arm, found in ends.items()}
-    costs = {"tokens": tokens, "FLOPs": {arm: n * flops_per_token(arms[arm].model) for arm, n in tokens.items()},
+    costs = {"tokens": tokens,
+             "FLOPs": {arm: n * flops_per_token(arms[arm].model) for arm, n in tokens.items()},
              "time": {arm: n * pace(ends, arm.split(",")[0]) for arm, n in tokens.items()}}
     for i, arm in enumerate(arm for arm in ends if arm.startswith("laptop")):
-        bars.bar([j + 0.2 * (i - 1.5) for j in range(3)], [of[arm] / of[control] for of in costs.values()], 0.18,
-                 color=_note.COLOURS[i + 1], label=f"{arm}: {bits[arm]:.3f} bits/byte")
+        bars.bar([j + 0.2 * (i - 1.5) for j in range(3)], [of[arm] / of[control] for of in costs.values()],
+                 0.18, color=_note.COLOURS[i + 1], label=f"{arm}: {bits[arm]:.3f} bits/byte")
     bars.axhline(0.5, color="0.4", ls=":", lw=1.5)
-    bars.set(xticks=range(3), xticklabels=costs, ylabel=f"beside {control}: {bits[control]:.3f}", ylim=(0, 1.75))
+    bars.set(xticks=range(3), xticklabels=costs, ylabel=f"beside {control}: {bits[control]:.3f}",
+             ylim=(0, 1.75))
     bars.legend()
     return figure, _note.table(
-        ("arm", "hidden parameters", "bits/byte", *(f"{what}, beside" for what in costs), "seconds at its best pace"),
+        ("arm", "hidden parameters", "bits/byte", *(f"{what}, beside" for what in costs),
+         "seconds at its best pace"),
         *((arm, f"{hidden(arms[arm]):,}", _note.spread([row["bpb"] for row in found]),
            *(f"{of[arm] / of[control]:.2f}" for of in costs.values()), f"{costs['time'][arm]:.0f}")
           for arm, found in ends.items()))

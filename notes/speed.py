@@ -1,12 +1,13 @@
-"""What each fast path costs beside its baseline, on this machine, in one run.
+"""What each fast path costs relative to its baseline, on this machine, in one run.
 
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
-  python -m notes.speed --whole=FILE    # `shakespeare` and its control, in turn, on that text: 10 minutes
+  python -m notes.speed --whole=FILE    # `shakespeare` and its control, interleaved, on that text: 10 minutes
   python -m notes.speed --ranks         # ZeRO-1 on two ranks: half a minute
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
-Every figure is a ratio of two medians, their calls taken in turn: machines differ, and their load changes by the
-minute. Run it with nothing beside it."""
+Every number is a ratio of two medians whose calls are interleaved, because machines differ and their load
+changes by the minute. Run it on an otherwise idle machine.
+"""
 import argparse
 import csv
 import math
@@ -36,7 +37,7 @@ COLUMNS = ["run", "what", "case", "baseline", "ms", "baseline_ms", "ratio", "tar
 
 
 def in_turn(*fs, rounds=15):
-    """Median milliseconds of each function, their calls interleaved."""
+    """Median milliseconds of each function, with their calls interleaved."""
     times = [[] for _ in fs]
     for i in range(rounds + 3):
         for f, ts in zip(fs, times):
@@ -47,12 +48,12 @@ def in_turn(*fs, rounds=15):
 
 
 def there_and_back(f, *inputs):
-    """Forward and backward of f, as one call."""
+    """Forward and backward of f as a single function without arguments."""
     weight = torch.randn_like(f(*inputs).detach())
     return lambda: torch.autograd.backward(f(*inputs), weight)
 
 
-# ---- operations -----------------------------------------------------------------------------------------------------
+# ---- operations --------------------------------------------------------------------------------------------
 
 def poly_norm():
     for shape in ((768, 512), (2048, 2048)):
@@ -60,7 +61,8 @@ def poly_norm():
         b = torch.zeros(1, requires_grad=True)
         forms = {"compiled": lambda x, w, b: kernels.poly_norm(x, w, b, compiled=True),
                  "closed form": kernels.poly_norm, "definition": kernels.poly_norm_ref}
-        gelu, *times = in_turn(there_and_back(F.gelu, x), *(there_and_back(f, x, w, b) for f in forms.values()))
+        calls = [there_and_back(F.gelu, x), *(there_and_back(f, x, w, b) for f in forms.values())]
+        gelu, *times = in_turn(*calls)
         for name, t in zip(forms, times):
             yield "PolyNorm, forward + backward", f"{name}, {shape[0]}×{shape[1]}", "GELU", t, gelu, \
                 "≤ 2" if name == "compiled" else ""
@@ -77,18 +79,19 @@ def attention():
             calls.append(there_and_back(lambda x, module=module: module(x)[0],
                                         torch.randn(B, T, 256, requires_grad=True)))
         ours, mha = in_turn(*calls)
-        yield "attention module, forward + backward", f"differential, {B}×{T}", "MHA, as many maps", ours, mha, target
+        yield "attention module, forward + backward", f"differential, {B}×{T}", "MHA, as many maps", \
+            ours, mha, target
 
 
-# ---- the optimizer --------------------------------------------------------------------------------------------------
+# ---- the optimizer -----------------------------------------------------------------------------------------
 
 class Matrices(nn.Module):
     """The hidden matrices of 6 layers of width 512: 25.2M parameters."""
 
     def __init__(self):
         super().__init__()
-        shapes = dict(wq=(512, 512), wk=(512, 512), wv=(512, 512), wo=(512, 512), gate=(2048, 512), up=(2048, 512),
-                      down=(512, 2048))
+        shapes = dict(wq=(512, 512), wk=(512, 512), wv=(512, 512), wo=(512, 512), gate=(2048, 512),
+                      up=(2048, 512), down=(512, 2048))
         self.layers = nn.ParameterDict({f"{i}-{name}": nn.Parameter(0.02 * torch.randn(shape))
                                         for i in range(6) for name, shape in shapes.items()})
         for p in self.parameters():
@@ -105,7 +108,7 @@ def plain_muon(parameters, momenta):
 
 
 def mixture():
-    """A layer of experts beside a dense one that multiplies a token with as many weights; 2,048 tokens."""
+    """A layer of experts against a dense one with as many active weights per token; 2,048 tokens."""
     base = replace(train.RECIPES["laptop-k2"].model, zero_out=False)
     for width, wide, experts in ((128, 128, 16), (256, 256, 16), (256, 512, 8)):
         config = replace(base, d_model=width, d_expert=wide, d_ff=3 * wide, n_expert=experts)
@@ -115,7 +118,8 @@ def mixture():
                 p.normal_(0, 0.1)
         x = torch.randn(8, 256, width, requires_grad=True)
         ours, theirs = in_turn(there_and_back(lambda x, moe=moe: moe(x)[0], x), there_and_back(dense, x))
-        yield "experts, forward + backward", f"{experts} of width {wide}, 2 and a shared one, model {width}", \
+        yield "experts, forward + backward", \
+            f"{experts} of width {wide}, 2 and a shared one, model {width}", \
             "dense, as many multiplications", ours, theirs, "≤ 1.5"
 
 
@@ -126,20 +130,22 @@ def optimizer():
     theirs = torch.optim.Muon(parameters, lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     ours = muonclip.MuonClip(list(model.named_parameters()), muonclip.OptimConfig())
     ours, torchs, plain = in_turn(ours.step, theirs.step, lambda: plain_muon(parameters, momenta), rounds=7)
-    yield "Muon step, 25.2M parameters", "ours (float32)", "torch.optim.Muon (bfloat16)", ours, torchs, "≤ 0.4"
+    yield "Muon step, 25.2M parameters", "ours (float32)", "torch.optim.Muon (bfloat16)", \
+        ours, torchs, "≤ 0.4"
     yield "Muon step, 25.2M parameters", "ours (float32)", "plain float32 loop", ours, plain, "≤ 0.7"
 
 
-# ---- a training step ------------------------------------------------------------------------------------------------
+# ---- a training step ---------------------------------------------------------------------------------------
 
 def step_of(recipe, batch):
-    """A model and one training step of it, as a list of functions: data, forward, backward, optimizer, clip."""
+    """A model and one of its training steps as functions: data, forward, backward, optimizer, clip."""
     config = train.RECIPES[recipe]
     model, state = Transformer(config.model), {}
     optim = muonclip.MuonClip(list(model.named_parameters()), replace(config.optim, lr=1e-3))
-    data = replace(train.RECIPES["laptop"].data, horizon=config.tokens)              # the embedded corpus for all
+    data = replace(train.RECIPES["laptop"].data, horizon=config.tokens)          # the default text for all
     corpus = train.prepare(replace(data, tokenizer=config.data.tokenizer), config.model.vocab_size)
-    batches, attentions = train.Batches(corpus, data, 0, batch, config.model.context), list(model.attentions().values())
+    batches = train.Batches(corpus, data, 0, batch, config.model.context)
+    attentions = list(model.attentions().values())
 
     def load():
         state["batch"] = batches(7)
@@ -152,15 +158,16 @@ def step_of(recipe, batch):
 
 
 def logits():
-    """What watching the largest logit adds to a training step: the pass over every layer's queries and keys, timed by
-    itself, in turn with the step without it (a whole step varies by more than the pass takes)."""
+    """What watching the largest logits adds to a training step. The pass over every layer's queries and keys
+    is timed by itself, interleaved with a step without it, since a whole step varies by more than the pass
+    takes."""
     model, parts = step_of("laptop", train.RECIPES["laptop"].batch)
     config, attentions = model.config, list(model.attentions().values())
     q, k = torch.randn(2, train.RECIPES["laptop"].batch, config.n_head, config.context, config.d_head)
 
     def step():
         for a in attentions:
-            a.clear_logits(math.inf)                   # nothing is watched
+            a.clear_logits(math.inf)                   # logits are not watched
         for part in parts[:-1]:
             part()
 
@@ -182,7 +189,7 @@ def logits():
 
 
 def bounds():
-    """How tight the bounds are: heads of random queries and keys, and heads that explode along one direction."""
+    """How tight the bounds are, for random heads and for heads that explode along one direction."""
     B, H, T, d = 8, 4, 256, 32
     for case, push in (("random heads", 0.0), ("along one direction", 30.0)):
         q, k = torch.randn(B, H, T, d), torch.randn(B, H, T, d)
@@ -195,7 +202,7 @@ def bounds():
 
 
 def compiled():
-    """`--compile`: every layer through torch.compile, from a cold start; it measures every largest logit."""
+    """`--compile`: torch.compile of every layer, from a cold start, with exact largest logits."""
     from torch._inductor.utils import fresh_inductor_cache
     parts = []
     for on in (False, True):
@@ -222,13 +229,14 @@ def split():
             yield f"step of {recipe}, batch {batch}", name, "whole step", t, sum(times), ""
 
 
-# ---- two ranks ------------------------------------------------------------------------------------------------------
+# ---- two ranks ---------------------------------------------------------------------------------------------
 
 def on_a_rank(rank, port, path):
-    """A whole step of `laptop` on each of two ranks with a thread each, three optimizers in turn; rank 0 writes it."""
+    """A step of `laptop` on two ranks, three optimizers interleaved; rank 0 writes the times."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port)
     torch.set_num_threads(1)
     mesh, config = parallel.join_mesh(parallel.MeshConfig()), train.RECIPES["laptop"]
     x = torch.randint(config.model.vocab_size, (config.batch // 2, config.model.context + 1))
@@ -279,13 +287,13 @@ def ranks():
     yield "laptop step, two ranks of one thread", "ZeRO-1 with MuonClip", theirs, muon, zero, ""
 
 
-# ---- the whole: a loss, and the time to it --------------------------------------------------------------------------
+# ---- whole runs: a loss, and the time to reach it ----------------------------------------------------------
 
 def control(path):
-    """A widely used CPU recipe: GPT-2 style, 4 layers of 128, context 64, AdamW 1e-3, 2,000 steps of 12×64 tokens."""
+    """A common CPU recipe: GPT-2 style, 4 layers of 128, context 64, AdamW 1e-3, 2,000 steps of 12×64."""
     gpt2, ours = train.RECIPES["gpt2"], shakespeare(path)
-    return replace(gpt2, model=replace(gpt2.model, context=64, vocab_size=261), data=ours.data, batch=12, micro=12,
-                   tokens=2000 * 12 * 64, eval_every=10 ** 9, eval_windows=0, save_every=10 ** 9,
+    return replace(gpt2, model=replace(gpt2.model, context=64, vocab_size=261), data=ours.data, batch=12,
+                   micro=12, tokens=2000 * 12 * 64, eval_every=10 ** 9, eval_windows=0, save_every=10 ** 9,
                    optim=replace(gpt2.optim, lr=1e-3, warmup=0.05, beta2=0.99, floor=0.1))
 
 
@@ -300,11 +308,12 @@ class PlainGPT(nn.Module):
 
     def __init__(self, V=261, T=64, C=128, L=4):
         super().__init__()
-        self.tokens, self.positions, self.norm = nn.Embedding(V, C), nn.Embedding(T, C), nn.LayerNorm(C, bias=False)
+        self.tokens, self.positions = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.norm = nn.LayerNorm(C, bias=False)
         self.layers = nn.ModuleList(nn.ModuleDict(dict(
-            n1=nn.LayerNorm(C, bias=False), qkv=nn.Linear(C, 3 * C, bias=False), o=nn.Linear(C, C, bias=False),
-            n2=nn.LayerNorm(C, bias=False), up=nn.Linear(C, 4 * C, bias=False),
-            down=nn.Linear(4 * C, C, bias=False))) for _ in range(L))
+            n1=nn.LayerNorm(C, bias=False), qkv=nn.Linear(C, 3 * C, bias=False),
+            o=nn.Linear(C, C, bias=False), n2=nn.LayerNorm(C, bias=False),
+            up=nn.Linear(C, 4 * C, bias=False), down=nn.Linear(4 * C, C, bias=False))) for _ in range(L))
 
     def forward(self, x, y):
         h = self.tokens(x) + self.positions.weight
@@ -316,7 +325,7 @@ class PlainGPT(nn.Module):
 
 
 def against_plain(path, steps=200):
-    """The control's loop, logs and all, against a plain loop over the same network, same batches; taken in turn."""
+    """Our loop for the control, logging included, against a plain loop over the same network, interleaved."""
     config = replace(control(path), steps=steps, eval_windows=4)
     corpus = train.prepare(config.data, 261)
 
@@ -341,7 +350,7 @@ def against_plain(path, steps=200):
 
 
 def whole(path):
-    """`shakespeare` and its control in turn, three times each: seconds of training, and the loss they end at."""
+    """`shakespeare` and its control, three interleaved runs each: seconds of training, final loss."""
     runs = {"shakespeare": shakespeare(path), "control": control(path)}
     ends = {name: [] for name in runs}
     for seed in range(3):
@@ -349,17 +358,18 @@ def whole(path):
             begin = time.perf_counter()
             history, _ = train.train(replace(config, seed=seed), quiet=True)
             ends[name].append((history[-1]["seconds"] * 1e3, history[-1]["val_shakespeare"]))
-            print(f"{name}, seed {seed}: {history[-1]['seconds']:.1f} s of training ({time.perf_counter() - begin:.1f} "
+            seconds = time.perf_counter() - begin
+            print(f"{name}, seed {seed}: {history[-1]['seconds']:.1f} s of training ({seconds:.1f} "
                   f"s with both evaluations), {ends[name][-1][1]:.4f} nats/byte", flush=True)
     (ours, loss), (theirs, their_loss) = (map(statistics.median, zip(*ends[name])) for name in runs)
-    yield "Tiny Shakespeare, time of training", f"shakespeare, to {loss:.3f}", f"the control, to {their_loss:.3f}", \
-        ours, theirs, "≤ 0.25"
+    yield "Tiny Shakespeare, time of training", f"shakespeare, to {loss:.3f}", \
+        f"the control, to {their_loss:.3f}", ours, theirs, "≤ 0.25"
 
 
-# ---- table and figure -----------------------------------------------------------------------------------------------
+# ---- table and figure --------------------------------------------------------------------------------------
 
 def measured(path, two_ranks):
-    """Rows of the whole on the text at `path`, of two ranks, or of the parts."""
+    """Rows of the whole runs on the text at `path`, of two ranks, or by default of the parts."""
     if two_ranks:
         return (yield from ranks())
     parts = (poly_norm, attention, mixture, optimizer, bounds, logits, split, compiled)
@@ -369,23 +379,26 @@ def measured(path, two_ranks):
 
 
 def show():
-    """The table between the markers of speed.md, and speed.png, from speed.csv."""
+    """Write the table of speed.md and speed.png from speed.csv."""
     with open(CSV, newline="") as file:
         rows = list(csv.DictReader(file))
     found = {}
     for row in rows:
-        name, beside = (row[key].split(", to ")[0] for key in ("case", "baseline"))
-        found.setdefault((row["what"], name, beside), []).append(row)
+        case, baseline = (row[key].split(", to ")[0] for key in ("case", "baseline"))
+        found.setdefault((row["what"], case, baseline), []).append(row)
     _note.write_table(CSV.with_suffix(".md"), _note.table(
         ("what", "case", "beside", "ratios, one a run", "wanted"),
-        *((what, some[-1]["case"], some[-1]["baseline"], ", ".join(f"{float(row['ratio']):.2f}" for row in some),
-           some[-1]["target"]) for (what, *_), some in found.items())))
+        *((what, some[-1]["case"], some[-1]["baseline"],
+           ", ".join(f"{float(row['ratio']):.2f}" for row in some), some[-1]["target"])
+          for (what, *_), some in found.items())))
 
     bars = [(f"{what.split(',')[0]}: {case}\nbeside {baseline}", [float(row["ratio"]) for row in some],
-             float(some[0]["target"][2:])) for (what, case, baseline), some in found.items() if some[0]["target"]]
+             float(some[0]["target"][2:]))
+            for (what, case, baseline), some in found.items() if some[0]["target"]]
     figure, [[axis]] = _note.panels(1, 1, width=9, height=0.55 * len(bars) + 1)
     for i, (label, ratios, target) in enumerate(reversed(bars)):
-        axis.barh(i, sum(ratios) / len(ratios), color=_note.COLOURS[0 if max(ratios) <= target else 4], height=0.6)
+        colour = _note.COLOURS[0 if max(ratios) <= target else 4]
+        axis.barh(i, sum(ratios) / len(ratios), color=colour, height=0.6)
         axis.plot(ratios, [i] * len(ratios), "k.", ms=4)
         axis.plot([target, target], [i - 0.4, i + 0.4], color="k", lw=2)
     axis.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in reversed(bars)], xscale="log",
@@ -398,7 +411,8 @@ def show():
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", metavar="FILE", help="Tiny Shakespeare, as a text file")
     parser.add_argument("--ranks", action="store_true")
     parser.add_argument("--plot", action="store_true")
@@ -417,7 +431,8 @@ def main(argv):
             writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
                                                f"{ratio:.3f}", target))))
             file.flush()
-            print(f"{what:<46} {case:<36} {ms:>9.2f} / {baseline_ms:>9.2f} = {ratio:5.2f} {target:<7} {baseline}")
+            print(f"{what:<46} {case:<36} {ms:>9.2f} / {baseline_ms:>9.2f} = {ratio:5.2f} {target:<7} "
+                  f"{baseline}")
     show()
 
 
