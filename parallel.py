@@ -1,13 +1,15 @@
 """What changes when one device becomes many.
 
-`Mesh` says where this process stands; `Mesh()` is a process on its own, and every function here is then the identity.
-It is made once, in train.py, and handed on as an argument: no module of this project asks who it is.
+`Mesh` is this process's place among the ranks; `Mesh()` is a process on its own, for which every function
+here is the identity. It is built once, in train.py, and passed as an argument.
 
-  expert parallelism   ranks of an ep group share out the experts; tokens travel to theirs and back     [Kimi K2 §2.4.2]
-  ZeRO-1               each matrix has one owner, with its optimizer state; gradients go there, weights come back
+  expert parallelism   ranks of an ep group divide the experts; tokens are dispatched to them and their
+                       outputs combined                                                   [Kimi K2 §2.4.2]
+  ZeRO-1               each matrix has one owner, which alone keeps its optimizer state: gradients are
+                       reduced to the owner, weights broadcast from it                    [ZeRO §5.1]
 
-World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. What is not an expert is
-the same on all dp ranks; an expert is on dp/ep of them (`edp`).
+World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. Experts are
+replicated on dp/ep ranks (`edp`), everything else on all dp ranks.
 """
 import contextlib
 import functools
@@ -25,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional                             # imported later, its defaults would hold the group
+import torch.distributed.nn.functional    # imported after a process group exists, its defaults would hold it
 from torch.distributed.device_mesh import init_device_mesh
 
 from kernels import accumulation_dtype, listed
@@ -33,9 +35,10 @@ from kernels import accumulation_dtype, listed
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """How the ranks are laid out; dp = world / pp. ValueError names the field to change."""
     pp: int = 1                  # pipeline stages
-    ep: int = 1                  # ranks that share out the experts; dp is the rest: world / pp
-    timeout: float = 600.0       # seconds after which a collective that waits for a lost rank fails; saving takes less
+    ep: int = 1                  # ranks that divide the experts among them
+    timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
     def __post_init__(self):
         if not self.timeout > 0:
@@ -45,25 +48,32 @@ class MeshConfig:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
 
     def check(self, world, n_expert):
-        """Raise ValueError where so many ranks and experts cannot be laid out so."""
-        if self.pp > 1:
-            raise ValueError(f"mesh.pp={self.pp}: there is no pipeline yet; pp=1")
-        if world % (self.pp * self.ep):
-            raise ValueError(f"mesh.pp={self.pp} × ep={self.ep} does not divide the {world} ranks there are")
-        if self.ep > 1 and (n_expert == 0 or n_expert % self.ep):
-            raise ValueError(f"mesh.ep={self.ep} does not divide the model's {n_expert} experts")
+        """Raise ValueError unless `world` ranks and `n_expert` experts can be laid out this way."""
+        rules = [
+            (self.pp == 1,
+             f"mesh.pp={self.pp}: there is no pipeline yet; pp=1"),
+            (world % (self.pp * self.ep) == 0,
+             f"mesh.pp={self.pp} × ep={self.ep} does not divide the {world} ranks there are"),
+            (self.ep == 1 or n_expert > 0 and n_expert % self.ep == 0,
+             f"mesh.ep={self.ep} does not divide the model's {n_expert} experts"),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
 
 
-GROUPS = {}                      # axis: its process group
+GROUPS = {}                      # name of an axis: its process group
 
 
 class Axis(NamedTuple):
-    """One direction of the mesh. It holds the name of its process group, and not the group: gloo's threads end with the
-    last reference to their group, and one that outlives the interpreter aborts the process. So `leave_mesh` has to be
-    able to drop them all, whoever still holds a mesh."""
+    """One direction of the mesh: this process's rank along it, and its size.
+
+    It holds the name of its process group and not the group itself. gloo's threads end with the last
+    reference to their group, and a thread that outlives the interpreter aborts the process: so `leave_mesh`
+    has to be able to drop every reference, whoever still holds a mesh."""
     rank: int = 0
     size: int = 1
-    name: str = ""               # "" where there is nobody to talk to
+    name: str = ""               # "" without a process group
 
     @property
     def group(self):
@@ -71,61 +81,73 @@ class Axis(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """This process's coordinates: among all ranks, data parallel, pipeline stage, place in its expert group, replica of
-    its experts; and the device it computes on. What all ranks decide together, they decide over `world`."""
-    world: Axis = Axis()
-    dp: Axis = Axis()
-    pp: Axis = Axis()
-    ep: Axis = Axis()
-    edp: Axis = Axis()
+    """This process's coordinates, and the device it computes on. What all ranks decide together, they decide
+    over `world`."""
+    world: Axis = Axis()         # all ranks
+    dp: Axis = Axis()            # data parallel
+    pp: Axis = Axis()            # pipeline stage
+    ep: Axis = Axis()            # place in the expert-parallel group
+    edp: Axis = Axis()           # replica of this rank's experts
     device: torch.device = torch.device("cpu")
 
 
 def this_rank():
-    """This process's rank as torchrun set it; known before the process group is. Where there is one process it is 0."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    """This process's rank as torchrun set it, before there is a process group; 0 for a single process."""
+    if world_size() == 1:
+        return 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
-    """How many ranks there are, as torchrun set it."""
+    """The number of ranks, as torchrun set it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launch_id():
-    """Names the launch that this process belongs to, its restarts included: the host, and torchrun's process and when
-    that began. "" where there is no torchrun."""
+    """Names the torchrun launch of this process, restarts included: host, torchrun's pid and start time.
+    "" without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
+
+    # The start time tells a reused pid apart; only Linux has it here.
     began = ""
-    with contextlib.suppress(OSError):                             # Linux alone has it: against numbers used again
+    with contextlib.suppress(OSError):
         began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
     return f"{os.uname().nodename} {os.getppid()} {began}"
 
 
 def join_mesh(config, facts=None):
-    """The mesh of this process, from the variables that torchrun sets; a plain `python train.py` stands alone.
+    """The mesh of this process, from the variables that torchrun sets; `python train.py` is a mesh of one.
 
-    NCCL on GPUs, gloo on CPUs. Call it when data is ready: from here on, who waits longer than the timeout fails.
-    `facts` {what: text} must be the same on all ranks (`compare`); that is found out before anything else is agreed."""
+    NCCL on GPUs, gloo on CPUs. Call it when the data is ready: from here on, a rank that has to wait longer
+    than config.timeout fails. `facts` {what: text} must be equal on all ranks; `compare` checks that first.
+    ValueError: fewer GPUs than ranks, or ranks that were not started alike. LostRank: a rank is missing."""
+    # Device
     world = world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc-per-node: local rank {local}, but only {torch.cuda.device_count()} GPUs here")
+            raise ValueError(
+                f"--nproc-per-node: local rank {local}, but only {torch.cuda.device_count()} GPUs here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world == 1:
         return Mesh(device=device)
+
+    # All ranks, in a process group of this launch alone
     timeout = timedelta(seconds=config.timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(meet(store, rank, world, config.timeout), store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     GROUPS["world"] = dist.group.WORLD
     everyone = Axis(rank, world, "world")
     compare(facts or {}, Mesh(everyone, device=device))
-    axes, dp = dict(world=everyone), world // config.pp
+
+    # The two grids: pp × dp, and edp × ep
+    axes = dict(world=everyone)
+    dp = world // config.pp
     for names, sizes in ((("pp", "dp"), (config.pp, dp)), (("edp", "ep"), (world // config.ep, config.ep))):
         grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         for name, size in zip(names, sizes):
@@ -135,17 +157,29 @@ def join_mesh(config, facts=None):
 
 
 def meet(store, rank, world, timeout):
-    """A name that exactly the processes that are here now agree upon.
+    """A name on which exactly the processes that are alive now agree. LostRank: not within `timeout` seconds.
 
-    torchrun's store outlives a restart: without a name of its own, a new process group reads the addresses of the dead;
-    and agents do not agree on how often they have restarted. So rank 0 calls with a new name; the others answer to what
-    they hear until rank 0 has confirmed them, themselves and not one that died."""
-    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    torchrun's store survives a restart: without a name of its own, a new process group would read the
+    addresses of dead processes; and torchrun's agents disagree about how often they have restarted. Each
+    process draws a random id, and four messages go through the store (A is rank 0's id, B rank 1's):
+
+        rank 0   call = A                     rank 0 calls under its own id
+        rank 1   A/1 = B                      the others answer to the call they read
+        rank 0   A/confirmed = B              rank 0 has every answer, and says whose
+        rank 1   reads B there: the name is A
+
+    A rank that does not find its id there was answered for by a dead predecessor: it reads `call` again."""
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout
+
+    # Rank 0 calls, waits for every answer, and confirms them.
     if rank == 0:
         store.set("call", me)
-        answers = [store.get(f"{me}/{r}").decode() for r in range(1, world)]           # waits for each
+        answers = [store.get(f"{me}/{r}").decode() for r in range(1, world)]
         store.set(f"{me}/confirmed", ",".join(answers))
         return me
+
+    # Answer, then wait for the confirmation or for another call.
     while time.monotonic() < deadline:
         call = store.get("call").decode()
         store.set(f"{call}/{rank}", me)
@@ -158,25 +192,25 @@ def meet(store, rank, world, timeout):
 
 
 def leave_mesh():
-    """When all that was sent has arrived. The threads that talked have ended when this returns."""
+    """Leave in order, when every message has arrived. The communication threads have ended on return."""
     GROUPS.clear()
     abandon_mesh()
 
 
 def abandon_mesh():
-    """After an error: what is still under way is not waited for."""
+    """Leave after an error: messages that are still in flight are not waited for."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class LostRank(RuntimeError):
-    """Another rank died, or did not answer within the timeout: nothing that needs all of them can go on."""
+    """Another rank died, or did not answer within the timeout: nothing that needs all ranks can continue."""
 
 
 @contextlib.contextmanager
 def talking(mesh):
-    """Around a collective, and nothing else: its failure means that another rank is lost. gloo reports that as a bare
-    RuntimeError, which is also what any computation would raise."""
+    """Put around a collective, and nothing else: its failure becomes LostRank. gloo reports a lost rank as a
+    bare RuntimeError, which any computation might raise too."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -201,7 +235,7 @@ def all_max(t, mesh):
 
 
 def all_sum(t, mesh, axis=None):
-    """Elementwise sum over all ranks, or those of one axis, in place."""
+    """Elementwise sum over all ranks, or over those of one axis, in place."""
     axis = axis or mesh.world
     if axis.size > 1:
         with talking(mesh):
@@ -210,14 +244,17 @@ def all_sum(t, mesh, axis=None):
 
 
 def gather(thing, mesh):
-    """Something that JSON can hold → the list of every rank's on rank 0, None elsewhere. Not pickle: what comes over
-    the network is data, and no code."""
+    """A JSON value → the list of every rank's on rank 0, None elsewhere. JSON and not pickle: what comes over
+    the network is data, never code."""
     if mesh.world.size == 1:
         return [thing]
+
+    # Everybody pads its bytes with blanks to the longest.
     raw = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8)
     longest = int(all_max(torch.tensor([len(raw)], device=mesh.device), mesh).item())
     padded = torch.full((longest,), ord(" "), dtype=torch.uint8, device=mesh.device)
     padded[:len(raw)] = raw
+
     everyone = None
     if mesh.world.rank == 0:
         everyone = [torch.empty_like(padded) for _ in range(mesh.world.size)]
@@ -226,14 +263,17 @@ def gather(thing, mesh):
     return everyone and [json.loads(t.cpu().numpy().tobytes()) for t in everyone]
 
 
-COMPARED = 512                   # facts at most: a fixed number, so that ranks of another version can be told too
+COMPARED = 512                   # most facts to compare: a fixed size, so that other versions can be detected
 
 
 def compare(facts, mesh, like=0):
-    """Raise ValueError, on all ranks, where one's `facts` {what: text} are not those of the rank that it names: who
-    differs from whom, and in what. One collective, of 8 bytes a fact."""
+    """Check that `facts` {what: text} equal those of rank `like`, which may differ between ranks.
+
+    ValueError, on all ranks: which rank differs from which, and in what. One collective of 8 bytes a fact."""
     if mesh.world.size == 1:
         return
+
+    # A row: the rank to be compared with, then a hash of each fact. The first fact is the list of names.
     names = ["version", *facts]
     texts = [" ".join(names), *facts.values()]
     mine = torch.zeros(1 + COMPARED, dtype=torch.int64)
@@ -244,12 +284,14 @@ def compare(facts, mesh, like=0):
     table = [torch.empty_like(mine) for _ in range(mesh.world.size)]
     with talking(mesh):
         dist.all_gather(table, mine, group=mesh.world.group)
+
+    # Every rank finds the same differences.
     said = []
     table = torch.stack(table).tolist()
     for rank, (reference, *row) in enumerate(table):
         wanted = table[reference][1:]
         different = [name for name, a, b in zip(names, row, wanted) if a != b]
-        if row[0] != wanted[0]:                                    # of facts with other names, nothing else can be said
+        if row[0] != wanted[0]:                                    # with other names, no hash can be compared
             different = names[:1]
         if different:
             said.append(f"rank {rank} has another {', '.join(different)} than rank {reference}")
@@ -258,11 +300,14 @@ def compare(facts, mesh, like=0):
 
 
 def checksum(t):
-    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    """sha256 of a tensor's bytes."""
+    raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def compare_weights(tensors, mesh):
-    """`compare` for {name: weight}: all ranks of a stage have the same, but for experts (3-D) the same part of them."""
+    """`compare` for {name: weight}. All ranks of a stage hold the same weights, but for experts (3-D), which
+    are equal on the ranks with the same place in their ep group."""
     if mesh.world.size == 1:
         return
     stage = mesh.pp.rank * mesh.dp.size
@@ -271,68 +316,87 @@ def compare_weights(tensors, mesh):
         compare({what: " ".join(digests)}, mesh, like)
 
 
-# ---- plans --------------------------------------------------------------------------------------------------------
+# ---- plans -------------------------------------------------------------------------------------------------
 
 class Act(NamedTuple):
+    """One step of a rank's plan."""
     op: str                      # "F" forward, "B" backward
-    micro: int                   # of which micro-batch
-    chunk: int = 0               # through which of this rank's ranges of layers
+    micro: int                   # index of the micro-batch
+    chunk: int = 0               # index of the rank's range of layers
 
 
 def straight(windows, micro):
-    """The plan of a process on its own, for so many windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
+    """The plan of a process on its own, for `windows` windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
     return [Act(op, i) for i in range(-(-windows // micro)) for op in "FB"]
 
 
 def execute(plan, chunks, batch, micro, mesh, dtype=None):
-    """Run a plan: gradients of the mean loss of this rank's windows, or of the loss weighted as the batch says,
-    accumulated over its micro-batches: into p.grad, or where the owners' hooks put them.
+    """Run a plan. Gradients accumulate over the micro-batches, in p.grad or where the owners' hooks put them:
+    those of the mean loss of this rank's windows, or of the sum of weight × loss where the batch has weights.
 
-    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss). → nats/token of each
-    window (b,), in float64 on the mesh's device."""
-    share, live = len(batch.x), {}
+    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss).
+    → nats/token of each window (b,), in float64 on the mesh's device."""
+    share = len(batch.x)
     losses = torch.empty(share, dtype=torch.float64, device=mesh.device)
+    live = {}                                                      # forward act: its loss, until the backward
     for act in plan:
-        part = slice(act.micro * micro, (act.micro + 1) * micro)
-        if act.op == "F":
-            here = [None if t is None else t[part].to(mesh.device)
-                    for t in (batch.x, batch.y, batch.doc_start, batch.weight)]
-            loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
-            losses[part] = terms.detach().double().view(len(here[0]), -1).mean(1)
-            of_all = len(here[0]) / share                          # balance is a mean over windows
-            live[act] = (loss + balance) * of_all if batch.weight is None else loss + balance * of_all
-        else:
+        if act.op == "B":
             live.pop(act._replace(op="F")).backward()
+            continue
+
+        # The windows of this micro-batch, on the device
+        part = slice(act.micro * micro, (act.micro + 1) * micro)
+        here = []
+        for t in (batch.x, batch.y, batch.doc_start, batch.weight):
+            here.append(None if t is None else t[part].to(mesh.device))
+
+        # Its part of the loss. A balance loss is always a mean over windows.
+        loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
+        losses[part] = terms.detach().double().view(len(here[0]), -1).mean(1)
+        of_all = len(here[0]) / share
+        if batch.weight is None:
+            live[act] = (loss + balance) * of_all
+        else:
+            live[act] = loss + balance * of_all
     return losses
 
 
-# ---- expert parallelism -------------------------------------------------------------------------------------------
+# ---- expert parallelism ------------------------------------------------------------------------------------
 
 class Trip:
-    """An all-to-all on its way: `sent[i]` rows go to rank i of ep, `received[i]` come from it. Their gradients take the
-    same way back. Depart starts it and Arrive waits for it, so that what stands between them is computed meanwhile:
-    forwards the shared expert, backwards its gradient."""
+    """An all-to-all in flight: `sent[i]` rows go to rank i of ep, `received[i]` rows come from it. Gradients
+    take the same way back.
+
+    Depart starts it and Arrive waits for it. What is computed between the two overlaps with the transfer: the
+    shared expert in the forward, its gradient in the backward."""
 
     def __init__(self, mesh, sent, received):
-        self.mesh, self.sent, self.received = mesh, sent, received
+        self.mesh = mesh
+        self.sent = sent
+        self.received = received
 
     def start(self, x, sent, received):
+        """x (sum(sent), ...) → a tensor (sum(received), ...) that `wait` will have filled."""
         out = x.new_empty(sum(received), *x.shape[1:])
         with talking(self.mesh):
-            self.work = dist.all_to_all_single(out, x.contiguous(), received, sent, self.mesh.ep.group, async_op=True)
+            self.work = dist.all_to_all_single(out, x.contiguous(), received, sent, self.mesh.ep.group,
+                                               async_op=True)
         return out
 
     def wait(self):
-        work, self.work = self.work, None                          # it holds both tensors as long as it lives
+        work = self.work
+        self.work = None                                           # a handle keeps both tensors alive
         with talking(self.mesh):
             work.wait()
 
 
 class Depart(torch.autograd.Function):
+    """Forward: start the transfer. Backward: wait for the gradient that Arrive has sent back."""
+
     @staticmethod
     def forward(ctx, x, trip):
         ctx.trip = trip
-        return trip.start(x, trip.sent, trip.received)             # not there yet
+        return trip.start(x, trip.sent, trip.received)             # not filled yet
 
     @staticmethod
     def backward(ctx, _):
@@ -342,6 +406,8 @@ class Depart(torch.autograd.Function):
 
 
 class Arrive(torch.autograd.Function):
+    """Forward: wait for the transfer. Backward: send the gradient back, without waiting."""
+
     @staticmethod
     def forward(ctx, x, trip):
         ctx.trip = trip
@@ -351,43 +417,52 @@ class Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         ctx.trip.gradient = ctx.trip.start(g, ctx.trip.received, ctx.trip.sent)
-        return g, None                                             # a stand-in: Depart has the real one
+        return g, None                                             # a placeholder: Depart has the real one
 
 
 def expert_exchange(mesh):
-    """The `exchange` of a model whose experts are shared out over mesh.ep: rank i has the i-th part of them.
+    """The `exchange` of a model whose experts are divided over mesh.ep: rank i has the i-th part of them.
 
-    exchange(tokens (M, C), weight (M, 1), both sorted by expert, counts (E,)) sends them off, the weight in a last
-    column; `arrive()` → the tokens and weights that came here, sorted by expert, how many each expert here has, and the
-    way back. No token and no expert is padded; any count may be 0."""
+    exchange(tokens (M, C), weight (M, 1), counts (E,)), the first two sorted by expert, sends each token to
+    its expert, with the weight as a last column. It returns arrive(), which returns the tokens and weights
+    that came here, sorted by expert; how many each expert here has; and the function that sends results back.
+    Nothing is padded, neither tokens nor experts; any count may be 0."""
     n = mesh.ep.size
 
     def exchange(tokens, weight, counts):
-        received = torch.empty_like(counts)                        # (n·E/n,) from each rank, for each expert here
+        # How many tokens come from each rank for each expert here: (n·E/n,)
+        received = torch.empty_like(counts)
         with talking(mesh):
             dist.all_to_all_single(received, counts, group=mesh.ep.group)
         sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
+
+        # The tokens leave.
         trip = Trip(mesh, sent, got)
         moving = Depart.apply(torch.cat((tokens, weight), 1), trip)
 
         def arrive():
-            expert = torch.arange(len(counts) // n, device=counts.device).repeat(n).repeat_interleave(received)
-            order = expert.argsort(stable=True)
-            inverse, home = order.argsort(), Trip(mesh, got, sent)
-            back = lambda y: Arrive.apply(Depart.apply(y[inverse], home), home)
+            # They arrive sorted by rank, then by expert; they are wanted by expert alone.
+            expert = torch.arange(len(counts) // n, device=counts.device).repeat(n)
+            order = expert.repeat_interleave(received).argsort(stable=True)
+            inverse = order.argsort()
+            home = Trip(mesh, got, sent)
+
+            def back(y):
+                return Arrive.apply(Depart.apply(y[inverse], home), home)
+
             rows = Arrive.apply(moving, trip)[order]
             return rows[:, :-1].contiguous(), rows[:, -1:], received.view(n, -1).sum(0), back
         return arrive
     return exchange
 
 
-# ---- ZeRO-1: who owns what ----------------------------------------------------------------------------------------
+# ---- ZeRO-1: who owns what ---------------------------------------------------------------------------------
 
 class Piece(NamedTuple):
-    """Rows start..stop of a parameter that has `rows` of them on all ranks together: what is owned, sent and saved.
+    """What is owned, sent and saved as one: rows start..stop of a parameter with `rows` rows on all ranks.
 
-    A matrix is one piece, since its update needs all of it; so is each expert of a stack; what is updated element by
-    element (embeddings, vectors) is cut anywhere."""
+    A matrix is one piece, since its update needs the whole of it, and so is each expert of a stack. What is
+    updated elementwise (embeddings, vectors) may be cut between any two rows."""
     name: str
     start: int
     stop: int
@@ -395,36 +470,53 @@ class Piece(NamedTuple):
 
     @property
     def key(self):
-        return self.name if (self.start, self.stop) == (0, self.rows) else f"{self.name}[{self.start}:{self.stop}]"
+        if (self.start, self.stop) == (0, self.rows):
+            return self.name
+        return f"{self.name}[{self.start}:{self.stop}]"
 
 
 def share_out(items, n):
-    """[(piece, bytes, operations)] → a list of pieces for each of n owners.
+    """[(piece, bytes, operations)] → the pieces of each of n owners.
 
-    Whole pieces go, the costliest first, to the owner with the fewest operations so far among those that stay below 1.1
-    times the mean of bytes. Then what has no operations is poured in, to one level of bytes."""
+    Whole matrices first, the costliest first: each goes to the owner with the fewest operations so far, among
+    those that it leaves below 1.1 times the mean of bytes. Then elementwise tensors (0 operations) are cut by
+    rows to even out bytes. Two owners, with a of 8 bytes and 4 operations, b 8 and 3, c 8 and 2, and an
+    embedding e of 12 rows and 12 bytes: a | b, c by operations; then 8 | 16 bytes and e's first 10 rows and
+    its last 2 make it 18 | 18."""
+    # Whole pieces, by operations
     bound = 1.1 * sum(size for _, size, _ in items) / n
-    own, size_of, work_of = [[] for _ in range(n)], [0.0] * n, [0.0] * n
+    own = [[] for _ in range(n)]
+    size_of = [0.0] * n
+    work_of = [0.0] * n
     for piece, size, work in sorted((i for i in items if i[2]), key=lambda i: (-i[2], i[0])):
         room = [r for r in range(n) if size_of[r] + size <= bound]
-        r = min(room, key=lambda r: (work_of[r], size_of[r])) if room else min(range(n), key=size_of.__getitem__)
+        if room:
+            r = min(room, key=lambda r: (work_of[r], size_of[r]))
+        else:
+            r = min(range(n), key=size_of.__getitem__)
         own[r].append(piece)
         size_of[r] += size
         work_of[r] += work
-    liquid = [(piece, size) for piece, size, work in items if not work]
-    left, level = sum(size for _, size in liquid), 0.0
-    for k, size in enumerate(sorted(size_of)):                     # the level at which it fills the lowest k + 1
+
+    # The level of bytes that elementwise tensors can raise the lowest k + 1 owners to
+    elementwise = [(piece, size) for piece, size, work in items if not work]
+    left, level = sum(size for _, size in elementwise), 0.0
+    for k, size in enumerate(sorted(size_of)):
         level = (left + sum(sorted(size_of)[:k + 1])) / (k + 1)
         if k + 1 == n or level <= sorted(size_of)[k + 1]:
             break
+
+    # Fill owner after owner up to that level.
     r, room = 0, level - size_of[0]
-    for piece, size in liquid:
+    for piece, size in elementwise:
         start, row = piece.start, size / (piece.stop - piece.start)
         while start < piece.stop:
             while room < row / 2 and r < n - 1:
                 r += 1
                 room = level - size_of[r]
-            stop = piece.stop if r == n - 1 else min(piece.stop, start + max(1, round(room / row)))
+            stop = piece.stop
+            if r < n - 1:
+                stop = min(piece.stop, start + max(1, round(room / row)))
             own[r].append(piece._replace(start=start, stop=stop))
             room -= (stop - start) * row
             start = stop
@@ -432,13 +524,16 @@ def share_out(items, n):
 
 
 def pieces_of(name, p, cost, mesh, axis):
-    """A parameter → [(piece, bytes, operations)]. cost: of all of it. Where experts have replicas, each is a piece."""
+    """The pieces of a parameter, as items of `share_out`. cost: (bytes, operations) of all of it. A stack of
+    experts is cut into experts where they have replicas, which can own them separately."""
+    # Experts are numbered over all ranks of ep.
     stacked = p.ndim == 3
     first = mesh.ep.rank * len(p) if stacked else 0
     stops = range(first + 1, first + len(p) + 1) if stacked and axis.size > 1 else [first + len(p)]
     starts = [first, *stops[:-1]]
     rows = len(p) * (mesh.ep.size if stacked else 1)
-    return [(Piece(name, start, stop, rows), *(c / len(stops) for c in cost)) for start, stop in zip(starts, stops)]
+    return [(Piece(name, start, stop, rows), *(c / len(stops) for c in cost))
+            for start, stop in zip(starts, stops)]
 
 
 def numbers(piece, p):
@@ -447,46 +542,65 @@ def numbers(piece, p):
 
 
 def gradient_bytes(pieces, parameters):
-    """Gradients are kept in float32, or wider."""
-    return sum(numbers(piece, parameters[piece.name]) * accumulation_dtype(parameters[piece.name].dtype).itemsize
-               for piece in pieces)
+    """Bytes of the pieces' gradients, which are kept in float32 or wider."""
+    total = 0
+    for piece in pieces:
+        p = parameters[piece.name]
+        total += numbers(piece, p) * accumulation_dtype(p.dtype).itemsize
+    return total
 
 
 def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
-    """Who owns what → {"dp" or "edp": [the buckets of each owner on that axis]}; a bucket is a list of pieces. Pure: it
-    is the same on all ranks of the axis, and nothing is moved.
+    """Who owns what → {"dp" or "edp": [the buckets of each owner on that axis]}; a bucket is a list of
+    pieces. A pure function: all ranks of the axis compute the same, and nothing is moved.
 
-    `parameters` {name: parameter}: 3-D ones are stacks of this rank's experts, others are the same on every dp rank.
-    `weigh(name, parameter)` → (bytes of its state, operations of its update; 0: element by element). The gradients of a
-    bucket are of one dtype and of one chunk of layers (`chunk(name)`), and of `room` bytes; one piece may be larger."""
+    parameters {name: parameter}: 3-D ones are stacks of this rank's experts, others the same on all of dp.
+    weigh(name, parameter) → (bytes of its optimizer state, operations of its update; 0 = elementwise).
+    A bucket holds pieces of one dtype and one chunk of layers (`chunk(name)`), with `room` bytes of gradients
+    at most, unless a single piece is larger."""
     def kind(piece):
         return chunk(piece.name), str(parameters[piece.name].dtype)
 
     def cut(pieces, room):
         buckets = []
         for piece in sorted(pieces, key=kind):
-            if not buckets or kind(piece) != kind(buckets[-1][0]) or \
-                    gradient_bytes([*buckets[-1], piece], parameters) > room:
+            fits = buckets and kind(piece) == kind(buckets[-1][0]) and \
+                gradient_bytes([*buckets[-1], piece], parameters) <= room
+            if not fits:
                 buckets.append([])
             buckets[-1].append(piece)
         return buckets
+
     owned = {}
-    for name, axis in (("dp", mesh.dp), ("edp", mesh.edp)):
-        items = [item for name_of, p in parameters.items() if (p.ndim == 3) == (name == "edp")
-                 for item in pieces_of(name_of, p, weigh(name_of, p), mesh, axis)]
-        owned[name] = [cut(pieces, room if axis.size > 1 else math.inf) for pieces in share_out(items, axis.size)]
+    for axis_name, axis in (("dp", mesh.dp), ("edp", mesh.edp)):
+        # Experts have owners among their replicas, everything else among dp.
+        items = []
+        for name, p in parameters.items():
+            if (p.ndim == 3) == (axis_name == "edp"):
+                items += pieces_of(name, p, weigh(name, p), mesh, axis)
+
+        # An owner on its own sends nothing: one bucket.
+        bound = room if axis.size > 1 else math.inf
+        owned[axis_name] = [cut(pieces, bound) for pieces in share_out(items, axis.size)]
     return owned
 
 
-# ---- ZeRO-1: gradients to their owners, weights back --------------------------------------------------------------
+# ---- ZeRO-1: gradients to their owners, weights back -------------------------------------------------------
+# A step, in the order in which its phases run:
+#
+#   accumulate   the backward's hooks add each gradient to its bucket's float32 sum, and free it
+#   reduce       each bucket's sums are added up on its owner, which divides by dp: master.grad
+#   clip_norm_   one norm over all owners
+#   step         owners update their masters, bucket after bucket; each round of buckets is broadcast while
+#                the next one is updated
 
 @dataclass(eq=False)
 class Bucket:
-    """Pieces of one dtype that travel together, from or to their owner: a rank of `axis`."""
+    """Pieces of one dtype that travel together, to or from their owner: a rank of `axis`."""
     axis: Axis
     owner: int
     pieces: list
-    gradient: torch.Tensor = None    # flat: this rank's own, in float32 or wider; None where there is none yet
+    gradient: torch.Tensor = None    # flat sum of this rank's gradients, float32 or wider; None before
 
     @property
     def mine(self):
@@ -494,40 +608,45 @@ class Bucket:
 
 
 class Zero1:
-    """Each piece of the model has one owner among the ranks that hold it; only there is its optimizer state [ZeRO §5.1]
+    """Each piece of the model has one owner among the ranks that hold it, which alone has its optimizer
+    state.   [ZeRO §5.1]
 
-    `parameters`, `weigh`, `chunk`: see `layout`. `make([(key, tensor)])` → a torch optimizer for these. Where
+    parameters, weigh, chunk: see `layout`. make([(key, tensor)]) → a torch optimizer for these. Where
     parameters are narrower than float32, owners keep a float32 master.
 
-    Gradients. One process leaves them where autograd puts them. On several ranks, each is added to its bucket's float32
-    sum as soon as it appears (`accumulate`) and dropped; the bucket is what travels, and the owner's `master.grad` is a
-    view of it. So 4 bytes a number are alive until `reduce`, and only the owner's after it. No more than `in_air` bytes
-    are on their way at a time, and a bucket is small enough for one of every owner to be."""
+    Memory. A single process leaves gradients where autograd puts them. On several ranks they live in their
+    buckets: 4 bytes a number until `reduce`, after which only the owner has them, as views of the bucket. At
+    most `in_air` bytes are in flight at a time; a bucket is small enough for one of every owner to be."""
 
-    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20, chunk=lambda name: 0):
-        self.mesh, self.parameters, self.in_air = mesh, parameters, in_air
+    def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20,
+                 chunk=lambda name: 0):
+        self.mesh = mesh
+        self.parameters = parameters
+        self.in_air = in_air
         self.works = {name: weigh(name, p)[1] for name, p in parameters.items()}
         self.flying = []                                           # (request, tensor, bucket, land)
 
-        # Rounds: a bucket of each owner, which are computed at the same time and sent after another.
+        # A round is one bucket of each owner: updated at the same time, then sent.
         self.rounds = []
         room = min(bucket_bytes, in_air // mesh.dp.size)
         for name, owners in layout(parameters, weigh, mesh, room, chunk).items():
+            axis = getattr(mesh, name)
             for some in itertools.zip_longest(*owners):
-                self.rounds.append([Bucket(getattr(mesh, name), r, pieces) for r, pieces in enumerate(some) if pieces])
+                self.rounds.append([Bucket(axis, r, pieces) for r, pieces in enumerate(some) if pieces])
 
-        # What is owned here: masters, and an optimizer a bucket.
+        # What is owned here: masters, and one optimizer a bucket
         self.masters, self.optimizers = {}, {}
         for bucket in self.buckets():
-            if bucket.mine:
-                for piece in bucket.pieces:
-                    here = self.rows(piece)
-                    self.masters[piece] = here if here.dtype == accumulation_dtype(here.dtype) else here.float()
-                trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
-                if trained:
-                    self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
+            if not bucket.mine:
+                continue
+            for piece in bucket.pieces:
+                here = self.rows(piece)
+                self.masters[piece] = here if here.dtype == accumulation_dtype(here.dtype) else here.float()
+            trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
+            if trained:
+                self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
 
-        # Where the gradient of a parameter goes: name → [(bucket, piece, where in its sum)].
+        # Where the gradient of a parameter goes: name → [(bucket, piece, its slice of the bucket)]
         self.places = {}
         for bucket in self.buckets():
             at = 0
@@ -545,40 +664,45 @@ class Zero1:
 
     def trained(self):
         """{piece: master} of what is owned here and not frozen."""
-        return {piece: master for piece, master in self.masters.items() if self.parameters[piece.name].requires_grad}
+        owned = self.masters.items()
+        return {piece: master for piece, master in owned if self.parameters[piece.name].requires_grad}
 
     def rows(self, piece, of=None):
-        """The rows of a piece in this rank's parameter, or in `of`, a tensor like it."""
+        """The rows of a piece in this rank's parameter, or in `of`, a tensor of the same shape."""
         p = self.parameters[piece.name].detach() if of is None else of
         first = self.mesh.ep.rank * len(p) if p.ndim == 3 else 0
         return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
 
     def take(self, name, p):
-        """Called by autograd when p.grad is complete."""
+        """Called by autograd when p.grad is complete: into the buckets, and freed."""
         self.accumulate(name, p.grad)
         p.grad = None
 
     @torch.no_grad()
     def accumulate(self, name, gradient):
-        """Add a gradient of this rank to the sums of the buckets that its parameter is in."""
+        """Add a gradient of this rank to the buckets that hold its parameter. The only way into them."""
         for bucket, piece, where in self.places[name]:
             self.fill(bucket)
             bucket.gradient[where].add_(self.rows(piece, gradient).flatten())
 
     def fill(self, bucket):
-        """A bucket has a sum: zeros where no gradient came, as for an expert without a token."""
+        """Zeros for a bucket that no gradient came to, as for experts to which no token was routed."""
         if bucket.gradient is None:
             p = self.parameters[bucket.pieces[0].name]
             size = sum(numbers(piece, self.parameters[piece.name]) for piece in bucket.pieces)
             bucket.gradient = torch.zeros(size, dtype=accumulation_dtype(p.dtype), device=p.device)
 
     def travel(self, buckets, start, land):
-        """`start(bucket)` → (request, tensor), then `land(bucket, tensor)` when it is there. No more than
-        `in_air` bytes are under way at a time, or one bucket; `arrive` waits for the rest."""
+        """start(bucket) → (request, tensor) sends it, land(bucket, tensor) is called when it has arrived.
+
+        At most `in_air` bytes are in flight, or one bucket; `arrive` waits for the rest."""
         for bucket in buckets:
+            # Nobody to send it to
             if bucket.axis.size == 1:
                 land(bucket, None)
                 continue
+
+            # Make room in the air, then send.
             room = self.in_air - gradient_bytes(bucket.pieces, self.parameters)
             while self.flying and sum(tensor.nbytes for _, tensor, *_ in self.flying) > room:
                 self.arrive(1)
@@ -586,7 +710,7 @@ class Zero1:
             self.flying.append((request, tensor, bucket, land))
 
     def arrive(self, n=None):
-        """Land the n that left first, or all."""
+        """Wait for the first n in flight, or for all."""
         n = len(self.flying) if n is None else n
         for request, tensor, bucket, land in self.flying[:n]:
             with talking(self.mesh):
@@ -596,15 +720,20 @@ class Zero1:
 
     @torch.no_grad()
     def reduce(self):
-        """The mean over dp of all gradients, to the owners: into `master.grad`. That of an expert is the sum over its
-        replicas, divided by dp too: its ranks have seen the tokens of all of dp."""
+        """The mean over dp of all gradients, into the owners' `master.grad`. An expert's is the sum over its
+        replicas divided by dp too, since its replicas together have seen the tokens of all of dp."""
+        # One process owns everything: master.grad is autograd's own tensor.
         n = self.mesh.dp.size
         if n == 1:
             for piece, master in self.trained().items():
-                found = self.parameters[piece.name].grad
-                master.grad = torch.zeros_like(master) if found is None else self.rows(piece, found)
+                gradient = self.parameters[piece.name].grad
+                if gradient is None:
+                    master.grad = torch.zeros_like(master)
+                else:
+                    master.grad = self.rows(piece, gradient)
             return
 
+        # Several: all ranks of the axis add up a bucket on its owner, and the others free it.
         def start(bucket):
             self.fill(bucket)
             with talking(self.mesh):
@@ -620,6 +749,7 @@ class Zero1:
                     if self.parameters[piece.name].requires_grad:
                         self.masters[piece].grad = mine.view_as(self.masters[piece])
             bucket.gradient = None
+
         self.travel(self.buckets(), start, land)
         self.arrive()
 
@@ -629,20 +759,22 @@ class Zero1:
                 group["lr"] = lr
 
     def forget(self):
-        """The optimizers' moments begin anew."""
+        """Reset the optimizers' moments."""
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
 
     def drop(self):
-        """After a step: gradients are not kept through the next one."""
+        """After a step: free the gradients."""
         for tensor in (*self.parameters.values(), *self.masters.values()):
             tensor.grad = None
 
     @torch.no_grad()
     def clip_norm_(self, largest):
-        """Scale the owners' gradients to a norm of at most `largest`. → the norm over all ranks, float64: squares are
-        summed tensor by tensor, in the order of their names, so that no number of dp ranks changes it; then over the
-        stages, each of which has other tensors."""
+        """Scale the owners' gradients to a norm of at most `largest`. → the norm before, over all ranks
+
+        In float64. Squares are added up tensor by tensor, in the order of names, over dp, so the number of dp
+        ranks does not change the result; then over the stages, each of which has other tensors."""
+        # The square of each tensor's norm, as far as it is owned here
         index = {name: i for i, name in enumerate(sorted(self.parameters))}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
         trained = self.trained()
@@ -651,18 +783,20 @@ class Zero1:
             norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float64))
             where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
+
+        # Over all ranks. On a CPU gradients below the bound are left alone; a GPU is not waited for.
         norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
-        if gradients and (norm.device.type != "cpu" or norm > largest):            # a GPU is not waited for
+        if gradients and (norm.device.type != "cpu" or norm > largest):
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()
     def step(self, update, follow):
-        """Owners update their pieces (if `update`), `follow({key: master})` does what comes after, and everybody gets
-        the new weights. In each round an owner first does its own bucket, then all of that round are sent: they travel
-        while the next is computed."""
+        """Owners update their pieces (if `update`), follow({key: master}) does what comes after that, and
+        everybody gets the new weights: those of a round travel while the next round is computed."""
         trained = self.trained()
         for some in self.rounds:
+            # Update what is owned here of this round, then send all of the round.
             for bucket in some:
                 if bucket.mine:
                     if update and bucket in self.optimizers:
@@ -672,7 +806,8 @@ class Zero1:
         self.arrive()
 
     def send_weights(self, bucket):
-        here = [self.rows(piece) for piece in bucket.pieces]       # of one dtype; the owner's masters may be wider
+        # Pieces of a bucket have one dtype; the owner's masters may be wider.
+        here = [self.rows(piece) for piece in bucket.pieces]
         flat = here[0].new_empty(sum(t.numel() for t in here))
         if bucket.mine:
             torch.cat([self.masters[piece].to(flat.dtype).flatten() for piece in bucket.pieces], out=flat)
@@ -680,6 +815,7 @@ class Zero1:
             return dist.broadcast(flat, group_src=bucket.owner, group=bucket.axis.group, async_op=True), flat
 
     def take_weights(self, bucket, flat):
+        # Others copy what has come; an owner copies its masters, unless they are the weights themselves.
         for piece in bucket.pieces:
             here = self.rows(piece)
             if not bucket.mine:
@@ -689,21 +825,22 @@ class Zero1:
                 here.copy_(self.masters[piece])
 
     def sound(self):
-        """Whether this rank's own gradients are finite, before they are added to those of the others; a tensor."""
+        """Whether this rank's own gradients are finite, before they are reduced; a tensor of the device."""
+        # On several ranks gradients are in buckets, on one they are where autograd put them.
         found = [bucket.gradient for bucket in self.buckets() if bucket.gradient is not None]
         found += [p.grad for p in self.parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found).isfinite()
 
     def describe(self):
-        """Where ranks have less to do than others, say so."""
+        """A line for each axis on which some ranks have no matrix to update."""
         for axis in (self.mesh.dp, self.mesh.edp):
             buckets = [bucket for bucket in self.buckets() if bucket.axis is axis]
-            busy = {bucket.owner for bucket in buckets if any(self.works[piece.name] for piece in bucket.pieces)}
+            busy = {bucket.owner for bucket in buckets for piece in bucket.pieces if self.works[piece.name]}
             if axis.size > 1 and buckets and len(busy) < axis.size:
                 yield f"{axis.size} ranks, but only {len(busy)} own a matrix: the others wait for its update"
 
     def tensors(self):
-        """{key: tensor} of what this rank owns: masters, and "KEY:STATE" of its optimizers."""
+        """{key: tensor} of what this rank owns: masters, and its optimizers' state under "KEY:STATE"."""
         kept = {piece.key: master for piece, master in self.masters.items()}
         for optimizer in self.optimizers.values():
             kept |= optimizer.tensors()
@@ -711,7 +848,8 @@ class Zero1:
 
     @torch.no_grad()
     def load(self, saved, moments=True):
-        """Masters, and the optimizer state that belongs to them, of a checkpoint (`Saved`) of any layout."""
+        """Take masters, and their optimizer state if `moments`, from a checkpoint (`Saved`) of any layout."""
+        # State by name, and what belongs to no parameter of ours
         states = {}
         for name in saved:
             name, colon, state = name.partition(":")
@@ -720,10 +858,16 @@ class Zero1:
         lost = [name for name in states if name not in self.parameters]
         if lost:
             raise ValueError(f"the optimizer state is of another model: {listed(lost)} unknown")
+
+        # The rows that are owned here, of each
         own = {piece.key: piece for piece in self.masters}
         for piece, master in self.masters.items():
             master.copy_(saved.rows(piece.name, piece.start, piece.stop))
         for optimizer in self.optimizers.values():
             keys = [key for group in optimizer.param_groups for key in group["names"]]
-            optimizer.load({f"{key}:{state}": saved.rows(f"{own[key].name}:{state}", own[key].start, own[key].stop)
-                            for key in keys for state in states.get(own[key].name, ())})
+            tensors = {}
+            for key in keys:
+                name, start, stop, _ = own[key]
+                for state in states.get(name, ()):
+                    tensors[f"{key}:{state}"] = saved.rows(f"{name}:{state}", start, stop)
+            optimizer.load(tensors)
