@@ -1,15 +1,16 @@
 """What changes when one device becomes many.
 
-`Mesh` is this process's place among the ranks; `Mesh()` is a process on its own, for which every function
-here is the identity. It is built once, in train.py, and passed as an argument.
+`Mesh` is this process's place among the ranks; `Mesh()` is a process on its own, for which every
+collective here is the identity. It is built once, in train.py, and passed as an argument: no module asks
+for its rank.
 
   expert parallelism   ranks of an ep group divide the experts; tokens are dispatched to them and their
-                       outputs combined                                                   [Kimi K2 §2.4.2]
+                       outputs combined                                                 [Kimi K2 §2.4.2]
   ZeRO-1               each matrix has one owner, which alone keeps its optimizer state: gradients are
-                       reduced to the owner, weights broadcast from it                    [ZeRO §5.1]
+                       reduced to the owner, weights broadcast from it
 
-World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. Experts are
-replicated on dp/ep ranks (`edp`), everything else on all dp ranks.
+World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. Experts
+are replicated on dp/ep ranks (`edp`), everything else on all dp ranks.
 """
 import contextlib
 import functools
@@ -69,8 +70,8 @@ class Axis(NamedTuple):
     """One direction of the mesh: this process's rank along it, and its size.
 
     It holds the name of its process group and not the group itself. gloo's threads end with the last
-    reference to their group, and a thread that outlives the interpreter aborts the process: so `leave_mesh`
-    has to be able to drop every reference, whoever still holds a mesh."""
+    reference to their group, and a thread that outlives the interpreter aborts the process: so
+    `leave_mesh` has to be able to drop every reference, whoever still holds a mesh."""
     rank: int = 0
     size: int = 1
     name: str = ""               # "" without a process group
@@ -81,8 +82,8 @@ class Axis(NamedTuple):
 
 
 class Mesh(NamedTuple):
-    """This process's coordinates, and the device it computes on. What all ranks decide together, they decide
-    over `world`."""
+    """This process's coordinates, and the device it computes on. Decisions that all ranks take together
+    go over `world`."""
     world: Axis = Axis()         # all ranks
     dp: Axis = Axis()            # data parallel
     pp: Axis = Axis()            # pipeline stage
@@ -92,10 +93,10 @@ class Mesh(NamedTuple):
 
 
 def this_rank():
-    """This process's rank as torchrun set it, before there is a process group; 0 for a single process."""
-    if world_size() == 1:
-        return 0
-    return int(os.environ.get("RANK", 0))
+    """This process's rank as torchrun set it, known before the process group; 0 for a single process."""
+    if world_size() > 1:
+        return int(os.environ.get("RANK", 0))
+    return 0
 
 
 def world_size():
@@ -109,7 +110,7 @@ def launch_id():
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
 
-    # The start time tells a reused pid apart; only Linux has it here.
+    # The start time tells a reused pid apart; only Linux has /proc.
     began = ""
     with contextlib.suppress(OSError):
         began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
@@ -117,12 +118,12 @@ def launch_id():
 
 
 def join_mesh(config, facts=None):
-    """The mesh of this process, from the variables that torchrun sets; `python train.py` is a mesh of one.
+    """The mesh of this process, from torchrun's variables; a plain `python train.py` is a mesh of one.
 
-    NCCL on GPUs, gloo on CPUs. Call it when the data is ready: from here on, a rank that has to wait longer
-    than config.timeout fails. `facts` {what: text} must be equal on all ranks; `compare` checks that first.
-    ValueError: fewer GPUs than ranks, or ranks that were not started alike. LostRank: a rank is missing."""
-    # Device
+    NCCL on GPUs, gloo on CPUs. Call it when the data is ready: from here on, a rank that has to wait
+    longer than config.timeout fails. `facts` {what: text} must be equal on all ranks; `compare` checks that
+    first. ValueError: fewer GPUs than ranks, or ranks not started alike. LostRank: a rank is missing."""
+    # Device: one GPU for each rank of this host, else the CPU
     world = world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -148,7 +149,11 @@ def join_mesh(config, facts=None):
     # The two grids: pp × dp, and edp × ep
     axes = dict(world=everyone)
     dp = world // config.pp
-    for names, sizes in ((("pp", "dp"), (config.pp, dp)), (("edp", "ep"), (world // config.ep, config.ep))):
+    grids = [
+        (("pp", "dp"), (config.pp, dp)),
+        (("edp", "ep"), (world // config.ep, config.ep)),
+    ]
+    for names, sizes in grids:
         grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         for name, size in zip(names, sizes):
             GROUPS[name] = grid.get_group(name)
@@ -157,7 +162,7 @@ def join_mesh(config, facts=None):
 
 
 def meet(store, rank, world, timeout):
-    """A name on which exactly the processes that are alive now agree. LostRank: not within `timeout` seconds.
+    """A name on which exactly the processes alive now agree. LostRank: none within `timeout` seconds.
 
     torchrun's store survives a restart: without a name of its own, a new process group would read the
     addresses of dead processes; and torchrun's agents disagree about how often they have restarted. Each
@@ -168,7 +173,8 @@ def meet(store, rank, world, timeout):
         rank 0   A/confirmed = B              rank 0 has every answer, and says whose
         rank 1   reads B there: the name is A
 
-    A rank that does not find its id there was answered for by a dead predecessor: it reads `call` again."""
+    An answer may be that of a dead predecessor: a rank that does not find its own id among the confirmed
+    ones waits for rank 0's next call."""
     me = uuid.uuid4().hex
     deadline = time.monotonic() + timeout
 
@@ -204,13 +210,13 @@ def abandon_mesh():
 
 
 class LostRank(RuntimeError):
-    """Another rank died, or did not answer within the timeout: nothing that needs all ranks can continue."""
+    """Another rank died, or did not answer within the timeout: no collective can be completed."""
 
 
 @contextlib.contextmanager
 def talking(mesh):
-    """Put around a collective, and nothing else: its failure becomes LostRank. gloo reports a lost rank as a
-    bare RuntimeError, which any computation might raise too."""
+    """Put around a collective, and nothing else: its failure becomes LostRank. gloo reports a lost rank as
+    a bare RuntimeError, which any computation might raise too."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -221,6 +227,7 @@ def talking(mesh):
 
 
 def barrier(mesh):
+    """Wait until every rank is here."""
     if mesh.world.size > 1:
         with talking(mesh):
             dist.barrier(mesh.world.group)
@@ -244,32 +251,35 @@ def all_sum(t, mesh, axis=None):
 
 
 def gather(thing, mesh):
-    """A JSON value → the list of every rank's on rank 0, None elsewhere. JSON and not pickle: what comes over
-    the network is data, never code."""
+    """A JSON value → the list of every rank's on rank 0, None elsewhere. JSON and not pickle: what comes
+    over the network is data, never code."""
     if mesh.world.size == 1:
         return [thing]
 
-    # Everybody pads its bytes with blanks to the longest.
+    # All ranks pad their bytes with blanks to the longest.
     raw = torch.frombuffer(bytearray(json.dumps(thing).encode()), dtype=torch.uint8)
     longest = int(all_max(torch.tensor([len(raw)], device=mesh.device), mesh).item())
     padded = torch.full((longest,), ord(" "), dtype=torch.uint8, device=mesh.device)
     padded[:len(raw)] = raw
 
+    # Only rank 0 receives; JSON ignores the trailing blanks.
     everyone = None
     if mesh.world.rank == 0:
         everyone = [torch.empty_like(padded) for _ in range(mesh.world.size)]
     with talking(mesh):
         dist.gather(padded, everyone, group=mesh.world.group, group_dst=0)
-    return everyone and [json.loads(t.cpu().numpy().tobytes()) for t in everyone]
+    if everyone is None:
+        return None
+    return [json.loads(t.cpu().numpy().tobytes()) for t in everyone]
 
 
-COMPARED = 512                   # most facts to compare: a fixed size, so that other versions can be detected
+COMPARED = 512                   # facts at most; a fixed size, so that ranks of another version can compare
 
 
 def compare(facts, mesh, like=0):
-    """Check that `facts` {what: text} equal those of rank `like`, which may differ between ranks.
+    """Check that `facts` {what: text} equal those of rank `like`. Each rank may name another reference.
 
-    ValueError, on all ranks: which rank differs from which, and in what. One collective of 8 bytes a fact."""
+    ValueError, on all ranks: which rank differs from which, and in what. One collective, 8 bytes a fact."""
     if mesh.world.size == 1:
         return
 
@@ -280,6 +290,8 @@ def compare(facts, mesh, like=0):
     mine[0] = like
     for i, text in enumerate(texts, 1):
         mine[i] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+    # All rows to all ranks
     mine = mine.to(mesh.device)
     table = [torch.empty_like(mine) for _ in range(mesh.world.size)]
     with talking(mesh):
@@ -291,7 +303,7 @@ def compare(facts, mesh, like=0):
     for rank, (reference, *row) in enumerate(table):
         wanted = table[reference][1:]
         different = [name for name, a, b in zip(names, row, wanted) if a != b]
-        if row[0] != wanted[0]:                                    # with other names, no hash can be compared
+        if row[0] != wanted[0]:              # the lists of names differ, so no other column can be compared
             different = names[:1]
         if different:
             said.append(f"rank {rank} has another {', '.join(different)} than rank {reference}")
@@ -306,8 +318,8 @@ def checksum(t):
 
 
 def compare_weights(tensors, mesh):
-    """`compare` for {name: weight}. All ranks of a stage hold the same weights, but for experts (3-D), which
-    are equal on the ranks with the same place in their ep group."""
+    """`compare` for {name: weight}. All ranks of a stage hold the same weights, except for experts (3-D):
+    those are equal on the ranks with the same place in their ep group."""
     if mesh.world.size == 1:
         return
     stage = mesh.pp.rank * mesh.dp.size
@@ -326,20 +338,22 @@ class Act(NamedTuple):
 
 
 def straight(windows, micro):
-    """The plan of a process on its own, for `windows` windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
+    """The plan without a pipeline, for `windows` windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
     return [Act(op, i) for i in range(-(-windows // micro)) for op in "FB"]
 
 
 def execute(plan, chunks, batch, micro, mesh, dtype=None):
-    """Run a plan. Gradients accumulate over the micro-batches, in p.grad or where the owners' hooks put them:
-    those of the mean loss of this rank's windows, or of the sum of weight × loss where the batch has weights.
+    """Run a plan: the gradients of this rank's loss, accumulated over its micro-batches in p.grad, or in
+    the buckets of ZeRO-1. The loss is the mean over windows, or the sum of weight × term if the batch has
+    weights.
 
     chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss).
     → nats/token of each window (b,), in float64 on the mesh's device."""
     share = len(batch.x)
     losses = torch.empty(share, dtype=torch.float64, device=mesh.device)
-    live = {}                                                      # forward act: its loss, until the backward
+    live = {}                                                      # forward act: loss, until its backward
     for act in plan:
+        # A backward frees the graph that its forward built.
         if act.op == "B":
             live.pop(act._replace(op="F")).backward()
             continue
@@ -364,11 +378,11 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
 # ---- expert parallelism ------------------------------------------------------------------------------------
 
 class Trip:
-    """An all-to-all in flight: `sent[i]` rows go to rank i of ep, `received[i]` rows come from it. Gradients
-    take the same way back.
+    """An all-to-all in flight: `sent[i]` rows go to rank i of ep, `received[i]` rows come from it.
+    Gradients take the same way back.
 
-    Depart starts it and Arrive waits for it. What is computed between the two overlaps with the transfer: the
-    shared expert in the forward, its gradient in the backward."""
+    Depart starts it and Arrive waits for it. What is computed between the two overlaps with the transfer:
+    the shared expert in the forward, its gradient in the backward."""
 
     def __init__(self, mesh, sent, received):
         self.mesh = mesh
@@ -401,7 +415,8 @@ class Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         ctx.trip.wait()
-        gradient, ctx.trip.gradient = ctx.trip.gradient, None
+        gradient = ctx.trip.gradient
+        ctx.trip.gradient = None
         return gradient, None
 
 
@@ -421,35 +436,41 @@ class Arrive(torch.autograd.Function):
 
 
 def expert_exchange(mesh):
-    """The `exchange` of a model whose experts are divided over mesh.ep: rank i has the i-th part of them.
+    """Dispatch and combine: the `exchange` of a model whose experts are divided over mesh.ep, in the
+    order of its ranks.
 
-    exchange(tokens (M, C), weight (M, 1), counts (E,)), the first two sorted by expert, sends each token to
-    its expert, with the weight as a last column. It returns arrive(), which returns the tokens and weights
-    that came here, sorted by expert; how many each expert here has; and the function that sends results back.
-    Nothing is padded, neither tokens nor experts; any count may be 0."""
+    exchange(tokens (M, C), weight (M, 1), counts (E,)), the first two sorted by expert, starts to send each
+    token to its expert, and returns
+        arrive() → tokens (N, C), weight (N, 1), counts (E/n,), back
+    with what was sent here, sorted by expert, and the number of tokens of each expert here;
+    back(y (N, C)) → (M, C) returns the experts' outputs, in the order in which the tokens were given.
+    Nothing is padded; any count may be 0."""
     n = mesh.ep.size
 
     def exchange(tokens, weight, counts):
-        # How many tokens come from each rank for each expert here: (n·E/n,)
+        # How many tokens come from each rank for each expert here: received (n·E/n,)
         received = torch.empty_like(counts)
         with talking(mesh):
             dist.all_to_all_single(received, counts, group=mesh.ep.group)
         sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
 
-        # The tokens leave.
+        # Dispatch: tokens leave with their weight as a last column.
         trip = Trip(mesh, sent, got)
         moving = Depart.apply(torch.cat((tokens, weight), 1), trip)
 
         def arrive():
-            # They arrive sorted by rank, then by expert; they are wanted by expert alone.
+            # The order that turns rows sorted by source rank, then expert, into rows sorted by expert
             expert = torch.arange(len(counts) // n, device=counts.device).repeat(n)
             order = expert.repeat_interleave(received).argsort(stable=True)
             inverse = order.argsort()
+
+            # Combine: outputs in the order of arrival, over the reverse all-to-all
             home = Trip(mesh, got, sent)
 
             def back(y):
                 return Arrive.apply(Depart.apply(y[inverse], home), home)
 
+            # The dispatched rows, once they are here
             rows = Arrive.apply(moving, trip)[order]
             return rows[:, :-1].contiguous(), rows[:, -1:], received.view(n, -1).sum(0), back
         return arrive
@@ -459,10 +480,11 @@ def expert_exchange(mesh):
 # ---- ZeRO-1: who owns what ---------------------------------------------------------------------------------
 
 class Piece(NamedTuple):
-    """What is owned, sent and saved as one: rows start..stop of a parameter with `rows` rows on all ranks.
+    """The unit of ownership, transfer and saving: rows start..stop of a parameter that has `rows` rows on
+    all ranks together.
 
-    A matrix is one piece, since its update needs the whole of it, and so is each expert of a stack. What is
-    updated elementwise (embeddings, vectors) may be cut between any two rows."""
+    A matrix is one piece, since its update needs the whole matrix, and so is each expert of a stack.
+    Elementwise tensors (embeddings, vectors) may be cut between any two rows."""
     name: str
     start: int
     stop: int
@@ -478,38 +500,48 @@ class Piece(NamedTuple):
 def share_out(items, n):
     """[(piece, bytes, operations)] → the pieces of each of n owners.
 
-    Whole matrices first, the costliest first: each goes to the owner with the fewest operations so far, among
-    those that it leaves below 1.1 times the mean of bytes. Then elementwise tensors (0 operations) are cut by
-    rows to even out bytes. Two owners, with a of 8 bytes and 4 operations, b 8 and 3, c 8 and 2, and an
-    embedding e of 12 rows and 12 bytes: a | b, c by operations; then 8 | 16 bytes and e's first 10 rows and
-    its last 2 make it 18 | 18."""
-    # Whole pieces, by operations
+    First the matrices, costliest first: each goes to the owner with the fewest operations so far, among
+    those that it leaves at 1.1 times the mean of bytes or less. Then elementwise tensors (0 operations) are
+    cut by rows to even out bytes. For two owners:
+
+                          bytes   operations   owner 0      owner 1
+        matrix a              8            4   a
+        matrix b              8            3                b
+        matrix c              8            2                c             (3 < 4 operations so far)
+        embedding e[12]      12            0   e[0:10]      e[10:12]
+                                         sum   18 bytes, 4  18 bytes, 5
+    """
+    # Matrices, by operations under the bound on bytes
     bound = 1.1 * sum(size for _, size, _ in items) / n
     own = [[] for _ in range(n)]
     size_of = [0.0] * n
     work_of = [0.0] * n
-    for piece, size, work in sorted((i for i in items if i[2]), key=lambda i: (-i[2], i[0])):
-        room = [r for r in range(n) if size_of[r] + size <= bound]
-        if room:
-            r = min(room, key=lambda r: (work_of[r], size_of[r]))
+    matrices = [item for item in items if item[2]]
+    for piece, size, work in sorted(matrices, key=lambda item: (-item[2], item[0])):
+        fitting = [r for r in range(n) if size_of[r] + size <= bound]
+        if fitting:
+            r = min(fitting, key=lambda r: (work_of[r], size_of[r]))
         else:
             r = min(range(n), key=size_of.__getitem__)
         own[r].append(piece)
         size_of[r] += size
         work_of[r] += work
 
-    # The level of bytes that elementwise tensors can raise the lowest k + 1 owners to
+    # The level of bytes to which elementwise tensors raise the k + 1 owners that have the fewest
     elementwise = [(piece, size) for piece, size, work in items if not work]
-    left, level = sum(size for _, size in elementwise), 0.0
+    left = sum(size for _, size in elementwise)
+    level = 0.0
     for k, size in enumerate(sorted(size_of)):
         level = (left + sum(sorted(size_of)[:k + 1])) / (k + 1)
         if k + 1 == n or level <= sorted(size_of)[k + 1]:
             break
 
-    # Fill owner after owner up to that level.
-    r, room = 0, level - size_of[0]
+    # Fill one owner after another up to that level; the last takes what is left.
+    r = 0
+    room = level - size_of[0]
     for piece, size in elementwise:
-        start, row = piece.start, size / (piece.stop - piece.start)
+        start = piece.start
+        row = size / (piece.stop - piece.start)
         while start < piece.stop:
             while room < row / 2 and r < n - 1:
                 r += 1
@@ -524,20 +556,26 @@ def share_out(items, n):
 
 
 def pieces_of(name, p, cost, mesh, axis):
-    """The pieces of a parameter, as items of `share_out`. cost: (bytes, operations) of all of it. A stack of
-    experts is cut into experts where they have replicas, which can own them separately."""
+    """The pieces of a parameter, as items of `share_out`. cost: (bytes, operations) of the whole parameter.
+    A stack of experts is cut into single experts where they have replicas that can own them."""
     # Experts are numbered over all ranks of ep.
-    stacked = p.ndim == 3
-    first = mesh.ep.rank * len(p) if stacked else 0
-    stops = range(first + 1, first + len(p) + 1) if stacked and axis.size > 1 else [first + len(p)]
+    first = 0
+    rows = len(p)
+    if p.ndim == 3:
+        first = mesh.ep.rank * len(p)
+        rows = mesh.ep.size * len(p)
+
+    # One piece, or one for each expert, at an equal part of the cost
+    stops = [first + len(p)]
+    if p.ndim == 3 and axis.size > 1:
+        stops = range(first + 1, first + len(p) + 1)
     starts = [first, *stops[:-1]]
-    rows = len(p) * (mesh.ep.size if stacked else 1)
     return [(Piece(name, start, stop, rows), *(c / len(stops) for c in cost))
             for start, stop in zip(starts, stops)]
 
 
 def numbers(piece, p):
-    """How many numbers of parameter p a piece has."""
+    """The number of elements of a piece of parameter p."""
     return (piece.stop - piece.start) * (p.numel() // len(p))
 
 
@@ -554,10 +592,10 @@ def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
     """Who owns what → {"dp" or "edp": [the buckets of each owner on that axis]}; a bucket is a list of
     pieces. A pure function: all ranks of the axis compute the same, and nothing is moved.
 
-    parameters {name: parameter}: 3-D ones are stacks of this rank's experts, others the same on all of dp.
+    parameters {name: parameter}: 3-D ones are stacks of this rank's experts, others equal on all of dp.
     weigh(name, parameter) → (bytes of its optimizer state, operations of its update; 0 = elementwise).
-    A bucket holds pieces of one dtype and one chunk of layers (`chunk(name)`), with `room` bytes of gradients
-    at most, unless a single piece is larger."""
+    A bucket holds pieces of one dtype and one chunk of layers (`chunk(name)`), and at most `room` bytes of
+    gradients, unless a single piece is larger."""
     def kind(piece):
         return chunk(piece.name), str(parameters[piece.name].dtype)
 
@@ -579,20 +617,23 @@ def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
             if (p.ndim == 3) == (axis_name == "edp"):
                 items += pieces_of(name, p, weigh(name, p), mesh, axis)
 
-        # An owner on its own sends nothing: one bucket.
+        # A single owner sends nothing, so its buckets need no bound.
         bound = room if axis.size > 1 else math.inf
         owned[axis_name] = [cut(pieces, bound) for pieces in share_out(items, axis.size)]
     return owned
 
 
 # ---- ZeRO-1: gradients to their owners, weights back -------------------------------------------------------
-# A step, in the order in which its phases run:
+# The phases of a step, and the methods of Zero1 that run them:
 #
-#   accumulate   the backward's hooks add each gradient to its bucket's float32 sum, and free it
-#   reduce       each bucket's sums are added up on its owner, which divides by dp: master.grad
-#   clip_norm_   one norm over all owners
-#   step         owners update their masters, bucket after bucket; each round of buckets is broadcast while
-#                the next one is updated
+#   accumulate   autograd's hook (`take`) adds each gradient to its bucket's float32 sum, and frees it.
+#   reduce       each bucket is summed over its ranks onto its owner, which divides by dp: `master.grad`.
+#   clip         `clip_norm_` takes one norm over all owners and scales their gradients.
+#   update       `step`: owners update their masters, one round (a bucket of each owner) after another.
+#   broadcast    `step` sends each updated round (`send_weights`, `take_weights`) while the next is updated.
+#   free         `drop` frees the gradients.
+#
+# `travel` and `arrive` bound the bytes in flight of the two phases that communicate.
 
 @dataclass(eq=False)
 class Bucket:
@@ -600,7 +641,7 @@ class Bucket:
     axis: Axis
     owner: int
     pieces: list
-    gradient: torch.Tensor = None    # flat sum of this rank's gradients, float32 or wider; None before
+    gradient: torch.Tensor = None    # flat sum of this rank's gradients, float32 or wider; None if empty
 
     @property
     def mine(self):
@@ -608,15 +649,15 @@ class Bucket:
 
 
 class Zero1:
-    """Each piece of the model has one owner among the ranks that hold it, which alone has its optimizer
-    state.   [ZeRO §5.1]
+    """Each piece of the model has one owner among the ranks that hold it; only the owner has its optimizer
+    state [ZeRO §5.1]
 
     parameters, weigh, chunk: see `layout`. make([(key, tensor)]) → a torch optimizer for these. Where
     parameters are narrower than float32, owners keep a float32 master.
 
     Memory. A single process leaves gradients where autograd puts them. On several ranks they live in their
-    buckets: 4 bytes a number until `reduce`, after which only the owner has them, as views of the bucket. At
-    most `in_air` bytes are in flight at a time; a bucket is small enough for one of every owner to be."""
+    buckets: 4 bytes an element until `reduce`, after which only the owner has them, as views of the bucket.
+    At most `in_air` bytes are in flight at a time; a whole round of buckets fits."""
 
     def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20,
                  chunk=lambda name: 0):
@@ -635,13 +676,16 @@ class Zero1:
                 self.rounds.append([Bucket(axis, r, pieces) for r, pieces in enumerate(some) if pieces])
 
         # What is owned here: masters, and one optimizer a bucket
-        self.masters, self.optimizers = {}, {}
+        self.masters = {}
+        self.optimizers = {}
         for bucket in self.buckets():
             if not bucket.mine:
                 continue
             for piece in bucket.pieces:
-                here = self.rows(piece)
-                self.masters[piece] = here if here.dtype == accumulation_dtype(here.dtype) else here.float()
+                master = self.rows(piece)
+                if master.dtype != accumulation_dtype(master.dtype):
+                    master = master.float()
+                self.masters[piece] = master
             trained = [piece for piece in bucket.pieces if self.parameters[piece.name].requires_grad]
             if trained:
                 self.optimizers[bucket] = make([(piece.key, self.masters[piece]) for piece in trained])
@@ -654,6 +698,8 @@ class Zero1:
                 stop = at + numbers(piece, parameters[piece.name])
                 self.places.setdefault(piece.name, []).append((bucket, piece, slice(at, stop)))
                 at = stop
+
+        # Gradients go there as soon as autograd has them.
         if mesh.dp.size > 1:
             for name, p in parameters.items():
                 if p.requires_grad:
@@ -670,8 +716,10 @@ class Zero1:
     def rows(self, piece, of=None):
         """The rows of a piece in this rank's parameter, or in `of`, a tensor of the same shape."""
         p = self.parameters[piece.name].detach() if of is None else of
+        if len(p) == piece.stop - piece.start:
+            return p
         first = self.mesh.ep.rank * len(p) if p.ndim == 3 else 0
-        return p if len(p) == piece.stop - piece.start else p[piece.start - first:piece.stop - first]
+        return p[piece.start - first:piece.stop - first]
 
     def take(self, name, p):
         """Called by autograd when p.grad is complete: into the buckets, and freed."""
@@ -680,29 +728,29 @@ class Zero1:
 
     @torch.no_grad()
     def accumulate(self, name, gradient):
-        """Add a gradient of this rank to the buckets that hold its parameter. The only way into them."""
+        """Add a gradient of this rank to the buckets that hold its parameter."""
         for bucket, piece, where in self.places[name]:
             self.fill(bucket)
             bucket.gradient[where].add_(self.rows(piece, gradient).flatten())
 
     def fill(self, bucket):
-        """Zeros for a bucket that no gradient came to, as for experts to which no token was routed."""
+        """Start a bucket's sum at zero. It stays zero where no token was routed to its experts."""
         if bucket.gradient is None:
             p = self.parameters[bucket.pieces[0].name]
             size = sum(numbers(piece, self.parameters[piece.name]) for piece in bucket.pieces)
             bucket.gradient = torch.zeros(size, dtype=accumulation_dtype(p.dtype), device=p.device)
 
     def travel(self, buckets, start, land):
-        """start(bucket) → (request, tensor) sends it, land(bucket, tensor) is called when it has arrived.
+        """start(bucket) → (request, tensor) sends a bucket, land(bucket, tensor) takes it on arrival.
 
         At most `in_air` bytes are in flight, or one bucket; `arrive` waits for the rest."""
         for bucket in buckets:
-            # Nobody to send it to
+            # A single owner has nothing to send.
             if bucket.axis.size == 1:
                 land(bucket, None)
                 continue
 
-            # Make room in the air, then send.
+            # Wait until there is room in the air, then send.
             room = self.in_air - gradient_bytes(bucket.pieces, self.parameters)
             while self.flying and sum(tensor.nbytes for _, tensor, *_ in self.flying) > room:
                 self.arrive(1)
@@ -711,7 +759,8 @@ class Zero1:
 
     def arrive(self, n=None):
         """Wait for the first n in flight, or for all."""
-        n = len(self.flying) if n is None else n
+        if n is None:
+            n = len(self.flying)
         for request, tensor, bucket, land in self.flying[:n]:
             with talking(self.mesh):
                 request.wait()
@@ -720,9 +769,9 @@ class Zero1:
 
     @torch.no_grad()
     def reduce(self):
-        """The mean over dp of all gradients, into the owners' `master.grad`. An expert's is the sum over its
-        replicas divided by dp too, since its replicas together have seen the tokens of all of dp."""
-        # One process owns everything: master.grad is autograd's own tensor.
+        """The mean over dp of all gradients, into the owners' `master.grad`. An expert's gradient too is
+        summed over its replicas and divided by dp: together they have seen the tokens of all of dp."""
+        # One process owns everything, and keeps autograd's gradients.
         n = self.mesh.dp.size
         if n == 1:
             for piece, master in self.trained().items():
@@ -733,13 +782,15 @@ class Zero1:
                     master.grad = self.rows(piece, gradient)
             return
 
-        # Several: all ranks of the axis add up a bucket on its owner, and the others free it.
+        # On several, the ranks of an axis sum each bucket onto its owner.
         def start(bucket):
             self.fill(bucket)
             with talking(self.mesh):
-                return dist.reduce(bucket.gradient, group_dst=bucket.owner, group=bucket.axis.group,
-                                   async_op=True), bucket.gradient
+                request = dist.reduce(bucket.gradient, group_dst=bucket.owner, group=bucket.axis.group,
+                                      async_op=True)
+            return request, bucket.gradient
 
+        # The owner's masters get views of it; the other ranks free it.
         def land(bucket, _):
             self.fill(bucket)
             if bucket.mine:
@@ -750,10 +801,12 @@ class Zero1:
                         self.masters[piece].grad = mine.view_as(self.masters[piece])
             bucket.gradient = None
 
+        # All buckets; on return every gradient is where it belongs.
         self.travel(self.buckets(), start, land)
         self.arrive()
 
     def set_rate(self, lr):
+        """Set the learning rate of every optimizer."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -772,9 +825,9 @@ class Zero1:
     def clip_norm_(self, largest):
         """Scale the owners' gradients to a norm of at most `largest`. → the norm before, over all ranks
 
-        In float64. Squares are added up tensor by tensor, in the order of names, over dp, so the number of dp
-        ranks does not change the result; then over the stages, each of which has other tensors."""
-        # The square of each tensor's norm, as far as it is owned here
+        In float64. Squares are summed tensor by tensor, in the order of their names, so that no number of
+        dp ranks changes the norm; then over the stages, each of which has other tensors."""
+        # The squared norm of each tensor's rows that are owned here
         index = {name: i for i, name in enumerate(sorted(self.parameters))}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
         trained = self.trained()
@@ -784,7 +837,7 @@ class Zero1:
             where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
 
-        # Over all ranks. On a CPU gradients below the bound are left alone; a GPU is not waited for.
+        # Summed over all ranks. On a GPU the factor is applied even if it is 1, to avoid a synchronization.
         norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
         if gradients and (norm.device.type != "cpu" or norm > largest):
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
@@ -792,11 +845,11 @@ class Zero1:
 
     @torch.no_grad()
     def step(self, update, follow):
-        """Owners update their pieces (if `update`), follow({key: master}) does what comes after that, and
-        everybody gets the new weights: those of a round travel while the next round is computed."""
+        """Owners update their pieces (if `update`), follow({key: master}) adjusts them, and all ranks get
+        the new weights: those of a round are broadcast while the next round is updated."""
         trained = self.trained()
         for some in self.rounds:
-            # Update what is owned here of this round, then send all of the round.
+            # Update this rank's own bucket, then start to broadcast the whole round.
             for bucket in some:
                 if bucket.mine:
                     if update and bucket in self.optimizers:
@@ -806,16 +859,18 @@ class Zero1:
         self.arrive()
 
     def send_weights(self, bucket):
-        # Pieces of a bucket have one dtype; the owner's masters may be wider.
+        """Start to broadcast a bucket's weights, flat and in their own dtype. → (request, flat)"""
         here = [self.rows(piece) for piece in bucket.pieces]
         flat = here[0].new_empty(sum(t.numel() for t in here))
         if bucket.mine:
             torch.cat([self.masters[piece].to(flat.dtype).flatten() for piece in bucket.pieces], out=flat)
         with talking(self.mesh):
-            return dist.broadcast(flat, group_src=bucket.owner, group=bucket.axis.group, async_op=True), flat
+            request = dist.broadcast(flat, group_src=bucket.owner, group=bucket.axis.group, async_op=True)
+        return request, flat
 
     def take_weights(self, bucket, flat):
-        # Others copy what has come; an owner copies its masters, unless they are the weights themselves.
+        """Copy weights into the parameters: the received ones, or the owner's masters unless they share
+        memory."""
         for piece in bucket.pieces:
             here = self.rows(piece)
             if not bucket.mine:
@@ -825,8 +880,8 @@ class Zero1:
                 here.copy_(self.masters[piece])
 
     def sound(self):
-        """Whether this rank's own gradients are finite, before they are reduced; a tensor of the device."""
-        # On several ranks gradients are in buckets, on one they are where autograd put them.
+        """Whether this rank's own gradients are finite, before they are reduced: a boolean tensor, ()."""
+        # On several ranks gradients are in buckets, on one rank in p.grad.
         found = [bucket.gradient for bucket in self.buckets() if bucket.gradient is not None]
         found += [p.grad for p in self.parameters.values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(found).isfinite()
@@ -835,7 +890,8 @@ class Zero1:
         """A line for each axis on which some ranks have no matrix to update."""
         for axis in (self.mesh.dp, self.mesh.edp):
             buckets = [bucket for bucket in self.buckets() if bucket.axis is axis]
-            busy = {bucket.owner for bucket in buckets for piece in bucket.pieces if self.works[piece.name]}
+            owned = [(bucket.owner, piece.name) for bucket in buckets for piece in bucket.pieces]
+            busy = {owner for owner, name in owned if self.works[name]}
             if axis.size > 1 and buckets and len(busy) < axis.size:
                 yield f"{axis.size} ranks, but only {len(busy)} own a matrix: the others wait for its update"
 
@@ -848,8 +904,9 @@ class Zero1:
 
     @torch.no_grad()
     def load(self, saved, moments=True):
-        """Take masters, and their optimizer state if `moments`, from a checkpoint (`Saved`) of any layout."""
-        # State by name, and what belongs to no parameter of ours
+        """Read masters, and their optimizer state if `moments`, from a checkpoint (`Saved`) of any layout.
+        ValueError: it has optimizer state of parameters that this model lacks."""
+        # Which states were saved: parameter name → ["momentum", ...]
         states = {}
         for name in saved:
             name, colon, state = name.partition(":")
@@ -859,10 +916,12 @@ class Zero1:
         if lost:
             raise ValueError(f"the optimizer state is of another model: {listed(lost)} unknown")
 
-        # The rows that are owned here, of each
+        # Masters: the rows owned here
         own = {piece.key: piece for piece in self.masters}
         for piece, master in self.masters.items():
             master.copy_(saved.rows(piece.name, piece.start, piece.stop))
+
+        # The same rows of each state
         for optimizer in self.optimizers.values():
             keys = [key for group in optimizer.param_groups for key in group["names"]]
             tensors = {}

@@ -150,6 +150,7 @@ RECIPES = {
 }
 
 # The reported runs. A stage starts from the weights of the one before it (`init`). Batches: in windows.
+# Warm-ups are written steps × windows × context / tokens; domains NAME:START_WEIGHT:END_WEIGHT.
 BIG = dict(micro=1, eval_every=500, save_every=500, keep=3)                                       # [ours]
 MOTIF = Config(                                                                          # [Motif §3.2.2]
     recipe="motif-2.6b", model=PRESETS["motif-2.6b"], tokens=2_500_000_000_000, batch=1024, **BIG,
@@ -159,7 +160,7 @@ MOTIF = Config(                                                                 
     data=DataConfig(horizon=2_000_000_000_000,                                                 # [Table 2]
                     domains="web:.68:.33,multilingual:.07:0,korean:.01:.30,academic:.06:.03,"
                             "specialized:.05:.01,code:.10:.18,math:.02:.10,reasoning:.01:.05"))
-LC = 5e-4 / math.sqrt(1 + 15 * 0.84)                            # MOTIF's rate when 80B tokens are left
+LC_RATE = 5e-4 / math.sqrt(1 + 15 * 0.84)     # MOTIF's rate 80B tokens before its end, 84% into its decay
 DEEPSEEK = Config(                                                                    # [DeepSeek-V3 §4.2]
     recipe="deepseek-v3", model=PRESETS["deepseek-v3"], tokens=14_300_000_000_000, **BIG,
     batch=15_360,                               # from the first step; the report ramps it up from 3,072
@@ -172,7 +173,7 @@ K2 = Config(                                                                    
     optim=OptimConfig(lr=2e-4, warmup=500 * 16_384 * 4096 / 15.5e12, decay="cosine",
                       decay_start=10 / 15.5, floor=0.1),
     data=DataConfig(domains="web:1:1,code:1:1,math:1:1,knowledge:1:1"))              # weights: [guess]
-K2_32K = 2e-5 - 1.3e-5 * 400 / 460                   # 2e-5 → 7e-6 over both stages, linear     [guess]
+K2_LONG_RATE = 2e-5 - 1.3e-5 * 400 / 460     # 2e-5 → 7e-6, linear over 460B tokens: 400B of them in  [guess]
 
 
 def stage(before, recipe, tokens, lr, last, context, batch, **model):
@@ -183,9 +184,10 @@ def stage(before, recipe, tokens, lr, last, context, batch, **model):
                    optim=replace(before.optim, **rates), data=replace(before.data, horizon=1))
 
 
-MOTIF_LC = stage(MOTIF, "motif-2.6b-lc", 80_000_000_000, LC, 1.25e-4, 16_384, 256,
+# Replaces MOTIF's last 80B tokens, on the same curve: stop MOTIF with --steps=576973 before starting it.
+MOTIF_LC = stage(MOTIF, "motif-2.6b-lc", 80_000_000_000, LC_RATE, 1.25e-4, 16_384, 256,
                  rope_theta=500_000.0)                                                          # [§3.2.3]
-MOTIF_LC = replace(MOTIF_LC, optim=replace(MOTIF_LC.optim, decay="rsqrt"))   # leaves MOTIF at step 576,973
+MOTIF_LC = replace(MOTIF_LC, optim=replace(MOTIF_LC.optim, decay="rsqrt"))
 
 V3_2 = stage(replace(DEEPSEEK, model=SETTLED), "deepseek-v3-2", 333_000_000_000, 2.2e-5, 2.2e-5,
              4096, 15_360)
@@ -194,8 +196,8 @@ V3_32K = stage(V3_3, "deepseek-v3-32k", 1000 * 1920 * 32_768, 7.3e-6, 7.3e-6, 32
                yarn=40.0)                                                                         # [§4.3]
 V3_128K = stage(V3_32K, "deepseek-v3-128k", 1000 * 480 * 131_072, 7.3e-6, 7.3e-6, 131_072, 480)
 
-ANNEAL = stage(K2, "kimi-k2-anneal", 400_000_000_000, 2e-5, K2_32K, 4096, 16_384)
-K2_LONG = stage(ANNEAL, "kimi-k2-32k", 60_000_000_000, K2_32K, 7e-6, 32_768, 2048,
+ANNEAL = stage(K2, "kimi-k2-anneal", 400_000_000_000, 2e-5, K2_LONG_RATE, 4096, 16_384)
+K2_LONG = stage(ANNEAL, "kimi-k2-32k", 60_000_000_000, K2_LONG_RATE, 7e-6, 32_768, 2048,
                 yarn=32.0, yarn_fast=1.0)                                                        # [guess]
 
 REPORTED = MOTIF, MOTIF_LC, DEEPSEEK, V3_2, V3_3, V3_32K, V3_128K, K2, ANNEAL, K2_LONG
@@ -344,7 +346,8 @@ def save_checkpoint(run, step, tensors, facts, keep, mesh=parallel.Mesh()):
         sync_folder(ckpt)
         sync_folder(run)
 
-        # Later steps are damaged, or were saved before the run went back to an earlier checkpoint.
+        # Remove all but the newest `keep`, and all later steps: those are damaged, or were saved before the
+        # run went back to an earlier checkpoint.
         kept = checkpoints(run)
         here = kept.index(final) + 1
         for old in kept[here:] + kept[:here][:-keep]:
@@ -495,8 +498,8 @@ def newest_checkpoint(run, say=print, mesh=parallel.Mesh()):
 def restore(model, owners, saved, moments=True):
     """Copy the weights of a checkpoint into a model, which may have only this rank's experts.
 
-    `owners`, if any, get their masters, and with `moments` their optimizer state. ValueError lists every
-    name and shape that does not match."""
+    `owners`, if given, also load the masters (float32 weights) that this rank owns and, with `moments`, their
+    optimizer state. ValueError lists every name and shape that does not match."""
     with torch.device("meta"):
         whole = Transformer(model.config).state_dict()
 
@@ -673,7 +676,8 @@ class RunFolder:
         return rows
 
     def belongs_to(self, launches):
-        """Record the torchrun launches whose restarted processes resume this run by themselves."""
+        """Record in launch.json the torchrun launches that run this: processes that torchrun restarts then
+        resume it without --resume."""
         (self.path / "launch.json").unlink(missing_ok=True)
         if any(launches):
             write_atomically(self.path / "launch.json", json.dumps(sorted(set(launches))).encode())
@@ -835,7 +839,7 @@ class Run:
     corpus: Corpus
     batches: Batches
     model: Transformer
-    owners: Zero1
+    owners: Zero1                      # who owns which weights, with masters and optimizers
     status: Status
     stop: Stop
     facts: dict                        # for every manifest: configuration, hashes of data and tokenizer
@@ -881,7 +885,8 @@ def train(config, resume=False, quiet=False, watch=None):
             folder = RunFolder(config.out)
 
         # Prepare the data before the ranks first wait for each other: it may take longer than their
-        # timeout. The first rank of a launch on each node verifies it, and the others trust that.
+        # timeout. On each node, the first rank of a launch verifies the shards' digests, and the others rely
+        # on that. The restart count is part of the name, so that a restart verifies them again.
         launch = parallel.launch_id()
         if launch:
             launch += " " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -919,7 +924,7 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     model = build(config, mesh, dtype)
     named = dict(model.named_parameters())
     owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim),
-                   lambda *p: weigh(*p, config.optim), mesh)
+                   lambda name, p: weigh(name, p, config.optim), mesh)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
     run = Run(config, mesh, corpus, batches, model, owners, status, stop, facts, dtype, folder)
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
@@ -959,7 +964,7 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     else:
         save(run, row)
 
-    # The log lacks the row of this step if the run is new, or was stopped in this step's evaluation.
+    # Log this step's row if it is missing: the run is new, or was stopped during this step's evaluation.
     logged = bool(run.history) and run.history[-1]["step"] == run.step
     logged = torch.tensor([float(logged)], device=mesh.device)
     if row and not parallel.all_max(logged, mesh).item() and not record(run, row):
@@ -1031,7 +1036,7 @@ def loop(run, watch=None):
             run.status.say(f"stopped at step {run.step}{how}")
             break
 
-    # Uncompiled again: in sampling, every token brings a new length, and a compilation.
+    # Undo torch.compile: sampling adds a token at a time, and each new length would recompile.
     if run.config.compile:
         for layer in run.model.layers.values():
             del layer.forward
@@ -1083,7 +1088,8 @@ def train_step(run):
 def clear_records(run):
     """Reset the step's largest logits and expert loads. → whether its logits will be exact
 
-    If not, a head may record a bound on its logits, where the bound is below tau."""
+    Exact logits cost an extra pass. In other steps, on a CPU, a head that a cheap bound proves to stay at or
+    below tau records that bound: QK-Clip leaves it alone either way. Every 50th step is exact, for the log."""
     optim = run.config.optim
     exact = optim.exact_logits or run.config.compile or run.step % 50 == 0
     threshold = None if exact else optim.tau or math.inf
@@ -1237,6 +1243,8 @@ def finish(run, row, stop):
         save(run, row)
     if record(run, row):
         return stop
+
+    # A stop was requested during the evaluation: save this step, and leave its row to the resumed run.
     if not saved:
         save(run, row)
     return True
@@ -1314,8 +1322,10 @@ def last_good(run):
 # ---- the model of a rank ------------------------------------------------------------------------------
 
 def build(config, mesh, dtype=None):
-    """The model with this rank's experts. On several ranks, whose owners keep float32 masters, its
-    matrices are cast to the `dtype` of the computation, if given."""
+    """The model with this rank's experts.
+
+    On several ranks its matrices, except routers, are stored in `dtype` (if given), since their owners keep
+    float32 masters. A single rank has no other copy, and keeps float32."""
     c, ep = config.model, mesh.ep
     ops = Ops()
     if ep.size > 1:
@@ -1499,10 +1509,11 @@ def resumed(config, options, words, asked):
 
 
 def give_up(error):
-    """Exit with one line. torchrun prints thirty more after it, and the root cause last: the line also
-    goes into the file where torchrun looks for that.
+    """Exit with one line, and write it to torchrun's error file too.
 
-    Of several ranks' files it takes the earliest: a lost rank is dated later, since it is never the cause."""
+    torchrun prints about thirty more lines and ends with the root cause: of the ranks' error files, the one
+    with the earliest timestamp. LostRank only follows from another rank's failure, so it is dated two
+    seconds later."""
     line = f"train.py: {error}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
