@@ -1089,7 +1089,7 @@ def clear_records(run):
     """Reset the step's largest logits and expert loads. → whether its logits will be exact
 
     Exact logits cost an extra pass. In other steps, on a CPU, a head that a cheap bound proves to stay at or
-    below tau records that bound: QK-Clip leaves it alone either way. Every 50th step is exact, for the log."""
+    below tau records that bound: QK-Clip leaves it alone either way. Every 50th step is exact."""
     optim = run.config.optim
     exact = optim.exact_logits or run.config.compile or run.step % 50 == 0
     threshold = None if exact else optim.tau or math.inf
