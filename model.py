@@ -43,7 +43,7 @@ import kernels
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one model. ValueError: a row of `refusals` does not hold."""
+    """Sizes and choices of one model. ValueError: a check in `refusals` fails."""
 
     # sizes
     n_layer: int = 4
@@ -164,7 +164,7 @@ MAY_BE_ZERO = ("q_rank", "kv_rank", "d_rope", "d_value", "n_expert", "n_dense", 
 
 
 def refusals(c):
-    """Rows (holds, message) for a ModelConfig c, which raises the message of the first that does not hold.
+    """The checks of a ModelConfig c, as rows (holds, message); the first that fails is its ValueError.
 
     A generator, because a row may rely on those before it: a divisor is known to be positive."""
     # Choices by name
@@ -229,7 +229,7 @@ def refusals(c):
         yield c.rotary % 2 == 0, f"model.{width}={c.rotary}: rotary positions need an even width"
 
 
-# Built here and not above: a config is checked as it is built
+# Only here, below `refusals`: constructing a ModelConfig calls it
 PRESETS = {name: ModelConfig(**changed) for name, changed in PRESET_FIELDS.items()}
 
 
@@ -239,11 +239,11 @@ def linear(name, weights, pre, params, *x, ends=None):
     """h = pre(*x), computed once → the tuple of h·wᵀ for each w in weights.
 
     name: which matmul of the layer this is.
-    params: the parameters that `pre` uses.
+    params: the parameters that `pre` uses; a replacement that recomputes h returns their gradients.
     ends (E,): each w is then a stack (E, out, in), and w[e] multiplies rows ends[e-1] to ends[e] of h.
 
-    h belongs to the matmul: a replacement for this function may recompute h in the backward, or store it
-    in a smaller dtype or in host memory."""
+    Nobody else uses h: a replacement for this function may recompute it in the backward, or store it in a
+    smaller dtype or in host memory."""
     h = pre(*x)
     if ends is None:
         return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
@@ -334,10 +334,11 @@ def rope_frequencies(config, device=None):
     def pair(turns):
         return d * math.log(c.yarn_from / (turns * 2 * math.pi)) / (2 * math.log(c.rope_theta))
 
-    # From pair `low` to pair `high`, the share of the slowed frequency grows from 0 to 1
+    # Share of the slowed frequency: 0 up to pair `low`, 1 from pair `high` on. Linear in i, as in YaRN's
+    # code; the paper's ramp γ = 1 − slowed is linear in the number of turns (eq. 18-20).
     low = max(math.floor(pair(c.yarn_fast)), 0)
     high = min(math.ceil(pair(c.yarn_slow)), d - 1)
-    slowed = ((i - low) / max(high - low, 1e-3)).clamp(0, 1)                # γ = 1 − slowed, eq. 18-20
+    slowed = ((i - low) / max(high - low, 1e-3)).clamp(0, 1)
     return theta * (1 - slowed) + theta / c.yarn * slowed
 
 
@@ -362,8 +363,8 @@ def matrix(rows, columns):
 
 
 class Heads(nn.Module):
-    """What every attention knows about its heads: `max_logits` (H,), the largest q·k·scale of each, and
-    `qk_heads`, the weights that make the logits of each.
+    """The heads of one attention layer, as QK-Clip sees them: `max_logits` (H,), the largest q·k·scale of
+    each, and `qk_heads`, the weights to shrink. QK-Clip multiplies a head's logits by γ ≤ 1 (muonclip.py).
 
     Training forwards record the maximum over micro-batches until `clear_logits`. With a threshold `tau`,
     a head whose logits provably do not exceed it may record an upper bound (≤ tau) instead of its largest
@@ -430,7 +431,7 @@ class Attention(Heads):
             self.q_norm = RMSNorm(d, config.norm_eps)
             self.k_norm = RMSNorm(d, config.norm_eps) if self.leads else None
 
-        # Differential attention: λ, where the paper's l is layer + 1, and the norm of each head
+        # Differential attention: λ_init = 0.8 − 0.6·exp(−0.3·(l − 1)), where the paper's l is layer + 1
         if config.differential:
             self.lam_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - config.lam_delay))
             self.lq1, self.lk1, self.lq2, self.lk2 = (nn.Parameter(torch.empty(d)) for _ in range(4))
@@ -441,7 +442,7 @@ class Attention(Heads):
         return (self.lq1 @ self.lk1).exp() - (self.lq2 @ self.lk2).exp() + self.lam_init
 
     def qk_heads(self):
-        """The weights that make each head's logits: [(parameter, view as (H, rows, inputs), power of γ)].
+        """What QK-Clip scales by γ: [(parameter, function to its (H, rows, inputs) view, power of γ)].
 
         Keys that several heads or layers use stay as they are; the head's query rows take all of γ."""
         def by_head(w):
@@ -451,7 +452,8 @@ class Attention(Heads):
         return [(self.wq, by_head, 0.5), (self.wk, by_head, 0.5)]
 
     def join(self, y):
-        """Concatenate heads: (B, H, T, d) → (B, T, H·d); differential: each norm(y) × (1 − λ_init)."""
+        """Concatenate heads: (B, heads, T, width) → (B, T, heads·width). Differential: a head for each signal
+        map, of width 2d, first normalised and multiplied by (1 − λ_init)."""
         if self.config.differential:
             y = self.head_norm(y) * (1 - self.lam_init)
         return y.transpose(1, 2).flatten(2)
@@ -459,6 +461,8 @@ class Attention(Heads):
     def forward(self, x, rope=None, sees=None, cache=None, kv=None):
         """x (B, T, C) → (B, T, C), and the keys and values used here.
 
+        rope: (cos, sin) of rope_table, or None.
+        sees: which keys each query may attend to (kernels.sight); None: plain causal attention.
         kv: the leader's keys and values, if this layer reads them."""
         c = self.config
 
@@ -469,6 +473,7 @@ class Attention(Heads):
         gains = parameters_of(self.norm)
         if self.leads:
             q, k, v = self.ops.linear("qkv", (self.wq, self.wk, self.wv), self.norm, gains, x)
+            # Differential: Hk keys of width d, but Hk/2 values of width 2d, one for each pair of keys
             v_width = 2 * c.d_head if c.differential else c.d_head
             kv = self.key(heads(k, c.d_head), rope), heads(v, v_width)
             if cache is not None:
@@ -510,12 +515,14 @@ class Attention(Heads):
 class LatentAttention(Heads):
     """Multi-head latent attention: queries, keys, values from short vectors.   [DeepSeek-V3 §2.1.1]
 
-        c_q = norm(W_dq h),  [c_kv; k_rope] = W_dkv h,  c_kv = norm(c_kv)               (1)
+        h = norm(x),  a = W_dq h,  [b; k_rope] = W_dkv h,  c_q = norm(a),  c_kv = norm(b)          (1)
         q_i = [W_uq c_q ; rope(W_qr c_q)],  k_i = [W_uk c_kv ; rope(k_rope)],  v_i = W_uv c_kv     (2)
 
-    All heads share the rotary key. Training computes (2) in full. Decoding caches only c_kv and k_rope,
-    kv_rank + d_rope numbers a token, and absorbs W_uk into the query and W_uv into the output:
-    q_i·k_i = (W_ukᵀ q_nope)·c_kv + ..."""
+    `wuq` stacks W_uq and W_qr; c_q and c_kv are normalised as the inputs of the up-projections. All heads
+    share the rotary key. Training computes (2) in full. Decoding caches only c_kv and k_rope, kv_rank +
+    d_rope numbers a token, and absorbs W_uk into the query and W_uv into the output:
+
+        q_i·k_i = (W_ukᵀ q_nope)·c_kv + q_rope·k_rope,  Σ p·v_i = W_uv (Σ p·c_kv)                  (3)"""
 
     def __init__(self, config, layer, ops):
         super().__init__(config, layer, ops)
@@ -569,7 +576,7 @@ class LatentAttention(Heads):
         scale = (c.d_head + c.d_rope) ** -0.5
 
         if cache is not None:
-            # With a cache: one key [c_kv; k_rope] for all heads, whose value is c_kv
+            # With a cache: one key [c_kv; k_rope] for all heads, whose value is c_kv                 (3)
             ckv = self.kv_norm(ckv)[:, None]
             ckv, k_rope = cache.put(self.layer, ckv, k_rope)                # (B, 1, S, kv_rank or d_rope)
             wuk = self.wuk.to(q.dtype).unflatten(0, (H, -1))                # (H, d_head, kv_rank)
@@ -712,8 +719,9 @@ class MoE(nn.Module):
     def imbalance(self, s, B):
         """Scores s (N, E) → Σ_i f_i·P_i, a mean over the B sequences; 1 if all experts score alike.
 
-        f counts the k best scores of each token, without the bias and the groups, which affect only the
-        dispatch; P averages each token's scores, divided by their sum.   [DeepSeek-V3 eq. 17-20]"""
+        f_i = E/k × the share of a sequence's tokens that have expert i among their k best scores; bias and
+        groups are ignored, since they affect only the dispatch. P_i = the mean over its tokens of
+        s_i / Σ_j s_j.   [DeepSeek-V3 eq. 17-20]"""
         E, k = self.config.n_expert, self.config.n_active
         best = s.topk(k, -1).indices
         f = torch.zeros_like(s).scatter(1, best, 1.0)                                      # (N, E)
@@ -749,8 +757,8 @@ class MoE(nn.Module):
         return out
 
     def inner(self, gate, up, weight):
-        """The input of `down`. It includes the weight, so that the rank a row came from need not keep the
-        row's output for the backward."""
+        """The input of `down`, which is linear: so the routing weight may come before it. After it, on the
+        rank that sent the token, its gradient would need the expert's output, kept for the backward."""
         return self.act(gate) * up * weight
 
     def combine(self, rows, token, N):
@@ -819,8 +827,9 @@ class Layer(nn.Module):
 # ---- a candidate: nGPT, the network on the unit sphere [2410.01131] ----------------------------------------
 # All vectors of width C = d_model have norm 1: embeddings, rows of matrices that read the residual
 # stream, columns of matrices that write to it, and the stream itself, so that no other norm is needed.
-# Learned scales are stored as s/√C, the size of an entry of a unit vector, so that the optimizer's steps
-# suit scales and matrices alike (§2.5); only the scales inside feed-forward layers are stored as s.
+# The scales of queries and keys, and of logits, are stored as s/√C, the size of an entry of a unit vector,
+# so that one learning rate suits scales and matrices (§2.5). α is stored as α·n_layer/√C, so that it starts
+# at 1/n_layer. The scales of feed-forward layers are stored as s.
 
 def unit(x, dim=-1):
     """x / ‖x‖ along `dim`."""
@@ -856,9 +865,9 @@ class SphereAttention(Attention):
     def query(self, q, rope):
         """q (B, H, T, d) → unit vectors, scaled, rotated.
 
-        Keys have norm 1, and the query takes both scales: (s·q)·(s·k)·√d = (s²·d·q)·k/√d. They are
-        applied before the rotation, so that logits depend only on distances; nGPT's own code applies them
-        after it.   [eq. 15, 16]"""
+        nGPT's logit is (s·q)·(s·k)·√d, and kernels.attention divides by √d. So the query takes everything:
+        (s²·d·q)·k/√d, with s² = s_qk²·C. The scale comes before the rotation, so that logits depend only on
+        distances; in nGPT's own code it comes after.   [eq. 15, 16]"""
         d = self.config.d_head
         scale = self.s_qk.unflatten(0, (-1, 1, d)).square() * self.config.d_model * d      # (H, 1, d)
         return super().query(unit(q) * scale.to(q.dtype), rope)
@@ -875,7 +884,7 @@ class SphereFeedForward(FeedForward):
         self.s_up = scales(config.d_ff, 1)
 
     def inner(self, gate, up):
-        """act(s_v·√C·gate)·(s_u·up)   [eq. 20, 21]"""
+        """act(s_gate·√C·gate)·(s_up·up): the paper's s_v is s_gate, its s_u is s_up.   [eq. 20, 21]"""
         gate = gate * (self.s_gate * self.root).to(gate.dtype)
         up = up * self.s_up.to(up.dtype)
         return super().inner(gate, up)
@@ -1077,9 +1086,9 @@ def count_parameters(config):
     """Parameter counts, from a model without storage:
 
     total       all of them
-    active      those used for one token: its own routed experts; of the look-up tables, only the head
+    active      those used for one token: n_active routed experts, the head; not embedding or positions
     embedding   those of embedding, head and learned positions
-    matmul      those a token is multiplied with: all active matrices, the head once"""
+    matmul      the matrices among the active ones, without vectors (gains, λ)"""
     with torch.device("meta"):
         named = dict(Transformer(config).named_parameters())
 
