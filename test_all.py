@@ -680,6 +680,22 @@ def test_files_without_text_are_reported(tmp_path):
             data.prepare(data.DataConfig(files=f"a={tmp_path / path}", cache=str(tmp_path / "cache")), 300)
 
 
+def test_the_cache_knows_how_a_file_was_read(tmp_path):
+    """The same bytes under another name are read as that name says, and not taken from the old shards."""
+    lines = "\n".join(json.dumps(dict(text=f"document number {i}")) for i in range(300)).encode()
+
+    def documents(name, raw=lines):
+        (tmp_path / name).write_bytes(raw)
+        config = data.DataConfig(files=f"mine={tmp_path / name}", tokenizer="bytes",
+                                 cache=str(tmp_path / "cache"))
+        return data.prepare(config, 300).domains["mine"].documents
+    assert documents("a.txt") == 2, "one document, whose last tenth is validation"
+    assert documents("a.jsonl") == documents("a.json") == 300
+    assert documents("b.jsonl.gz", gzip.compress(lines)) == 300
+    with pytest.raises(ValueError, match="b.jsonl, line 1"):
+        documents("b.jsonl", gzip.compress(lines))
+
+
 def test_reading_a_folder_reports_what_is_read_and_what_is_skipped(tmp_path, capsys):
     """In any case, gzipped or not; hidden files, other types and pipes are skipped, links are followed."""
     folder, records = tmp_path / "mine", [dict(text=f"record {i}") for i in range(3)]

@@ -60,6 +60,8 @@ TABLE = {
         ("no limit on validation", "if held + sizes[i] <= total / 10:", "if True:", "few_or_uneven"),
         ("validation may be tiny", "enough = held >= total / 100", "enough = held > 0", "few_or_uneven"),
         ("hidden files are read", 'if file.name.startswith("."):', "if False:", "what_is_read"),
+        ("shards of another reading", "{kind_of(file)} {file.suffix", "{file.suffix", "knows_how_a_file"),
+        ("shards of the packed file", "{file.suffix.lower() == '.gz'} ", "", "knows_how_a_file"),
         ("links are followed forever", "in seen:", "in set():", "what_is_read"),
         ("shards are not synced to disk", "os.fsync(file.fileno())", "pass", DISK),
     ],
