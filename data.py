@@ -356,7 +356,8 @@ def text_key(record, name, path=None, skip_bad=False):
         steps = documents, records, text_of, read_records, split_documents
         files, _ = own_files(name, path)
         with reading(name):
-            parts = [f"{kind_of(file)} {file.suffix.lower() == '.gz'} {digest(file, record)}" for file in files]
+            parts = [f"{kind_of(file)} {file.suffix.lower() == '.gz'} {digest(file, record)}"
+                     for file in files]
         return sha256(str(skip_bad), *parts, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
