@@ -951,6 +951,7 @@ class Transformer(nn.Module):
     def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None):
         super().__init__()
         self.config = config
+        self.width = config.d_model
 
         # The part of the model that is held here
         if layers is None:
@@ -1022,11 +1023,20 @@ class Transformer(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
 
     def forward(self, x, targets=None, doc_start=None, weight=None, cache=None, dtype=None):
-        """x (B, T) int64 tokens, or (B, T, C) from an earlier range of layers → logits (B, T, V).
+        """x (B, T) int64 tokens → logits (B, T, V). With targets (B, T): (mean loss in nats/token, its (N,)
+        terms, balance loss); with `weight` (B, T), the loss is the sum of weight × term.
 
-        With targets (B, T): (mean loss in nats/token, its (N,) terms, balance loss); with `weight`
-        (B, T), the loss is the sum of weight × term. A range without the last layer → ((B, T, C), the
-        balance loss of its layers).
+        doc_start, cache, dtype and ValueError: see `body`."""
+        h, balance = self.body(x, doc_start, cache, dtype)
+        if targets is None:
+            return F.linear(h, self.output().to(h.dtype))
+        loss, nll = self.loss(h, targets, weight)
+        return loss, nll, balance
+
+    def body(self, x, doc_start=None, cache=None, dtype=None):
+        """x (B, T) int64 tokens, or (B, T, C) from the range of layers before → what the layers of this range
+        make of it, (B, T, C), normalised for the head after the last one; and their balance loss.
+
         doc_start (B, T): position at which each token's document begins; None: attention crosses them.
         dtype: that of the computation, by default the dtype of the weights.
         ValueError: there are more tokens than learned positions."""
@@ -1057,21 +1067,23 @@ class Transformer(nn.Module):
             balance = balance + of_layer
         if cache:
             cache.length += T
-        if not self.last:
-            return x, balance
+        if self.last:
+            x = self.norm(x)
+        return x, balance
 
-        # Head: logits, or the loss
+    def output(self):
+        """The matrix (V, C) that makes logits."""
         head = self.embed if self.config.tie else self.head
-        x = self.norm(x)
         if self.config.ngpt:
             head = sharpened(head, self.s_logits)
-        if targets is None:
-            return F.linear(x, head.to(x.dtype))
+        return head
+
+    def loss(self, h, targets, weight=None):
+        """h (B, T, C) from `body`, targets and weight (B, T) → (loss, its (N,) terms): see `forward`."""
         if weight is not None:
             weight = weight.flatten()
-        h = x.flatten(0, 1)                                                                # (N, C)
-        loss, nll = kernels.cross_entropy(h, head, targets.flatten(), weight, self.config.loss_chunk)
-        return loss, nll, balance
+        h = h.flatten(0, 1)                                                                # (N, C)
+        return kernels.cross_entropy(h, self.output(), targets.flatten(), weight, self.config.loss_chunk)
 
     def count(self, on):
         """Turn the recording of loads and largest logits on or off: recomputed forwards are not recorded."""
@@ -1110,20 +1122,39 @@ def count_parameters(config):
                 embedding=tables, matmul=matrices + head)
 
 
+def head_width(config):
+    """Multiply-adds of one head for a pair of tokens: the width of q·k, and that of the values."""
+    if config.kv_rank:
+        return config.d_head + config.d_rope + config.d_value
+    return config.d_head * (3 if config.differential else 2)
+
+
 def flops_per_token(config, context=None, training=True):
     """FLOPs of one token: 2 per multiply-add of every matmul, and 3 times the forward's when training.
 
     Attention is counted against the full context, as PaLM does (a causal kernel needs half).
     Differential attention multiplies each of its maps with values of width 2d."""
-    # Width of a head: of q·k, and of the values
-    width = config.d_head * 2
-    if config.differential:
-        width = config.d_head * 3
-    width = config.d_head + config.d_rope + config.d_value if config.kv_rank else width
-
-    # Multiply-adds of attention, then of everything
-    attention = config.n_layer * (context or config.context) * config.n_head * width
+    attention = config.n_layer * (context or config.context) * config.n_head * head_width(config)
     return (6 if training else 2) * (count_parameters(config)["matmul"] + attention)
+
+
+def layer_costs(config):
+    """Multiply-adds of one token in each layer, as `flops_per_token` counts them: [layer 0, layer 1, ...].
+    The head counts in the last layer; the embedding's C additions of one row in the first."""
+    with torch.device("meta"):
+        named = dict(Transformer(config).named_parameters())
+
+    # Attention against the context, then the matrices that a token meets
+    costs = [config.context * config.n_head * head_width(config)] * config.n_layer
+    for name, p in named.items():
+        if name.startswith("layers.") and p.ndim > 1:
+            used = p.numel()
+            if p.ndim == 3:
+                used = used * config.n_active // config.n_expert
+            costs[int(name.split(".")[1])] += used
+    costs[0] += config.d_model
+    costs[-1] += config.vocab_size * config.d_model
+    return costs
 
 
 def cache_per_token(config):

@@ -4,14 +4,19 @@
 collective here is the identity. It is built once, in train.py, and passed as an argument: no module asks
 for its rank.
 
+  pipeline             stages divide the layers; micro-batches pass through them, activations forwards and
+                       gradients backwards. Who does what when is a plan, a plain list [Kimi K2 §2.4.2]
   expert parallelism   ranks of an ep group divide the experts; tokens are dispatched to them and their
                        outputs combined                                                 [Kimi K2 §2.4.2]
   ZeRO-1               each matrix has one owner, which alone keeps its optimizer state: gradients are
                        reduced to the owner, weights broadcast from it
 
-World = pp × dp; an ep group lies inside dp: rank r of dp is number r % ep of ep group r // ep. Experts
-are replicated on dp/ep ranks (`edp`), everything else on all dp ranks.
+World = pp × edp × ep, in this order, and dp = edp × ep: rank r of dp is number r % ep of ep group r // ep.
+Experts are replicated on the edp ranks, everything else of a stage on its dp ranks.
+
+Try:     python parallel.py --pp 4 --chunks 2 --microbatches 8      # draw and time a schedule
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -19,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -29,7 +35,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional    # imported after a process group exists, its defaults would hold it
-from torch.distributed.device_mesh import init_device_mesh
 
 from kernels import accumulation_dtype, listed
 
@@ -38,32 +43,55 @@ from kernels import accumulation_dtype, listed
 class MeshConfig:
     """How the ranks are laid out; dp = world / pp. ValueError names the field to change."""
     pp: int = 1                  # pipeline stages
+    chunks: int = 1              # ranges of layers on each stage
+    schedule: str = ""           # gpipe | 1f1b | interleaved; "" = 1f1b with one chunk, else interleaved
     ep: int = 1                  # ranks that divide the experts among them
     timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
     def __post_init__(self):
         if not self.timeout > 0:
             raise ValueError(f"mesh.timeout={self.timeout}: must be positive, in seconds")
-        for name in ("pp", "ep"):
+        for name in ("pp", "chunks", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
+        if self.schedule not in ("", *SCHEDULES):
+            raise ValueError(f"mesh.schedule={self.schedule!r}: have {', '.join(SCHEDULES)}")
+        if self.schedule == "1f1b" and self.chunks > 1:
+            raise ValueError(f"mesh.schedule=1f1b has one chunk on each stage, not mesh.chunks={self.chunks}: "
+                             "take interleaved")
 
-    def check(self, world, n_expert):
-        """Raise ValueError unless `world` ranks and `n_expert` experts can be laid out this way."""
+    def check(self, world, batch, n_expert, groups):
+        """Raise ValueError unless `world` ranks can share `batch` windows, `n_expert` experts, and layers that
+        can be cut into `groups` chunks (layers with the same keys and values stay together)."""
+        chunks = self.pp * self.chunks
         rules = [
-            (self.pp == 1,
-             f"mesh.pp={self.pp}: there is no pipeline yet; pp=1"),
             (world % (self.pp * self.ep) == 0,
              f"mesh.pp={self.pp} × ep={self.ep} does not divide the {world} ranks there are"),
+            (batch % (world // self.pp or 1) == 0,
+             f"--batch={batch} windows cannot be shared evenly by {world // self.pp} ranks"
+             + f" (those of each of {self.pp} stages)" * (self.pp > 1)),
             (self.ep == 1 or n_expert > 0 and n_expert % self.ep == 0,
              f"mesh.ep={self.ep} does not divide the model's {n_expert} experts"),
+            (self.chunks == 1 or world > 1,
+             f"mesh.chunks={self.chunks}: there is only one rank, which needs no pipeline: mesh.chunks=1"),
+            (chunks <= groups,
+             f"mesh.pp={self.pp} × chunks={self.chunks} = {chunks} chunks, but the layers can only be cut into "
+             f"{groups}"),
         ]
         for holds, message in rules:
             if not holds:
                 raise ValueError(message)
 
+    @functools.cache
+    def plans(self, windows, micro):
+        """The plans of all stages for `windows` windows in micro-batches of `micro`."""
+        name = self.schedule
+        if not name:
+            name = "1f1b" if self.chunks == 1 else "interleaved"
+        return SCHEDULES[name](self.pp, -(-windows // micro), self.chunks)
 
-GROUPS = {}                      # name of an axis: its process group
+
+GROUPS = {}                      # name of an axis, or of a channel between stages: its process group
 
 
 class Axis(NamedTuple):
@@ -89,6 +117,7 @@ class Mesh(NamedTuple):
     pp: Axis = Axis()            # pipeline stage
     ep: Axis = Axis()            # place in the expert-parallel group
     edp: Axis = Axis()           # replica of this rank's experts
+    ends: Axis = Axis()          # in the first and the last stage: the ranks of both, which share a tied matrix
     device: torch.device = torch.device("cpu")
 
 
@@ -146,19 +175,29 @@ def join_mesh(config, facts=None):
     everyone = Axis(rank, world, "world")
     compare(facts or {}, Mesh(everyone, device=device))
 
-    # The two grids: pp × dp, and edp × ep
+    # The grid of ranks, and its lines along each axis
+    shape = config.pp, world // config.pp // config.ep, config.ep
+    grid = torch.arange(world).view(shape)
+    lines = dict(
+        dp=grid.flatten(1),
+        pp=grid.flatten(1).T,
+        ep=grid.flatten(0, 1),
+        edp=grid.transpose(1, 2).flatten(0, 1),
+    )
+    if config.pp > 1:
+        lines["ends"] = grid[[0, -1]].view(1, -1)
+        lines |= dict.fromkeys(channels(config.chunks), lines["pp"])
+
+    # A process group for each line. All ranks make all of them, in the same order.
     axes = dict(world=everyone)
-    dp = world // config.pp
-    grids = [
-        (("pp", "dp"), (config.pp, dp)),
-        (("edp", "ep"), (world // config.ep, config.ep)),
-    ]
-    for names, sizes in grids:
-        grid = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        for name, size in zip(names, sizes):
-            GROUPS[name] = grid.get_group(name)
-            axes[name] = Axis(grid.get_local_rank(name), size, name)
-    return Mesh(**axes, device=device)
+    for name, ranks in lines.items():
+        group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, backend=backend)
+        if group is not None:
+            GROUPS[name] = group
+            axes[name] = Axis(dist.get_rank(group), ranks.shape[1], name)
+    mesh = Mesh(**{name: axis for name, axis in axes.items() if name in Mesh._fields}, device=device)
+    open_channels(mesh)
+    return mesh
 
 
 def meet(store, rank, world, timeout):
@@ -215,7 +254,7 @@ class LostRank(RuntimeError):
 
 @contextlib.contextmanager
 def talking(mesh):
-    """Put around a collective, and nothing else: its failure becomes LostRank. gloo reports a lost rank as
+    """Put around communication, and nothing else: its failure becomes LostRank. gloo reports a lost rank as
     a bare RuntimeError, which any computation might raise too."""
     try:
         yield
@@ -241,12 +280,11 @@ def all_max(t, mesh):
     return t
 
 
-def all_sum(t, mesh, axis=None):
-    """Elementwise sum over all ranks, or over those of one axis, in place."""
-    axis = axis or mesh.world
-    if axis.size > 1:
+def all_sum(t, mesh):
+    """Elementwise sum over all ranks, in place."""
+    if mesh.world.size > 1:
         with talking(mesh):
-            dist.all_reduce(t, dist.ReduceOp.SUM, axis.group)
+            dist.all_reduce(t, dist.ReduceOp.SUM, mesh.world.group)
     return t
 
 
@@ -317,63 +355,482 @@ def checksum(t):
     return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
-def compare_weights(tensors, mesh):
+def compare_weights(tensors, mesh, tied=()):
     """`compare` for {name: weight}. All ranks of a stage hold the same weights, except for experts (3-D):
-    those are equal on the ranks with the same place in their ep group."""
+    those are equal on the ranks with the same place in their ep group. The weights named in `tied` are equal
+    in the first and the last stage."""
     if mesh.world.size == 1:
         return
+
+    # What, of these tensors, equals that of which rank
     stage = mesh.pp.rank * mesh.dp.size
-    for what, stacked, like in (("weights", False, stage), ("experts", True, stage + mesh.ep.rank)):
-        digests = [f"{name} {checksum(t)}" for name, t in tensors.items() if (t.ndim == 3) == stacked]
+    rows = [
+        ("weights", [name for name, t in tensors.items() if t.ndim < 3], stage),
+        ("experts", [name for name, t in tensors.items() if t.ndim == 3], stage + mesh.ep.rank),
+    ]
+    if mesh.pp.size > 1 and tied:
+        first = 0 if mesh.ends.size > 1 else mesh.world.rank
+        rows.append(("tied weights", [name for name in tied if mesh.ends.size > 1], first))
+    for what, names, like in rows:
+        digests = [f"{name} {checksum(tensors[name])}" for name in names]
         compare({what: " ".join(digests)}, mesh, like)
 
 
 # ---- plans -------------------------------------------------------------------------------------------------
+# The layers are cut into p·v chunks, v on each of p stages; chunk c lies on stage c % p. A plan is the list
+# of what one stage does, in order; a schedule gives the plans of all stages. For p = 2 and 3 micro-batches:
+#
+#                      1F1B                    interleaved, v = 2 (a, b: first and second chunk of the stage)
+#     stage 0   F0 F1 B0 F2 B1 B2       Fa0 Fa1 Fb0 Fb1 Fa2 Bb0 Bb1 Fb2 Ba0 Ba1 Bb2 Ba2
+#     stage 1   F0 B0 F1 B1 F2 B2       Fa0 Fa1 Fb0 Bb0 Fb1 Bb1 Fa2 Ba0 Ba1 Fb2 Bb2 Ba2
 
 class Act(NamedTuple):
-    """One step of a rank's plan."""
+    """One step of a plan."""
     op: str                      # "F" forward, "B" backward
     micro: int                   # index of the micro-batch
-    chunk: int = 0               # index of the rank's range of layers
+    chunk: int = 0               # index of the chunk of layers, over all stages
+
+    def __str__(self):
+        return f"{self.op} of micro-batch {self.micro}, chunk {self.chunk}"
 
 
-def straight(windows, micro):
-    """The plan without a pipeline, for `windows` windows in micro-batches of `micro`: F0 B0 F1 B1 ..."""
-    return [Act(op, i) for i in range(-(-windows // micro)) for op in "FB"]
+def needs(act, chunks):
+    """The acts whose results an act needs, in a model of so many chunks: the whole dependency graph.
+
+    What comes from another chunk is a message: activations for an F, gradients for a B."""
+    op, micro, chunk = act
+    found = []
+    if op == "F" and chunk > 0:
+        found.append(Act("F", micro, chunk - 1))
+    if op == "B":
+        found.append(Act("F", micro, chunk))
+        if chunk < chunks - 1:
+            found.append(Act("B", micro, chunk + 1))
+    return found
+
+
+def alternate(forwards, backwards, warm_up):
+    """`warm_up` forwards; one forward and one backward in turn; the backwards that are left."""
+    plan = forwards[:warm_up]
+    for pair in zip(forwards[warm_up:], backwards):
+        plan += pair
+    return plan + backwards[len(forwards[warm_up:]):]
+
+
+def in_groups(stage, p, m, v):
+    """The forwards and the backwards of a stage: micro-batches in groups of p, and all chunks of a group, from
+    the first to the last or back, before the next group."""
+    forwards = []
+    backwards = []
+    for start in range(0, m, p):
+        for k in range(v):
+            for micro in range(start, min(start + p, m)):
+                forwards.append(Act("F", micro, k * p + stage))
+                backwards.append(Act("B", micro, (v - 1 - k) * p + stage))
+    return forwards, backwards
+
+
+def gpipe(p, m, v=1):
+    """All forwards, then all backwards.   [1811.06965]"""
+    return [alternate(*in_groups(stage, p, m, v), m * v) for stage in range(p)]
+
+
+def one_f_one_b(p, m, v=1):
+    """1F1B, with one chunk a stage: a backward as soon as there is one, so that stage r holds the
+    activations of p - r micro-batches at most.   [2104.04473 §2.2]"""
+    return [alternate(*in_groups(stage, p, m, 1), p - 1 - stage) for stage in range(p)]
+
+
+def interleaved(p, m, v=1, warm=0):
+    """Interleaved 1F1B: v chunks a stage make the bubble v times shorter.   [2104.04473 §2.2]
+
+    warm: forwards added to the warm-up of 2(p-1-stage) + (v-1)p. With one more, forward and backward of
+    a pair are of different micro-batches, and one can hide the messages of the other.   [Kimi K2 §2.4.2]
+    If p does not divide m, the first group lacks some micro-batches: it is planned whole, and what it lacks
+    is left out. Plans that do not wait for ever still do not without some micro-batches; planned in another
+    way, incomplete groups can."""
+    missing = -m % p
+    plans = []
+    for stage in range(p):
+        warm_up = 2 * (p - 1 - stage) + (v - 1) * p + warm
+        plan = alternate(*in_groups(stage, p, missing + m, v), warm_up)
+        plans.append([act._replace(micro=act.micro - missing) for act in plan if act.micro >= missing])
+    return plans
+
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
+
+
+def partition(costs, p, v=1, group=1):
+    """Cut the layers 0 to len(costs) into p·v contiguous chunks → a range for each.
+
+    A chunk begins at a multiple of `group` layers. The cut minimises the cost of the most expensive
+    chunk; then, for v > 1, whole groups move from chunk to chunk while that lowers the cost of the most
+    expensive stage (chunks c, c + p, ...), which sets the pace. ValueError: fewer groups than chunks."""
+    # The cost of groups start..stop is total[stop] - total[start].
+    groups = [sum(costs[i:i + group]) for i in range(0, len(costs), group)]
+    total = [0, *itertools.accumulate(groups)]
+    n = p * v
+    if n > len(groups):
+        raise ValueError(f"pp={p} × chunks={v} = {n} chunks, but {len(costs)} layers can only be cut into "
+                         f"{len(groups)}" + f" (share_kv={group})" * (group > 1))
+
+    # Best cuts into 1, 2, ... n chunks, by where the last one stops: (most expensive, Σ squares, stops)
+    best = {0: (0, 0, ())}
+    for _ in range(n):
+        longer = {}
+        for stop in range(1, len(total)):
+            cuts = []
+            for start, (most, squares, stops) in best.items():
+                if start < stop:
+                    cost = total[stop] - total[start]
+                    cuts.append((max(most, cost), squares + cost ** 2, (*stops, stop)))
+            if cuts:
+                longer[stop] = min(cuts)
+        best = longer
+    stops = best[len(groups)][2]
+
+    # Move a group from chunk a to chunk b: every boundary between them shifts by one.
+    def pace(stops):
+        cost = [total[stop] - total[start] for start, stop in zip((0, *stops), stops)]
+        return max(sum(cost[stage::p]) for stage in range(p)), max(cost), sum(c ** 2 for c in cost)
+
+    def moved(stops):
+        for low, high in itertools.combinations(range(n), 2):
+            for shift in (-1, 1):
+                new = tuple(stop + shift * (low <= c < high) for c, stop in enumerate(stops))
+                if all(a < b for a, b in itertools.pairwise((0, *new))):
+                    yield new
+    while v > 1 and n < len(groups):
+        better = min(moved(stops), key=pace)
+        if pace(better) >= pace(stops):
+            break
+        stops = better
+    return [range(start * group, min(stop * group, len(costs)))
+            for start, stop in zip((0, *stops), stops)]
+
+
+# ---- plans: time them, draw them ---------------------------------------------------------------------------
+
+AHEAD = 2                        # a stage posts the receives of an act when it begins the second act before it
+
+
+class Timeline(NamedTuple):
+    """When the stages of a pipeline do what."""
+    spans: list                  # of each stage: its [(act, start, finish)]
+    total: float                 # from the first start to the last finish
+    idle: float                  # share of the stages' time without an act: (p-1)/(m+p-1) for 1F1B
+    idle_over_busy: float        # the reports' bubble, idle time over that of the acts: (p-1)/m for 1F1B
+    peaks: list                  # of each stage: the most forwards that wait for their backward
+
+
+def simulate(plans, cost, message=0.0):
+    """Time the plans of all stages: cost(act) seconds an act, `message` seconds a message → Timeline.
+
+    Messages are those of `execute`: a transfer begins when the sender has the tensor, the receiver has
+    posted the receive (see AHEAD), and the message before it on the same channel has arrived. A channel is
+    a pair of stages and a kind, activations or gradients; it delivers in the order of sending.
+    ValueError: a message is received in another order than it is sent; or stages wait for each other, and
+    who waits for whom."""
+    chunks = 1 + max(act.chunk for plan in plans for act in plan)
+    stage_of = {act: stage for stage, plan in enumerate(plans) for act in plan}
+    check_order(plans, stage_of, chunks)
+
+    free = [0.0] * len(plans)                      # when the stage has finished what it began
+    spans = [[] for _ in plans]
+    finish = {}
+    arrived = {}                                   # channel: when its last message arrived
+
+    def begin(stage, act):
+        """When the act can begin, or None if what it needs is not known yet."""
+        times = [free[stage]]
+        for need in needs(act, chunks):
+            if need not in finish:
+                return None
+            if stage_of[need] == stage:
+                continue
+            at = len(spans[stage]) - AHEAD - 1
+            posted = spans[stage][at][2] if at >= 0 else 0.0
+            channel = stage_of[need], stage, need.op
+            arrived[channel] = max(finish[need], posted, arrived.get(channel, 0.0)) + message
+            times.append(arrived[channel])
+        return max(times)
+
+    # Let every stage go on as far as it can, until none can.
+    going = True
+    while going:
+        going = False
+        for stage, plan in enumerate(plans):
+            while len(spans[stage]) < len(plan):
+                act = plan[len(spans[stage])]
+                start = begin(stage, act)
+                if start is None:
+                    break
+                going = True
+                finish[act] = free[stage] = start + cost(act)
+                spans[stage].append((act, start, finish[act]))
+
+    # Who waits for whom
+    waiting = []
+    for stage, plan in enumerate(plans):
+        if len(spans[stage]) < len(plan):
+            act = plan[len(spans[stage])]
+            need = next(need for need in needs(act, chunks) if need not in finish)
+            where = f"of stage {stage_of[need]}" if need in stage_of else "which is in no plan"
+            waiting.append(f"stage {stage} with {act} for {need} {where}")
+    if waiting:
+        raise ValueError("the plans wait for each other: " + "; ".join(waiting))
+
+    total = max(free)
+    busy = sum(stop - start for of_stage in spans for _, start, stop in of_stage)
+    idle = len(plans) * total - busy
+    return Timeline(spans, total, idle / (idle + busy), idle / busy, [peak(plan) for plan in plans])
+
+
+def check_order(plans, stage_of, chunks):
+    """ValueError unless every channel's messages are received in the order in which they are sent."""
+    sent = {}
+    received = {}
+    consumers = {}
+    for stage, plan in enumerate(plans):
+        for act in plan:
+            for need in needs(act, chunks):
+                if stage_of.get(need, stage) != stage:
+                    consumers[need] = stage
+                    received.setdefault((stage_of[need], stage, need.op), []).append(need)
+    for stage, plan in enumerate(plans):
+        for act in plan:
+            if act in consumers:
+                sent.setdefault((stage, consumers[act], act.op), []).append(act)
+    for (source, stage, _), acts in received.items():
+        for ours, theirs in zip(acts, sent[source, stage, acts[0].op]):
+            if ours != theirs:
+                raise ValueError(f"stage {source} sends {theirs} where stage {stage} expects {ours}")
+
+
+def peak(plan, size=lambda chunk: 1):
+    """The most forwards of a plan that wait for their backward, weighted by the `size` of their chunk."""
+    now = most = 0
+    for act in plan:
+        now += size(act.chunk) if act.op == "F" else -size(act.chunk)
+        most = max(most, now)
+    return most
+
+
+def draw(timeline, unit, columns=100):
+    """A timeline as text, a row for each stage and a column for each `unit` seconds: digits are forwards
+    (the last digit of the micro-batch), letters backwards (a = 0), dots idle time. Of a long timeline the
+    first and the last `columns` columns."""
+    width = max(1, round(timeline.total / unit))
+    rows = []
+    for of_stage in timeline.spans:
+        row = ["."] * width
+        for act, start, stop in of_stage:
+            letter = ("0123456789" if act.op == "F" else "abcdefghij")[act.micro % 10]
+            first, end = round(start / unit), round(stop / unit)
+            row[first:end] = letter * (end - first)
+        rows.append("".join(row))
+
+    # Begin and end of a long one
+    if width <= 2 * columns:
+        parts = [(at, at + columns) for at in range(0, width, columns)]
+    else:
+        parts = [(0, columns), (width - columns, width)]
+    lines = []
+    for first, end in parts:
+        lines.append(f"columns {first} to {min(end, width)} of {width}")
+        lines += [f"{stage:>4}  {row[first:end]}" for stage, row in enumerate(rows)]
+    return "\n".join(lines)
+
+
+# ---- plans: run one ----------------------------------------------------------------------------------------
+# A channel carries one kind of message from stage to stage in one direction, over a process group of its own,
+# so that a receive posted early holds up nothing else. If a stage has several chunks, the last stage sends
+# activations to the first, and the first gradients to the last: they go round the ring.
+
+def channels(chunks):
+    """The names of the channels with so many chunks a stage: "F" carries activations, "B" gradients."""
+    names = ["F", "B"]
+    if chunks > 1:
+        names += ["F round", "B round"]
+    return names
+
+
+def open_channels(mesh):
+    """Send one number over every channel: NCCL connects at the first message, and so before the first step."""
+    p, rank = mesh.pp.size, mesh.pp.rank
+    hello = torch.zeros(1, device=mesh.device)
+    for name in filter(GROUPS.__contains__, channels(2)):
+        step = 1 if name.startswith("F") else -1
+        for source in range(p):
+            target = (source + step) % p
+            if name.endswith("round") == (target == source + step):
+                continue
+            with talking(mesh):
+                if rank == source:
+                    dist.send(hello, group=GROUPS[name], group_dst=target)
+                if rank == target:
+                    dist.recv(hello, group=GROUPS[name], group_src=source)
+
+
+class Messages:
+    """Tensors between the chunks of a plan: from stage to stage, or on one stage if there is only one.
+
+    empty(micro) → an uninitialised boundary tensor of a micro-batch."""
+
+    def __init__(self, plan, chunks, empty, mesh):
+        self.mesh = mesh
+        self.empty = empty
+        self.posted = {}                           # message: (request, tensor) of a receive
+        self.sent = []                             # (request, tensor) of sends that may not be done
+        self.here = {}                             # message: tensor, with a single stage
+        self.needed = {}                           # act: the message that it needs
+        for act in plan:
+            self.needed |= {act: need for need in needs(act, chunks) if need.chunk != act.chunk}
+
+    def group(self, message):
+        """The process group of a message's channel. It goes round the ring to or from chunks 0, p, 2p, ..."""
+        upper = message.chunk + (message.op == "F")
+        return GROUPS[message.op + " round" * (upper % self.mesh.pp.size == 0)]
+
+    def post(self, acts):
+        """Post the receives of those acts that need a message."""
+        for message in filter(None, map(self.needed.get, acts)):
+            if self.mesh.pp.size > 1 and message not in self.posted:
+                tensor = self.empty(message.micro)
+                source = message.chunk % self.mesh.pp.size
+                with talking(self.mesh):
+                    request = dist.irecv(tensor, group=self.group(message), group_src=source)
+                self.posted[message] = request, tensor
+
+    def receive(self, act):
+        """The message that an act needs, once it is here."""
+        message = self.needed.pop(act)
+        if self.mesh.pp.size == 1:
+            return self.here.pop(message)
+        request, tensor = self.posted.pop(message)
+        with talking(self.mesh):
+            request.wait()
+        return tensor
+
+    def send(self, act, tensor):
+        """Send the result of an act to the chunk after it (F) or before it (B)."""
+        if self.mesh.pp.size == 1:
+            self.here[act] = tensor
+            return
+
+        # A tensor is kept until its send is done. gloo says so only in wait().
+        self.sent = [(request, t) for request, t in self.sent if not request.is_completed()]
+        tensor = tensor.contiguous()
+        step = 1 if act.op == "F" else -1
+        target = (act.chunk + step) % self.mesh.pp.size
+        with talking(self.mesh):
+            request = dist.isend(tensor, group=self.group(act), group_dst=target)
+        self.sent.append((request, tensor))
+
+    def finish(self):
+        """Wait until everything that was sent has been received."""
+        for request, _ in self.sent:
+            with talking(self.mesh):
+                request.wait()
+        self.sent.clear()
 
 
 def execute(plan, chunks, batch, micro, mesh, dtype=None):
-    """Run a plan: the gradients of this rank's loss, accumulated over its micro-batches in p.grad, or in
-    the buckets of ZeRO-1. The loss is the mean over windows, or the sum of weight × term if the batch has
-    weights.
+    """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
+    micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
+    weight × term if the batch has weights. Without gradients (torch.no_grad), the plan has forwards only.
 
-    chunks: callables (x, y, doc_start, weight, dtype) → (loss, its terms (N,), balance loss).
-    → nats/token of each window (b,), in float64 on the mesh's device."""
-    share = len(batch.x)
-    losses = torch.empty(share, dtype=torch.float64, device=mesh.device)
-    live = {}                                                      # forward act: loss, until its backward
-    for act in plan:
-        # A backward frees the graph that its forward built.
-        if act.op == "B":
-            live.pop(act._replace(op="F")).backward()
-            continue
+    chunks {index: chunk}: this stage's ranges of layers, with
+        chunk.body(x, doc_start, dtype=dtype) → (y, balance loss); chunk 0 gets tokens, the others the y
+                                                 (b, T, chunk.width) of the chunk before
+        chunk.loss(h, targets, weight) → (loss, its terms (N,)), in the last one
+    → nats/token of each window (b,), in float64 on the mesh's device; zeros if the loss is on another stage.
+    LostRank names the act."""
+    share, T = batch.x.shape[:2]
+    losses = torch.zeros(share, dtype=torch.float64, device=mesh.device)
+    first = next(iter(chunks.values()))
+    total = mesh.pp.size * len(chunks)
+    last = total - 1
+    live = {}                                      # (micro, chunk): what its backward needs of a forward
 
-        # The windows of this micro-batch, on the device
-        part = slice(act.micro * micro, (act.micro + 1) * micro)
-        here = []
-        for t in (batch.x, batch.y, batch.doc_start, batch.weight):
-            here.append(None if t is None else t[part].to(mesh.device))
+    def windows(micro_batch, tensor):
+        """The micro-batch's part of a tensor of the batch, on the device."""
+        if tensor is None:
+            return None
+        return tensor[micro_batch * micro:(micro_batch + 1) * micro].to(mesh.device)
 
-        # Its part of the loss. A balance loss is always a mean over windows.
-        loss, terms, balance = chunks[act.chunk](*here, dtype=dtype)
-        losses[part] = terms.detach().double().view(len(here[0]), -1).mean(1)
-        of_all = len(here[0]) / share
-        if batch.weight is None:
-            live[act] = (loss + balance) * of_all
+    def empty(micro_batch):
+        b = len(batch.x[micro_batch * micro:(micro_batch + 1) * micro])
+        boundary = dtype or next(first.parameters()).dtype
+        return torch.empty(b, T, first.width, dtype=boundary, device=mesh.device)
+
+    def loss_of(i, h):
+        """The loss of micro-batch i, whose terms are recorded."""
+        loss, terms = chunks[last].loss(h, windows(i, batch.y), windows(i, batch.weight))
+        losses[i * micro:(i + 1) * micro] = terms.detach().double().view(len(h), -1).mean(1)
+        return loss
+
+    def forward(act):
+        # A boundary cuts the graph: x is a leaf, whose gradient the backward will send.
+        if act.chunk == 0:
+            x = windows(act.micro, batch.x)
         else:
-            live[act] = loss + balance * of_all
-    return losses
+            x = messages.receive(act).requires_grad_(torch.is_grad_enabled())
+        y, balance = chunks[act.chunk].body(x, windows(act.micro, batch.doc_start), dtype=dtype)
 
+        # The loss is left to the backward, so that no micro-batch in flight holds its logits' gradient.
+        if act.chunk == last:
+            if not torch.is_grad_enabled():
+                loss_of(act.micro, y)
+            end = y
+        else:
+            messages.send(act, y.detach())
+            end = None
+            if y.requires_grad:                                    # unless chunk 0 is frozen
+                end = torch.autograd.graph.get_gradient_edge(y)    # without y itself, which is free once sent
+        if torch.is_grad_enabled():
+            live[act.micro, act.chunk] = x, end, balance
+
+    def backward(act):
+        # Roots of the backward and their gradients. A balance loss is always a mean over windows.
+        x, end, balance = live.pop((act.micro, act.chunk))
+        of_all = len(x) / share
+        if act.chunk == last:
+            loss = loss_of(act.micro, end)
+            if batch.weight is None:
+                roots = [(loss + balance) * of_all]
+            else:
+                roots = [loss + balance * of_all]
+            gradients = [None]
+        else:
+            roots = []
+            gradients = []
+            received = messages.receive(act)
+            if end is not None:
+                roots.append(end)
+                gradients.append(received)
+            if isinstance(balance, torch.Tensor):
+                roots.append(balance * of_all)
+                gradients.append(None)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        if act.chunk > 0:
+            messages.send(act, x.grad)
+
+    # Receives are posted ahead of the acts that need them.
+    messages = Messages(plan, total, empty, mesh)
+    for i, act in enumerate(plan):
+        try:
+            messages.post(plan[i:i + AHEAD + 1])
+            if act.op == "F":
+                forward(act)
+            else:
+                backward(act)
+        except LostRank as error:
+            raise LostRank(f"{error} ({act})") from error
+    messages.finish()
+    return losses
 
 # ---- expert parallelism ------------------------------------------------------------------------------------
 
@@ -588,11 +1045,12 @@ def gradient_bytes(pieces, parameters):
     return total
 
 
-def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
-    """Who owns what → {"dp" or "edp": [the buckets of each owner on that axis]}; a bucket is a list of
-    pieces. A pure function: all ranks of the axis compute the same, and nothing is moved.
+def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0, tied=()):
+    """Who owns what → {"dp", "edp" or "ends": [the buckets of each owner on that axis]}; a bucket is a list
+    of pieces. A pure function: all ranks of the axis compute the same, and nothing is moved.
 
-    parameters {name: parameter}: 3-D ones are stacks of this rank's experts, others equal on all of dp.
+    parameters {name: parameter}: 3-D ones are stacks of this rank's experts, others equal on all of dp;
+    those named in `tied` are also equal in the first and the last stage of a pipeline.
     weigh(name, parameter) → (bytes of its optimizer state, operations of its update; 0 = elementwise).
     A bucket holds pieces of one dtype and one chunk of layers (`chunk(name)`), and at most `room` bytes of
     gradients, unless a single piece is larger."""
@@ -609,17 +1067,22 @@ def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0):
             buckets[-1].append(piece)
         return buckets
 
-    owned = {}
-    for axis_name, axis in (("dp", mesh.dp), ("edp", mesh.edp)):
-        # Experts have owners among their replicas, everything else among dp.
-        items = []
-        for name, p in parameters.items():
-            if (p.ndim == 3) == (axis_name == "edp"):
-                items += pieces_of(name, p, weigh(name, p), mesh, axis)
+    # Experts have owners among their replicas, tied weights among both ends, everything else among dp.
+    items = dict(dp=[], edp=[], ends=[])
+    for name, p in parameters.items():
+        among = "dp"
+        if p.ndim == 3:
+            among = "edp"
+        if name in tied and mesh.ends.size > 1:
+            among = "ends"
+        items[among] += pieces_of(name, p, weigh(name, p), mesh, getattr(mesh, among))
 
-        # A single owner sends nothing, so its buckets need no bound.
-        bound = room if axis.size > 1 else math.inf
-        owned[axis_name] = [cut(pieces, bound) for pieces in share_out(items, axis.size)]
+    # A single owner sends nothing, so its buckets need no bound.
+    owned = {}
+    for among, some in items.items():
+        n = getattr(mesh, among).size
+        bound = room if n > 1 else math.inf
+        owned[among] = [cut(pieces, bound) for pieces in share_out(some, n)]
     return owned
 
 
@@ -652,25 +1115,27 @@ class Zero1:
     """Each piece of the model has one owner among the ranks that hold it; only the owner has its optimizer
     state [ZeRO §5.1]
 
-    parameters, weigh, chunk: see `layout`. make([(key, tensor)]) → a torch optimizer for these. Where
+    parameters, weigh, chunk, tied: see `layout`. make([(key, tensor)]) → a torch optimizer for these. Where
     parameters are narrower than float32, owners keep a float32 master.
+    everywhere: the names of the parameters of all stages, if there are several.
 
-    Memory. A single process leaves gradients where autograd puts them. On several ranks they live in their
+    Memory. Without replicas, gradients stay where autograd puts them. On several ranks they live in their
     buckets: 4 bytes an element until `reduce`, after which only the owner has them, as views of the bucket.
     At most `in_air` bytes are in flight at a time; a whole round of buckets fits."""
 
     def __init__(self, parameters, make, weigh, mesh, bucket_bytes=32 << 20, in_air=256 << 20,
-                 chunk=lambda name: 0):
+                 chunk=lambda name: 0, tied=(), everywhere=()):
         self.mesh = mesh
         self.parameters = parameters
+        self.names = sorted({*parameters, *everywhere})
         self.in_air = in_air
         self.works = {name: weigh(name, p)[1] for name, p in parameters.items()}
         self.flying = []                                           # (request, tensor, bucket, land)
 
         # A round is one bucket of each owner: updated at the same time, then sent.
         self.rounds = []
-        room = min(bucket_bytes, in_air // mesh.dp.size)
-        for name, owners in layout(parameters, weigh, mesh, room, chunk).items():
+        room = min(bucket_bytes, in_air // max(mesh.dp.size, mesh.ends.size))
+        for name, owners in layout(parameters, weigh, mesh, room, chunk, tied).items():
             axis = getattr(mesh, name)
             for some in itertools.zip_longest(*owners):
                 self.rounds.append([Bucket(axis, r, pieces) for r, pieces in enumerate(some) if pieces])
@@ -700,13 +1165,17 @@ class Zero1:
                 at = stop
 
         # Gradients go there as soon as autograd has them.
-        if mesh.dp.size > 1:
-            for name, p in parameters.items():
-                if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(functools.partial(self.take, name))
+        for name, places in self.places.items():
+            p = parameters[name]
+            if p.requires_grad and not self.alone(places[0][0]):
+                p.register_post_accumulate_grad_hook(functools.partial(self.take, name))
 
     def buckets(self):
         return [bucket for some in self.rounds for bucket in some]
+
+    def alone(self, bucket):
+        """Whether only this rank has gradients for a bucket: they stay where autograd puts them."""
+        return self.mesh.dp.size == 1 and bucket.axis.size == 1
 
     def trained(self):
         """{piece: master} of what is owned here and not frozen."""
@@ -769,20 +1238,21 @@ class Zero1:
 
     @torch.no_grad()
     def reduce(self):
-        """The mean over dp of all gradients, into the owners' `master.grad`. An expert's gradient too is
-        summed over its replicas and divided by dp: together they have seen the tokens of all of dp."""
-        # One process owns everything, and keeps autograd's gradients.
-        n = self.mesh.dp.size
-        if n == 1:
-            for piece, master in self.trained().items():
-                gradient = self.parameters[piece.name].grad
-                if gradient is None:
-                    master.grad = torch.zeros_like(master)
-                else:
-                    master.grad = self.rows(piece, gradient)
-            return
+        """The mean over dp of all gradients, into the owners' `master.grad`. An expert's gradient is summed
+        over its replicas, a tied one over both ends, and they too are divided by dp: the tokens of a batch
+        are shared among the ranks of dp, and these have all seen theirs."""
+        # What this rank has alone: autograd's gradients
+        alone = [piece for bucket in self.buckets() if self.alone(bucket) for piece in bucket.pieces]
+        for piece in alone:
+            p, master = self.parameters[piece.name], self.masters[piece]
+            if p.requires_grad and p.grad is None:
+                master.grad = torch.zeros_like(master)
+            elif p.requires_grad:
+                master.grad = self.rows(piece, p.grad)
 
-        # On several, the ranks of an axis sum each bucket onto its owner.
+        # Everything else: the ranks of an axis sum each bucket onto its owner.
+        n = self.mesh.dp.size
+
         def start(bucket):
             self.fill(bucket)
             with talking(self.mesh):
@@ -801,8 +1271,8 @@ class Zero1:
                         self.masters[piece].grad = mine.view_as(self.masters[piece])
             bucket.gradient = None
 
-        # All buckets; on return every gradient is where it belongs.
-        self.travel(self.buckets(), start, land)
+        # On return every gradient is where it belongs.
+        self.travel([bucket for bucket in self.buckets() if not self.alone(bucket)], start, land)
         self.arrive()
 
     def set_rate(self, lr):
@@ -825,10 +1295,10 @@ class Zero1:
     def clip_norm_(self, largest):
         """Scale the owners' gradients to a norm of at most `largest`. → the norm before, over all ranks
 
-        In float64. Squares are summed tensor by tensor, in the order of their names, so that no number of
-        dp ranks changes the norm; then over the stages, each of which has other tensors."""
+        In float64. Squares are summed over all ranks tensor by tensor, and then over the tensors in the order
+        of their names: so the layout of the ranks does not change the norm."""
         # The squared norm of each tensor's rows that are owned here
-        index = {name: i for i, name in enumerate(sorted(self.parameters))}
+        index = {name: i for i, name in enumerate(self.names)}
         squares = torch.zeros(len(index), dtype=torch.float64, device=self.mesh.device)
         trained = self.trained()
         gradients = [master.grad for master in trained.values()]
@@ -837,8 +1307,8 @@ class Zero1:
             where = torch.tensor([index[piece.name] for piece in trained], device=norms.device)
             squares.index_add_(0, where, norms.square())
 
-        # Summed over all ranks. On a GPU the factor is applied even if it is 1, to avoid a synchronization.
-        norm = all_sum(all_sum(squares, self.mesh, self.mesh.dp).sum(), self.mesh, self.mesh.pp).sqrt()
+        # On a GPU the factor is applied even if it is 1, to avoid a synchronization.
+        norm = all_sum(squares, self.mesh).sum().sqrt()
         if gradients and (norm.device.type != "cpu" or norm > largest):
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -887,7 +1357,7 @@ class Zero1:
         return torch.nn.utils.get_total_norm(found).isfinite()
 
     def describe(self):
-        """A line for each axis on which some ranks have no matrix to update."""
+        """A line for each axis of this stage on which some ranks have no matrix to update."""
         for axis in (self.mesh.dp, self.mesh.edp):
             buckets = [bucket for bucket in self.buckets() if bucket.axis is axis]
             owned = [(bucket.owner, piece.name) for bucket in buckets for piece in bucket.pieces]
@@ -912,7 +1382,7 @@ class Zero1:
             name, colon, state = name.partition(":")
             if colon and moments:
                 states.setdefault(name, []).append(state)
-        lost = [name for name in states if name not in self.parameters]
+        lost = [name for name in states if name not in self.names]
         if lost:
             raise ValueError(f"the optimizer state is of another model: {listed(lost)} unknown")
 
@@ -930,3 +1400,65 @@ class Zero1:
                 for state in states.get(name, ()):
                     tensors[f"{key}:{state}"] = saved.rows(f"{name}:{state}", start, stop)
             optimizer.load(tensors)
+
+
+# ---- draw and time a schedule ------------------------------------------------------------------------------
+
+def main(argv):
+    """The command line: draw the plans of a schedule and time them. Errors: SystemExit, in one line."""
+    parser = argparse.ArgumentParser(description="Draw and time a pipeline schedule, without running it.")
+    parser.add_argument("--pp", type=int, default=4, help="stages")
+    parser.add_argument("--chunks", type=int, default=1, help="chunks of layers on each stage")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--schedule", choices=list(SCHEDULES),
+                        help="default: 1f1b with one chunk and no --warm, else interleaved")
+    parser.add_argument("--warm", type=int, default=0, help="forwards added to the warm-up; Kimi K2: 1")
+    parser.add_argument("--backward", type=float, default=2.0, help="time of a backward, in forwards")
+    parser.add_argument("--message", type=float, default=0.0, help="time of a message, in forwards of a stage")
+    parser.add_argument("--columns", type=int, default=100, help="of the drawing")
+    parser.add_argument("--picture", metavar="FILE", help="draw it as a picture too: FILE.png")
+    args = parser.parse_args(argv)
+    try:
+        print_schedule(args)
+    except (ValueError, ImportError, OSError) as error:
+        raise SystemExit(f"parallel.py: {error}") from None
+
+
+def print_schedule(args):
+    """Draw and time the schedule of `main`'s options. ValueError: they are out of range or contradict."""
+    for name, least in dict(pp=1, chunks=1, microbatches=1, warm=0, message=0, columns=1).items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name}={getattr(args, name)}: must be at least {least}")
+    if not 0 < args.backward < math.inf or args.message == math.inf:
+        raise ValueError(f"--backward={args.backward} --message={args.message}: must be finite, and a backward "
+                         "takes time")
+
+    # The plans
+    p, m, v = args.pp, args.microbatches, args.chunks
+    name = args.schedule
+    if not name:
+        name = "1f1b" if v == 1 and not args.warm else "interleaved"
+    if name == "1f1b" and v > 1:
+        raise ValueError(f"--schedule=1f1b has one chunk on each stage, not --chunks={v}: take interleaved")
+    if name != "interleaved" and args.warm:
+        raise ValueError(f"--warm={args.warm}: a longer warm-up belongs to --schedule=interleaved")
+    warm = dict(warm=args.warm) if name == "interleaved" else {}
+    plans = SCHEDULES[name](p, m, v, **warm)
+
+    # A forward of all chunks of a stage takes 1.
+    times = dict(F=1 / v, B=args.backward / v)
+    timeline = simulate(plans, lambda act: times[act.op], args.message)
+    print(draw(timeline, 1 / v, args.columns))
+    print(f"\n{name}, {p} stages × {v} chunks, {m} micro-batches; 1 = the forward of a stage\n"
+          f"  time            {timeline.total:.2f}, of which {m * (1 + args.backward):.2f} busy\n"
+          f"  idle            {timeline.idle:.2%} of the time; {timeline.idle_over_busy:.2%} of the busy time "
+          f"(the reports' bubble)\n"
+          f"  in flight       {listed(map(str, timeline.peaks), 32)} forwards of a chunk, by stage")
+    if args.picture:
+        from notes._figure import draw_timelines
+        draw_timelines([(name, timeline)], args.picture)
+        print(f"  picture         {args.picture}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1118,7 +1118,7 @@ def test_ranges_of_layers_add_up_to_the_whole_model(config, cuts, float64):
     x, y = tokens(2, 16), tokens(2, 16)
     h, balance = x, 0.0
     for part in parts[:-1]:
-        h, of_part = part(h)
+        h, of_part = part.body(h)
         balance = balance + of_part
     torch.testing.assert_close(parts[-1](h), whole(x))
     loss, _, of_part = parts[-1](h, targets=y)
@@ -1268,7 +1268,7 @@ def test_every_combination_works_or_is_refused(mix, tmp_path, float64):
 
     train.save_checkpoint(tmp_path, 0, network.state_dict(), {}, 1)
     again = net.Transformer(config, seed=1)
-    train.restore(again, None, train.newest_checkpoint(tmp_path)[1])
+    train.restore([again], None, train.newest_checkpoint(tmp_path)[1])
     assert torch.equal(again(x), whole)
 
     if norm:
@@ -1734,7 +1734,7 @@ def test_the_router_chooses_in_float32_whatever_the_compute_dtype():
     index, weight, _ = moe.route(h)
     assert weight.dtype == torch.float32 and torch.equal(index.sort().values, exact.sort().values)
     mesh = parallel.Mesh(dp=parallel.Axis(0, 2))
-    narrow = train.build(train.Config(model=config), mesh, torch.bfloat16).layers["0"].ffn
+    narrow = train.build(train.Config(model=config), mesh, torch.bfloat16)[0].layers["0"].ffn
     assert narrow.router.dtype == torch.float32 and narrow.up.dtype == torch.bfloat16
 
 
@@ -2253,7 +2253,7 @@ def test_fp8_weights_without_their_scales_are_refused_before_anything_is_copied(
     network = net.Transformer(huggingface.hf_config(hf_folder(tmp_path, fp8_about(16, 8), bad)))
     before = {name: t.clone() for name, t in network.state_dict().items()}
     with pytest.raises(ValueError, match="7 tensors do not fit") as refused:
-        train.restore(network, None, huggingface.HFWeights(tmp_path, network.config))
+        train.restore([network], None, huggingface.HFWeights(tmp_path, network.config))
     for line in (f"{a} missing", f"{b} (1, 2) of torch.float32 for (2, 2)", f"{plain} unknown",
                  f"{alone} unknown", f"{c} (1, 4) of torch.int32 for (1, 4)", f"{gate} of torch.int8",
                  f"{norm} of torch.float8_e4m3fn"):
@@ -2275,7 +2275,7 @@ def test_masters_get_the_weights_of_the_files_unrounded(tmp_path):
     for p in network.parameters():
         p.data = p.data.bfloat16() if p.ndim > 1 else p.data
     owners = owners_of(network, train.Config(), parallel.Mesh())
-    train.restore(network, owners, weights, moments=False)
+    train.restore([network], owners, weights, moments=False)
     for piece, master in owners.masters.items():
         assert master.dtype == torch.float32 and torch.equal(master, whole[piece.name]), piece.name
     for name, p in network.state_dict().items():
@@ -2286,7 +2286,7 @@ def test_masters_get_the_weights_of_the_files_unrounded(tmp_path):
         assert torch.equal(weights.rows(name, 1, 3), t[1:3]), name
         assert torch.equal(weights.rows(name, 2), t[2:]), name
     part = net.Transformer(config, layers=range(1, 3), experts=range(2, 5))
-    train.restore(part, None, weights)
+    train.restore([part], None, weights)
     assert torch.equal(part.state_dict()["layers.2.ffn.up"], whole["layers.2.ffn.up"][2:5])
 
 
@@ -2880,7 +2880,7 @@ def test_qk_clip_on_latent_attention_leaves_the_shared_key_untouched(float64):
 def spawn(world, f, *args):
     """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
     ports, some = [], random.Random(time.time_ns())
-    while len(ports) < 24:                                         # below the range of ephemeral ports
+    while len(ports) < 60:                                         # below the range of ephemeral ports
         with socket.socket() as free, contextlib.suppress(OSError):
             port = some.randrange(15_000, 32_000)
             free.bind(("127.0.0.1", port))
@@ -2952,14 +2952,14 @@ def owners_of_bfloat16_weights_keep_float32(rank, path, out):
     """As on GPUs: every rank computes in bfloat16, owners keep float32 masters."""
     config = two_ranks_run(path)
     mesh, batches = parallel.join_mesh(config.mesh), batches_of(config)
-    narrow = train.build(config, mesh, torch.bfloat16)
+    narrow = train.build(config, mesh, torch.bfloat16)[0]
     owners = owners_of(narrow, config, mesh)
     with torch.no_grad():
         master = next(iter(owners.masters.values()))
     forward_backward(narrow, batches(3, rank, 2), 1, mesh, torch.bfloat16)
     assert owners.sound() and all(p.grad is None for p in narrow.parameters())
     owners.reduce()
-    exact = train.build(config, mesh)
+    exact = train.build(config, mesh)[0]
     forward_backward(exact, batches(3), 1)
     exact = dict(exact.named_parameters())
     for piece, one in owners.masters.items():
@@ -2984,10 +2984,10 @@ def a_nonfinite_gradient_skips_or_stops_the_step_on_all_ranks(rank, path, out):
     config, healthy = two_ranks_run(path), train.build
 
     def unwell(*args):
-        model = healthy(*args)
+        chunks = healthy(*args)
         if rank == 1:                                              # one micro-batch per step: NaN in step 4
-            model.embed.register_hook(lambda g: g * torch.nan if next(calls) == 3 else g)
-        return model
+            chunks[0].embed.register_hook(lambda g: g * torch.nan if next(calls) == 3 else g)
+        return chunks
     train.build = unwell
     for skip in (True, False):
         next_port()
@@ -3136,9 +3136,151 @@ def test_ranks_of_one_launch_meet_each_other_and_not_the_dead():
         parallel.meet(store, 1, 3, 0.2)
 
 
+def unit_cost(v, backward=2):
+    """The time of an act, where the forward of a whole stage takes 1."""
+    return lambda act: (1 if act.op == "F" else backward) / v
+
+
+def test_schedules_take_the_time_and_the_memory_of_their_formulas():
+    """For p ≤ 8 stages, m ≤ 32 micro-batches, v ≤ 4 chunks a stage, none deadlocks or receives out of order.
+    1F1B and GPipe idle (p-1)/(m+p-1) of the time, (p-1)/m of the busy time; interleaving divides the latter
+    by v where p divides m, and otherwise takes no longer than the next multiple of p. Peaks are those of the
+    warm-up. One more warm-up forward costs no time, and at most one activation."""
+    for p, m in itertools.product(range(1, 9), range(1, 33)):
+        plain = parallel.simulate(parallel.one_f_one_b(p, m), unit_cost(1))
+        assert plain.total == pytest.approx(3 * (m + p - 1))
+        assert plain.idle == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+        assert plain.idle_over_busy == pytest.approx((p - 1) / m, abs=1e-12)
+        assert plain.peaks == [min(m, p - stage) for stage in range(p)]
+        gpipe = parallel.simulate(parallel.gpipe(p, m), unit_cost(1))
+        assert gpipe.total == pytest.approx(plain.total) and gpipe.peaks == [m] * p
+        for v in range(1, 5):
+            found = parallel.simulate(parallel.interleaved(p, m, v), unit_cost(v))
+            more = parallel.simulate(parallel.interleaved(p, m, v, 1), unit_cost(v))
+            full = 3 * (m + -m % p + (p - 1) / v)
+            assert 3 * m - 1e-9 <= more.total <= found.total + 1e-9 and found.total <= full + 1e-9
+            warm_ups = [2 * (p - 1 - stage) + (v - 1) * p + 1 for stage in range(p)]
+            assert all(peak <= min(m * v, warm) for peak, warm in zip(found.peaks, warm_ups))
+            assert all(peak <= min(m * v, warm + 1) for peak, warm in zip(more.peaks, warm_ups))
+            if m % p == 0:
+                assert found.total == pytest.approx(full) and more.total == pytest.approx(full)
+                assert found.idle_over_busy == pytest.approx((p - 1) / (v * m), abs=1e-12)
+                assert found.peaks == [min(m * v, warm) for warm in warm_ups]
+
+
+def test_plans_hold_every_act_once_and_on_its_stage():
+    for make, p, m, v in ((parallel.gpipe, 3, 5, 2), (parallel.one_f_one_b, 4, 3, 1),
+                          (parallel.interleaved, 4, 6, 3), (parallel.interleaved, 1, 4, 2)):
+        plans = make(p, m, v)
+        acts = {parallel.Act(op, i, c) for op in "FB" for i in range(m) for c in range(p * v)}
+        assert sum(map(len, plans)) == len(acts) and {act for plan in plans for act in plan} == acts
+        for stage, plan in enumerate(plans):
+            assert {act.chunk % p for act in plan} == {stage}
+            for chunk in range(stage, p * v, p):                   # sums over micro-batches keep their order
+                for op in "FB":
+                    assert [a.micro for a in plan if a.op == op and a.chunk == chunk] == list(range(m))
+    one = parallel.MeshConfig().plans(5, 2)[0]
+    assert [f"{act.op}{act.micro}" for act in one] == "F0 B0 F1 B1 F2 B2".split()
+    assert parallel.MeshConfig(pp=2).plans(3, 1) == parallel.one_f_one_b(2, 3)
+    assert parallel.MeshConfig(pp=2, chunks=2).plans(6, 2) == parallel.interleaved(2, 3, 2)
+    assert parallel.MeshConfig(pp=2, schedule="gpipe").plans(3, 1) == parallel.gpipe(2, 3)
+
+
+def test_messages_are_timed_as_they_are_executed():
+    """By hand: a transfer waits for the sender, for the receiver to post it two acts ahead, and for the one
+    before it on its channel."""
+    Act, cost = parallel.Act, lambda act: 1.0
+    one = parallel.simulate(parallel.one_f_one_b(2, 1), cost, 0.5)
+    assert one.total == 1 + 0.5 + 1 + 1 + 0.5 + 1
+    assert one.spans[0] == [(Act("F", 0, 0), 0, 1), (Act("B", 0, 0), 4, 5)]
+
+    # Two messages on one channel, of 3 seconds each: the second follows the first.
+    forwards = [[Act("F", i, stage) for i in range(4)] for stage in range(2)]
+    slow = parallel.simulate(forwards, cost, 3.0)
+    assert [start for _, start, _ in slow.spans[1]] == [4, 7, 10, 13]
+
+    # Stage 1 has four acts before its second receive, which it posts when it begins the second of them.
+    busy = [Act("F", i, 2) for i in range(10, 14)]
+    plans = [forwards[0], [forwards[1][0], *busy, forwards[1][1]], [Act("F", i, 1) for i in range(10, 14)]]
+    late = parallel.simulate([forwards[0][:2] + [Act("F", i, 0) for i in range(10, 14)], plans[1], plans[2]],
+                             lambda act: 0.0 if act.micro >= 10 and act.chunk < 2 else 2.0, 1.0)
+    posted = late.spans[1][2][2]
+    assert late.spans[1][5][1] == max(late.spans[1][4][2], posted + 1.0)
+
+
+def test_a_plan_that_waits_for_ever_is_refused_and_says_who_waits():
+    Act, cost = parallel.Act, lambda act: 1.0
+    early = [[Act("F", 0, 0), Act("B", 0, 0)], [Act("B", 0, 1), Act("F", 0, 1)]]
+    who = ("wait for each other: stage 0 with B of micro-batch 0, chunk 0 for B of micro-batch 0, chunk 1 of "
+           "stage 1; stage 1 with B")
+    with pytest.raises(ValueError, match=who):
+        parallel.simulate(early, cost)
+    with pytest.raises(ValueError, match="for F of micro-batch 0, chunk 0 which is in no plan"):
+        parallel.simulate([[], [Act("F", 0, 1)]], cost)
+    swapped = [[Act("F", 0, 0), Act("F", 1, 0)], [Act("F", 1, 1), Act("F", 0, 1)]]
+    order = "stage 0 sends F of micro-batch 0, chunk 0 where stage 1 expects F of micro-batch 1"
+    with pytest.raises(ValueError, match=order):
+        parallel.simulate(swapped, cost)
+    crossed = parallel.interleaved(2, 4, 2)                        # round the ring, in another order
+    at = [i for i, act in enumerate(crossed[0]) if act.op == "F" and act.chunk == 2]
+    crossed[0][at[0]], crossed[0][at[1]] = crossed[0][at[1]], crossed[0][at[0]]
+    with pytest.raises(ValueError, match="stage 1 sends F of micro-batch 0, chunk 1 where stage 0 expects"):
+        parallel.simulate(crossed, cost)
+
+
+def test_layers_are_cut_into_chunks_of_even_cost():
+    """The most expensive stage is the cheapest possible with one chunk each, by trying all cuts, and within
+    10% of it with two. 61 equal layers on 16 stages: 1.05 times the mean with two chunks, 1.57 with three."""
+    rng = random.Random(0)
+    for p, v, group in ((3, 1, 1), (2, 2, 1), (3, 2, 1), (2, 1, 2), (4, 1, 1)):
+        for n in (p * v * group, 9):
+            costs = [rng.randint(1, 9) for _ in range(n)]
+            found = parallel.partition(costs, p, v, group)
+            assert [i for layers in found for i in layers] == list(range(n))
+            assert len(found) == p * v and all(len(r) and r.start % group == 0 for r in found)
+
+            def pace(ranges):
+                return max(sum(costs[i] for r in ranges[stage::p] for i in r) for stage in range(p))
+            starts = range(group, n, group)
+            every = [[range(a, b) for a, b in itertools.pairwise((0, *cuts, n))]
+                     for cuts in itertools.combinations(starts, p * v - 1)]
+            assert pace(found) <= min(map(pace, every)) * (1 if v == 1 else 1.1), (costs, p, v)
+    for v, balance in ((2, 1.05), (3, 1.57)):
+        sizes = [len(layers) for layers in parallel.partition([1] * 61, 16, v)]
+        assert max(sizes) * 16 * v / 61 == pytest.approx(balance, abs=5e-3)
+    few = r"pp=2 × chunks=2 = 4 chunks, but 6 layers .* into 3 \(share_kv=2\)"
+    with pytest.raises(ValueError, match=few):
+        parallel.partition([1] * 6, 2, 2, 2)
+
+
+@each_variant
+def test_the_costs_of_layers_add_up_to_the_flops_of_a_token(config):
+    costs = net.layer_costs(config)
+    assert len(costs) == config.n_layer
+    assert 2 * (sum(costs) - config.d_model) == net.flops_per_token(config, training=False)
+
+
+def test_a_schedule_is_drawn_and_timed(capsys, tmp_path):
+    parallel.main(["--pp", "2", "--microbatches", "3", f"--picture={tmp_path / 'a.png'}"])
+    said = capsys.readouterr().out
+    assert "   0  01..aa2bb.cc\n   1  .0aa1bb2cc..\n" in said
+    assert "idle            25.00% of the time; 33.33% of the busy time" in said
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    parallel.main("--pp 16 --chunks 2 --microbatches 64 --warm 1".split())
+    assert "columns 0 to 100 of 429" in (said := capsys.readouterr().out) and "interleaved" in said
+    assert "time            214.50, of which 192.00 busy" in said and "idle            10.49%" in said
+    for options, says in (("--microbatches 0", "--microbatches=0: must be at least 1"),
+                          ("--pp 0", "--pp=0"), ("--backward 0", "--backward=0.0"), ("--message nan", "nan"),
+                          ("--schedule 1f1b --chunks 2", "one chunk on each stage, not --chunks=2"),
+                          ("--schedule gpipe --warm 1", "--warm=1: a longer warm-up belongs to")):
+        with pytest.raises(SystemExit, match=f"^parallel.py: .*{says}"):
+            parallel.main(options.split())
+
+
 def forward_backward(network, batch, micro, mesh=parallel.Mesh(), dtype=None):
     """Nats/token of each window. Gradients end up where autograd or the owners' hooks put them."""
-    return parallel.execute(parallel.straight(len(batch.x), micro), [network], batch, micro, mesh, dtype)
+    plan = parallel.MeshConfig().plans(len(batch.x), micro)[0]
+    return parallel.execute(plan, {0: network}, batch, micro, mesh, dtype)
 
 
 def owners_of(network, config, mesh):
@@ -3247,7 +3389,7 @@ def measured(config, mesh, in_air=1 << 20):
     """→ live bytes when the last gradient of a step arrives, the most bytes ever in flight to owners"""
     alive, seen = Alive(), []
     with alive:
-        network = train.build(config, mesh, torch.bfloat16)
+        network = train.build(config, mesh, torch.bfloat16)[0]
         owners = parallel.Zero1(dict(network.named_parameters()),
                                 lambda named: muonclip.MuonClip(named, config.optim),
                                 lambda *p: muonclip.weigh(*p, config.optim), mesh, 1 << 18, in_air)
@@ -3299,7 +3441,7 @@ def test_memory_predicts_what_is_alive_in_a_backward(tmp_path):
     spawn(2, memory_of_ranks, str(tmp_path))
     for names, world, ep in ((["one"], 1, 1), (["ep1-0", "ep1-1"], 2, 1), (["ep2-0", "ep2-1"], 2, 2)):
         found = [json.loads((tmp_path / name).read_text()) for name in names]
-        counted = sum(train.memory(replace(HEAVY, mesh=parallel.MeshConfig(ep=ep)), world).values())
+        counted = sum(train.memory(replace(HEAVY, mesh=parallel.MeshConfig(ep=ep)), world)[0].values())
         assert sum(alive for alive, _ in found) / len(found) == pytest.approx(counted, rel=0.1), names
         assert (len(found) > 1) * (1 << 18) <= max(most for _, most in found) <= 1 << 20
 
@@ -3334,21 +3476,34 @@ def test_memory_of_kimi_k2_matches_the_report():
     """bfloat16 weights and float32 gradients: 6.16 TB by its configuration, 24.1 GB on each of 256 GPUs if
     nothing were replicated, 28.2 GB in the layout of §2.4."""
     k2 = train.RECIPES["kimi-k2"]
-    for mesh, world, size in ((dict(), 2, 6.16e12), (dict(pp=256), 256, 24.1e9),
-                              (dict(pp=16, ep=16), 256, 28.2e9)):
-        parts = train.memory(replace(k2, mesh=parallel.MeshConfig(**mesh)), world)
-        assert parts["weights"] + parts["gradients"] == pytest.approx(size, rel=2e-3)
-    parts = train.memory(replace(k2, mesh=parallel.MeshConfig(pp=16, ep=16)), 4096)
-    assert 28.2e9 < sum(parts.values()) < 31e9, "the report's 30 GB or so, with states sharded over 16 groups"
+    def mean(world, *what, **mesh):
+        stages = train.memory(replace(k2, mesh=parallel.MeshConfig(**mesh)), world)
+        return sum(parts[name] for parts in stages for name in what) / len(stages)
+    assert mean(2, "weights", "gradients") == pytest.approx(6.16e12, rel=2e-3)
+    assert mean(2, "weights", "gradients") / 256 == pytest.approx(24.1e9, rel=2e-3)
+    grid = dict(pp=16, chunks=2, ep=16)
+    assert mean(256, "weights", "gradients", **grid) == pytest.approx(28.2e9, rel=2e-3)
+    states = mean(4096, "weights", "gradients", "masters", "states", **grid)
+    assert 28.2e9 < states < 31e9, "the report's 30 GB or so, with states sharded over 16 groups"
 
 
 @pytest.mark.parametrize("mesh, world, experts, says", [
     (dict(ep=3), 4, 6, "ep=3 does not divide the 4 ranks"),
     (dict(ep=4), 8, 6, "does not divide the model.s 6 experts"),
-    (dict(ep=2), 2, 0, "model's 0 experts"), (dict(pp=2), 2, 8, "no pipeline yet")])
-def test_impossible_meshes_are_refused(mesh, world, experts, says):
+    (dict(ep=2), 2, 0, "model's 0 experts"),
+    (dict(pp=3), 4, 8, r"pp=3 × ep=1 does not divide the 4 ranks"),
+    (dict(pp=2, ep=4), 4, 8, r"pp=2 × ep=4 does not divide the 4 ranks"),
+    (dict(pp=4), 4, 8, r"pp=4 × chunks=1 = 4 chunks, but the layers can only be cut into 3"),
+    (dict(pp=2, chunks=2), 4, 8, r"pp=2 × chunks=2 = 4 chunks, .* into 3"),
+    (dict(chunks=2), 1, 8, "mesh.chunks=2: there is only one rank"),
+    (dict(), 5, 8, "batch=24 windows cannot be shared evenly by 5 ranks"),
+    (dict(pp=2), 10, 8, "batch=24 .* by 5 ranks .*each of 2 stages"),
+    (dict(chunks=0), 1, 8, "mesh.chunks=0: must be at least 1"),
+    (dict(schedule="dualpipe"), 2, 8, "mesh.schedule='dualpipe': have gpipe, 1f1b, interleaved"),
+    (dict(pp=2, chunks=2, schedule="1f1b"), 2, 8, "1f1b has one chunk on each stage, not mesh.chunks=2")])
+def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
     with pytest.raises(ValueError, match=says):
-        parallel.MeshConfig(**mesh).check(world, experts)
+        parallel.MeshConfig(**mesh).check(world, batch, experts, 3)
 
 
 @contextlib.contextmanager
@@ -3363,7 +3518,7 @@ def layout(rank, dp):
 def same_gradients(config, alone, batch):
     """Assert that owners get the gradients of `alone`, which saw the whole batch."""
     mesh, exact = parallel.join_mesh(config.mesh), dict(alone.named_parameters())
-    network = train.build(config, mesh)
+    network = train.build(config, mesh)[0]
     for name, p in network.named_parameters():
         p.data.copy_(exact[name][network.experts.start:network.experts.stop] if p.ndim == 3 else exact[name])
     network.layers["1"].ffn.bias.copy_(alone.layers["1"].ffn.bias)
@@ -3432,6 +3587,129 @@ def test_every_layout_trains_like_one_process_and_resumes_from_any_other(text, t
     for name, t in train.newest_checkpoint(tmp_path / "straight")[1].items():
         torch.testing.assert_close(chain[name], t, rtol=0, atol=1e-9,
                                    msg=lambda text: f"chain {name}: {text}")
+
+
+# The pipeline on four ranks. Eight layers, so that four stages can hold two chunks each.
+STAGED = {
+    "tied": replace(TINY, n_layer=8, vocab_size=261),
+    "untied": replace(TINY, n_layer=8, vocab_size=261, tie=False, differential=False),
+    "shared keys": replace(TINY, n_layer=8, vocab_size=261, share_kv=2),
+    "experts": replace(K2, n_layer=8, vocab_size=261, tie=False, balance_loss=0.01),
+}
+FIVE_STEPS = [
+    ("tied", 4, dict(pp=2, chunks=2)), ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)),
+    ("untied", 4, dict(pp=4, chunks=2)), ("untied", 4, dict(pp=2)),
+    ("experts", 4, dict(pp=2, ep=2)), ("experts", 4, dict(pp=2, chunks=2, ep=2)),
+    ("experts", 4, dict(chunks=2, ep=2)),
+]
+ONE_STEP = [
+    ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
+    ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
+    ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
+    ("experts", 4, dict(pp=2)), ("experts", 4, dict(chunks=2, ep=4)), ("experts", 2, dict(chunks=2)),
+    ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
+]
+CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
+         (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
+
+
+def staged_run(path, kind, out, steps, **mesh):
+    """Five steps or fewer, with three windows a micro-batch, which divides neither eight windows nor four;
+    documents are masked, heads are clipped, and step 4 ends a period of averages."""
+    config = tiny_run(path, micro=3, average_every=4 * 8 * 32, average_of=4, average_from=0.0, save_every=100,
+                      model=STAGED[kind], out=str(out), steps=steps,
+                      mesh=parallel.MeshConfig(timeout=50, **mesh))
+    return replace(config, optim=replace(config.optim, tau=0.01), data=replace(config.data, doc_mask=True))
+
+
+def staged_name(kind, world, mesh, steps):
+    return "-".join([kind, str(world), *(f"{name}={value}" for name, value in mesh.items()), str(steps)])
+
+
+def every_pipeline(rank, path, out):
+    torch.set_default_dtype(torch.float64)
+    one = [(kind, 1, dict()) for kind in STAGED]
+    for steps, rows in ((5, one + FIVE_STEPS), (1, one + ONE_STEP)):
+        for kind, world, mesh in rows:
+            with layout(rank, world) as here:
+                if here:
+                    folder = Path(out, staged_name(kind, world, mesh, steps))
+                    train.train(staged_run(path, kind, folder, steps, **mesh), quiet=True)
+    for step, (world, mesh) in enumerate(CHAIN, 1):
+        with layout(rank, world) as here:
+            if here:
+                train.train(staged_run(path, "experts", f"{out}/chain", step, **mesh), resume=step > 1,
+                            quiet=True)
+    with layout(rank, 4):
+        said = loss_of_a_stage(rank, staged_run(path, "untied", "", 5, pp=4))
+    Path(out, f"lost-{rank}").write_text(said)
+
+
+def loss_of_a_stage(rank, config):
+    """Stage 2 dies in the middle of a step. → what the other ranks say"""
+    body, calls = net.Transformer.body, itertools.count()
+
+    def dies(*args, **kwargs):
+        if rank == 2 and next(calls) == 5:
+            os._exit(0)
+        return body(*args, **kwargs)
+    net.Transformer.body = dies
+    began = time.monotonic()
+    try:
+        train.train(config, quiet=True)
+    except parallel.LostRank as error:
+        assert time.monotonic() - began < config.mesh.timeout + 10
+        return str(error)
+    finally:
+        net.Transformer.body = body
+    return "nothing"
+
+
+@pytest.fixture(scope="session")
+def pipelines(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pipelines")
+    spawn(4, every_pipeline, text, str(out))
+    return out
+
+
+@pytest.mark.parametrize("steps", [5, 1])
+def test_every_pipeline_trains_like_one_process(pipelines, steps):
+    """In float64, with stages, chunks, experts and replicas in all combinations: weights, moments, averages
+    and log match those of one process to 1e-9. Without replicas and without a tied matrix, whose gradient has
+    two parts, they are the same to the bit; with one, to 1e-12."""
+    for kind, world, mesh in (FIVE_STEPS if steps == 5 else ONE_STEP):
+        here, alone = (pipelines / staged_name(*row, steps) for row in ((kind, world, mesh), (kind, 1, {})))
+        bound = 1e-9
+        if world == mesh.get("pp"):
+            bound = 0.0 if kind == "untied" else 1e-12 if kind == "tied" else bound
+        for a, b in zip(log_of(here), log_of(alone), strict=True):
+            for key in a.keys() & {"loss", "grad_norm", "max_logit", "clipped", "val_mine", "load"}:
+                assert float(a[key] or 0) == pytest.approx(float(b[key] or 0), rel=bound, abs=0), (here, key)
+        many, one = (train.newest_checkpoint(folder)[1] for folder in (here, alone))
+        assert set(many) == set(one) and len(list(here.glob(f"ckpt/*{steps}/rank*"))) == world
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], rtol=0, atol=bound,
+                                       msg=lambda text: f"{here.name} {name}: {text}")
+    clipped = sum(float(row["clipped"] or 0) for row in log_of(pipelines / staged_name("tied", 1, {}, 5)))
+    assert clipped > 10 and any("mean/" in name for name in one)
+
+
+def test_a_run_passes_through_pipelines_and_other_layouts(pipelines, text, float64):
+    """Resumed at every step by another layout, with averages in between, it ends like one process."""
+    chain = train.newest_checkpoint(pipelines / "chain")[1]
+    straight = pipelines / "straight"
+    train.train(staged_run(text, "experts", straight, len(CHAIN)), quiet=True)
+    for name, t in train.newest_checkpoint(straight)[1].items():
+        torch.testing.assert_close(chain[name], t, rtol=0, atol=1e-9, msg=lambda text: f"{name}: {text}")
+    losses = [[float(row["loss"] or 0) for row in log_of(run)] for run in (pipelines / "chain", straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and len(losses[0]) == len(CHAIN) + 1
+
+
+def test_ranks_that_lose_a_stage_name_what_they_were_at(pipelines):
+    for rank in (0, 1, 3):
+        said = (pipelines / f"lost-{rank}").read_text()
+        assert re.fullmatch(rf"rank {rank} lost contact with another rank: .* \([FB] of micro-batch \d+, "
+                            rf"chunk {rank}\)", said), said
 
 
 def test_two_ranks_train_like_one_and_one_resumes_their_run(text, tried_by_two_ranks, tmp_path):
@@ -3527,9 +3805,9 @@ def test_masters_take_foreign_weights_at_full_precision(tmp_path):
     huggingface.save_hf(network, tmp_path / "hf")
     config = tiny_run(tmp_path, model=network.config, init=str(tmp_path / "hf"))
     mesh = parallel.Mesh(dp=parallel.Axis(0, 2), edp=parallel.Axis(0, 2))
-    narrow, exact = train.build(config, mesh, torch.bfloat16), dict(network.named_parameters())
+    narrow, exact = train.build(config, mesh, torch.bfloat16)[0], dict(network.named_parameters())
     owners = owners_of(narrow, config, mesh)
-    train.begin(config, narrow, owners, {}, mesh, lambda _: None)
+    train.begin(config, [narrow], owners, {}, mesh, lambda _: None)
     assert len(owners.masters) > 10
     for piece, master in owners.masters.items():
         assert master.dtype == torch.float32
@@ -4065,9 +4343,9 @@ def test_skipped_steps_and_seconds_are_kept_in_the_checkpoint(text, tmp_path, mo
     out, calls, build = tmp_path / "run", itertools.count(), train.build
 
     def unwell(*args):
-        model = build(*args)
-        model.embed.register_hook(lambda g: g * torch.nan if next(calls) == 6 else g)        # step 4
-        return model
+        chunks = build(*args)
+        chunks[0].embed.register_hook(lambda g: g * torch.nan if next(calls) == 6 else g)    # step 4
+        return chunks
     monkeypatch.setattr(train, "build", unwell)
 
     def power_cut(step, _):
@@ -4093,9 +4371,9 @@ def test_an_evaluation_follows_the_save_and_can_be_stopped(text, tmp_path, monke
     def crash(*args):
         raise KeyError("a fault in an evaluation")
 
-    def stopped(model, batches, config, mesh, dtype, stop_asked):
+    def stopped(chunks, batches, config, mesh, dtype, stop_asked):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(model, batches, config, mesh, dtype, stop_asked)
+        return evaluate(chunks, batches, config, mesh, dtype, stop_asked)
 
     for name, fault in (("crash", crash), ("stop", stopped)):
         for step in (0, 5, 10) if name == "stop" else (5,):
@@ -4166,10 +4444,10 @@ def test_frozen_parameters_stay_as_they_are(text, tmp_path, monkeypatch):
     build = train.build
 
     def frozen(*args):
-        model = build(*args)
-        for name, p in model.named_parameters():
+        chunks = build(*args)
+        for name, p in chunks[0].named_parameters():
             p.requires_grad_("layers.0" not in name and name != "embed")
-        return model
+        return chunks
     monkeypatch.setattr(train, "build", frozen)
     out = tmp_path / "run"
     config = tiny_run(text, out=str(out), steps=10, **PERIOD)

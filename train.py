@@ -40,11 +40,11 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from data import (Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
+from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
                   write_atomically)
 from kernels import listed
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
-                   read_tensors, renormalise_, write_tensors)
+                   layer_costs, read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate,
                       put_back_, qk_clip_, weigh)
 from parallel import MeshConfig, Zero1
@@ -495,13 +495,14 @@ def newest_checkpoint(run, say=print, mesh=parallel.Mesh()):
 
 # ---- weights in ---------------------------------------------------------------------------------------
 
-def restore(model, owners, saved, moments=True):
-    """Copy the weights of a checkpoint into a model, which may have only this rank's experts.
+def restore(chunks, owners, saved, moments=True):
+    """Copy the weights of a checkpoint into a model, given as the chunks of layers that are on this rank,
+    which may have only this rank's experts.
 
     `owners`, if given, also load the masters (float32 weights) that this rank owns and, with `moments`, their
     optimizer state. ValueError lists every name and shape that does not match."""
     with torch.device("meta"):
-        whole = Transformer(model.config).state_dict()
+        whole = Transformer(chunks[0].config).state_dict()
 
     # The weights have to match the whole model. NAME:STATE and mean/NAME in a checkpoint are no weights.
     weights = [name for name in saved if ":" not in name and "/" not in name]
@@ -516,9 +517,9 @@ def restore(model, owners, saved, moments=True):
         raise ValueError(f"the checkpoint is of another architecture: {listed(wrong)}")
 
     # Stacked experts (3-D): only the rows of this rank's experts.
-    with torch.no_grad():
-        for name, p in model.state_dict().items():
-            first = model.experts.start if p.ndim == 3 else 0
+    for chunk in chunks:
+        for name, p in chunk.state_dict().items():
+            first = chunk.experts.start if p.ndim == 3 else 0
             p.copy_(saved.rows(name, first, first + len(p)))
     if owners is not None:
         owners.load(saved, moments)
@@ -539,13 +540,13 @@ def kept_config(run):
         return from_dict(Config, manifest["config"])
 
 
-def begin(config, model, owners, facts, mesh, say):
+def begin(config, chunks, owners, facts, mesh, say):
     """Load the weights of config.init: a run of ours, with its moments if the optimizer is the same, or
     a Hugging Face folder. Raises ValueError."""
     # A Hugging Face folder: it has no moments.
     if is_hf(config.init):
         from notes.huggingface import HFWeights
-        restore(model, owners, HFWeights(config.init, config.model, say), moments=False)
+        restore(chunks, owners, HFWeights(config.init, config.model, say), moments=False)
         say(f"weights of {config.init}")
         return
 
@@ -559,7 +560,7 @@ def begin(config, model, owners, facts, mesh, say):
         raise ValueError(f"--init={config.init} was trained with another tokenizer than "
                          f"--data.tokenizer={config.data.tokenizer}: leave that out to take its own")
     same = manifest["config"]["optim"]["name"] == config.optim.name
-    restore(model, owners, saved, moments=same)
+    restore(chunks, owners, saved, moments=same)
     what = "weights and moments" if same else "weights"
     say(f"{what} of {config.init} at step {manifest['step']}")
 
@@ -606,7 +607,7 @@ def load_run(folder, average=1):
     mean = {}
     for manifest, saved in loaded:
         model = Transformer(from_dict(Config, manifest["config"]).model)
-        restore(model, None, saved)
+        restore([model], None, saved)
         add_snapshot_(mean, model.state_dict(), average)
     put_back_(model.state_dict(), mean)
     if model.config.ngpt:
@@ -701,41 +702,55 @@ class RunFolder:
 # ---- evaluation, speed, signals -----------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, batches, config, mesh, dtype=None, stop_asked=lambda: False):
+def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False):
     """{domain: (nats/token, bits/byte)} over validation windows without overlap, shared among the ranks;
     None if a stop was requested on any of them during the evaluation."""
-    model.eval()
+    micro = config.micro
     results = {}
     token_bytes = torch.as_tensor(batches.corpus.tokenizer.token_bytes)
+    for chunk in chunks.values():
+        chunk.eval()
+
+    # Windows that pass through a pipeline without a break; then the ranks ask whether to stop.
+    at_once = micro
+    if mesh.pp.size > 1:
+        at_once *= 4 * mesh.pp.size
     for name in batches.corpus.domains:
         x, y, doc_start = batches.val(name, config.eval_windows)
         sums = torch.zeros(3, dtype=torch.float64)             # nats, tokens, bytes
 
-        # The ranks take micro-batches in turn, and all take equally many: some may lie past the end.
-        stride = mesh.dp.size * config.micro
-        end = math.ceil(len(x) / config.micro / mesh.dp.size) * stride
-        for first in range(mesh.dp.rank * config.micro, end, stride):
+        # The ranks of a stage take micro-batches in turn, and all take equally many, because an all-to-all
+        # needs every rank in a forward: the last one may be shorter, or a window past the end.
+        rounds = math.ceil(len(x) / micro / mesh.dp.size)
+        own = torch.arange(rounds * mesh.dp.size * micro).view(rounds, -1, micro)[:, mesh.dp.rank].flatten()
+        inside = int((own < len(x)).sum())
+        own = own[:max(inside, len(own) - micro + 1)]
+        for windows in own.split(at_once):
             stop = torch.tensor([float(stop_asked())], device=mesh.device)
             if parallel.all_max(stop, mesh).item():
-                model.train()
+                for chunk in chunks.values():
+                    chunk.train()
                 return None
 
-            # Past the end, run window 0 and drop its loss: the all-to-all needs every rank in a forward.
-            past_end = first >= len(x)
-            part = slice(0, 1) if past_end else slice(first, first + config.micro)
-            xs = x[part].to(mesh.device)
-            ys = y[part].to(mesh.device)
-            starts = None if doc_start is None else doc_start[part].to(mesh.device)
-            _, nll, _ = model(xs, ys, starts, dtype=dtype)
-            if past_end:
-                continue
-            text_bytes = token_bytes[ys.cpu()].sum().item()
-            sums += torch.tensor([nll.double().sum().item(), ys.numel(), text_bytes])
+            # Past the end, run window 0 and drop its loss.
+            real = windows < len(x)
+            windows = windows * real
+            starts = None if doc_start is None else doc_start[windows]
+            plan = config.mesh.plans(len(windows), micro)[mesh.pp.rank]
+            forwards = [act for act in plan if act.op == "F"]
+            batch = Batch(x[windows], y[windows], starts, None)
+            nats = parallel.execute(forwards, chunks, batch, micro, mesh, dtype)
+            if mesh.pp.rank == mesh.pp.size - 1:
+                targets = y[windows[real]]
+                text_bytes = token_bytes[targets].sum().item()
+                total = nats.cpu()[real].sum().item() * config.model.context
+                sums += torch.tensor([total, targets.numel(), text_bytes], dtype=torch.float64)
 
         # The totals of all ranks.
         nats, tokens, size = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
         results[name] = nats / tokens, nats / math.log(2) / size
-    model.train()
+    for chunk in chunks.values():
+        chunk.train()
     return results
 
 
@@ -838,7 +853,7 @@ class Run:
     mesh: parallel.Mesh
     corpus: Corpus
     batches: Batches
-    model: Transformer
+    chunks: dict                       # {index: this rank's range of layers}
     owners: Zero1                      # who owns which weights, with masters and optimizers
     status: Status
     stop: Stop
@@ -852,20 +867,38 @@ class Run:
     skipped: int = 0                   # steps whose loss or gradient was not finite
 
     def __post_init__(self):
+        # What the chunks hold: parameters and buffers by name, attentions and mixtures by layer.
         config = self.config
-        named = list(self.model.named_parameters())
-        self.attentions = list(self.model.attentions().values())
-        self.mixtures = list(self.model.mixtures().values())
-        self.buffers = router_biases(self.model)
-        self.name_of = {p: name for name, p in named}
+        self.name_of = {p: name for name, p in named_parameters(self.chunks).items()}
+        self.buffers = {}
+        self.attentions = {}
+        self.mixtures = {}
+        for chunk in self.chunks.values():
+            self.buffers |= router_biases(chunk)
+            self.attentions |= by_layer(chunk.attentions())
+            self.mixtures |= by_layer(chunk.mixtures())
+
+        # Of the whole model: its layers with experts.
+        c = config.model
+        self.sparse = range(c.n_dense, c.n_layer) if c.n_expert else range(0)
         self.last = min(config.total_steps, config.steps or config.total_steps)
         self.flops = flops_per_token(config.model)
         self.machine_flops = matmul_speed(self.mesh.device, self.dtype or torch.float32)
 
+    @property
+    def model(self):
+        """The first chunk of this rank: without a pipeline, the model."""
+        return next(iter(self.chunks.values()))
+
+    def layers(self):
+        """The layers on this rank."""
+        return [layer for chunk in self.chunks.values() for layer in chunk.layers.values()]
+
 
 def train(config, resume=False, quiet=False, watch=None):
     """Run a recipe → (history, model). history: the rows of the log, as dicts; the first is from before
-    training. watch(step, model) is called after every step.
+    training. watch(step, model) is called after every step. With a pipeline, the model is only the first
+    chunk of layers on this rank.
 
     The run is kept in the folder config.out, and `resume` continues from its newest intact checkpoint;
     without an `out` nothing is written. Raises ValueError on bad input, before any work is lost."""
@@ -873,9 +906,7 @@ def train(config, resume=False, quiet=False, watch=None):
     world = parallel.world_size()
 
     # Refuse what cannot run before anything is written.
-    if config.batch % world:
-        raise ValueError(f"--batch={config.batch} windows cannot be shared evenly by {world} ranks")
-    config.mesh.check(world, config.model.n_expert)
+    check_mesh(config, world)
     try:
         # Rank 0 takes the folder, and its lock.
         if parallel.this_rank() == 0 and config.out:
@@ -909,6 +940,12 @@ def train(config, resume=False, quiet=False, watch=None):
             folder.close()
 
 
+def check_mesh(config, world):
+    """Raise ValueError unless `world` ranks can be laid out as config.mesh says."""
+    c = config.model
+    config.mesh.check(world, config.batch, c.n_expert, math.ceil(c.n_layer / c.share_kv))
+
+
 def must_be_alike(config, resume, corpus):
     """{name: text} that has to be equal on all ranks. Paths may differ, but not what is found there."""
     alike = {name: repr(value) for name, value in options_of(config)
@@ -921,27 +958,26 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     """Build a Run: at step 0, or at the checkpoint that it resumes."""
     # Model and owners. GPUs compute in bfloat16.
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    model = build(config, mesh, dtype)
-    named = dict(model.named_parameters())
-    owners = Zero1(named, lambda pieces: MuonClip(pieces, config.optim),
-                   lambda name, p: weigh(name, p, config.optim), mesh)
+    chunks = build(config, mesh, dtype)
+    owners = owners_of(config, chunks, mesh)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    run = Run(config, mesh, corpus, batches, model, owners, status, stop, facts, dtype, folder)
+    run = Run(config, mesh, corpus, batches, chunks, owners, status, stop, facts, dtype, folder)
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
                f"{config.total_steps} steps of {config.batch} × {config.model.context} tokens on "
                f"{mesh.world.size} × {mesh.device.type}")
-    for line in (*describe(named.items(), config.optim), *owners.describe()):
+    for line in (*describe(all_parameters(config.model).items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
 
     # The weights: of a checkpoint, of `init`, or new. All ranks must have the same.
     manifest = take_up(run, resume)
-    parallel.compare_weights(model.state_dict(), mesh)
+    weights = {name: t for chunk in chunks.values() for name, t in chunk.state_dict().items()}
+    parallel.compare_weights(weights, mesh, tied_names(config.model))
     launches = parallel.gather(parallel.launch_id(), mesh)
 
     # The log keeps its rows up to the checkpoint; a new run has none.
     if folder:
         folder.belongs_to(launches)
-        columns = log_columns(corpus.domains, run.mixtures)
+        columns = log_columns(corpus.domains, run.sparse)
         newest_row = run.step if manifest else -1
         run.history = folder.open_log(columns, newest_row, status.say)
         corpus.tokenizer.save(folder.path / "tokenizer.json")
@@ -972,7 +1008,7 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
 
     # Layers are alike: one compilation serves all.
     if config.compile:
-        for layer in model.layers.values():
+        for layer in run.layers():
             layer.forward = torch.compile(layer.forward)
     return run
 
@@ -981,7 +1017,8 @@ def take_up(run, resume):
     """Load the run's newest intact checkpoint if `resume`, or else the weights of config.init, if any.
 
     → the checkpoint's manifest, or None. ValueError if it is of another run, or all are damaged."""
-    config, model, owners, facts, mesh = run.config, run.model, run.owners, run.facts, run.mesh
+    config, owners, facts, mesh = run.config, run.owners, run.facts, run.mesh
+    chunks = list(run.chunks.values())
     say = run.status.say
     checkpoint = None
     if resume:
@@ -995,7 +1032,7 @@ def take_up(run, resume):
         if resume:
             say(f"resuming {config.out} at step 0")
         if config.init:
-            begin(config, model, owners, facts, mesh, say)
+            begin(config, chunks, owners, facts, mesh, say)
         return None
 
     # It must be of the same tokenizer, data and configuration.
@@ -1005,7 +1042,7 @@ def take_up(run, resume):
             raise ValueError(f"{config.out} was trained with another {what} ({manifest[what][:12]}, now "
                              f"{facts[what][:12]}): same Python, --data options and files are needed to "
                              "go on")
-    restore(model, owners, saved)
+    restore(chunks, owners, saved)
     wrong = other_run(from_dict(Config, manifest["config"]), config)
     if wrong:
         raise ValueError(f"the checkpoint of step {manifest['step']} in {config.out} was made with "
@@ -1038,7 +1075,7 @@ def loop(run, watch=None):
 
     # Undo torch.compile: sampling adds a token at a time, and each new length would recompile.
     if run.config.compile:
-        for layer in run.model.layers.values():
+        for layer in run.layers():
             del layer.forward
 
 
@@ -1048,8 +1085,8 @@ class Seen(NamedTuple):
     """Statistics of a step's forward and backward, over all ranks."""
     stop: bool                   # requested on any rank
     unwell: list                 # ranks whose loss or gradient is not finite
-    logits: torch.Tensor         # (attentions, n_head) largest logit of each head
-    loads: torch.Tensor          # (mixtures, n_expert) tokens routed to each expert
+    logits: torch.Tensor         # (n_layer, n_head) largest logit of each head
+    loads: torch.Tensor          # (layers with experts, n_expert) tokens routed to each expert
     nats: list                   # nats/token summed over the windows of each domain
     windows: list                # number of windows of each domain
     loss: float                  # nats/token
@@ -1065,8 +1102,8 @@ def train_step(run):
     owners.set_rate(lr)
     exact = clear_records(run)
     batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
-    plan = parallel.straight(len(batch.x), config.micro)
-    nats = parallel.execute(plan, [run.model], batch, config.micro, mesh, run.dtype)
+    plan = config.mesh.plans(len(batch.x), config.micro)[mesh.pp.rank]
+    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype)
     seen = share_what_was_seen(run, batch, nats)
 
     # Gradients go to their owners. All ranks decide alike whether to use them, from the same numbers.
@@ -1093,9 +1130,9 @@ def clear_records(run):
     optim = run.config.optim
     exact = optim.exact_logits or run.config.compile or run.step % 50 == 0
     threshold = None if exact else optim.tau or math.inf
-    for attention in run.attentions:
+    for attention in run.attentions.values():
         attention.clear_logits(threshold)
-    for moe in run.mixtures:
+    for moe in run.mixtures.values():
         moe.load.zero_()
     return exact
 
@@ -1103,25 +1140,33 @@ def clear_records(run):
 def share_what_was_seen(run, batch, nats):
     """Combine the statistics of all ranks → Seen. Two collectives: one of maxima, one of sums.
 
-    nats (b,): nats/token of each window of this rank. Each attention gets its largest logits, for QK-Clip."""
+    nats (b,): nats/token of each window of this rank. Each attention gets its largest logits, for QK-Clip.
+    What is on other stages counts as -∞ in a maximum, and as 0 in a sum."""
     config, mesh = run.config, run.mesh
+    c = config.model
     domains = len(run.corpus.domains)
     sums = torch.zeros(domains, 2, dtype=torch.float64, device=mesh.device)    # loss, windows
-    sums.index_add_(0, batch.domain.to(mesh.device), torch.stack([nats, torch.ones_like(nats)], 1))
+    if mesh.pp.rank == mesh.pp.size - 1:
+        sums.index_add_(0, batch.domain.to(mesh.device), torch.stack([nats, torch.ones_like(nats)], 1))
 
     # Maxima: two kinds of flags (stop requested; rank r is not finite), and every head's logit.
     flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
     flags[0] = float(run.stop.asked())
     flags[1 + mesh.world.rank] = ~(run.owners.sound() & sums.isfinite().all())
-    maxima = parallel.all_max(torch.cat([flags, *(a.max_logits for a in run.attentions)]), mesh)
+    logits = torch.full((c.n_layer, c.n_head), -math.inf, device=mesh.device)
+    for layer, attention in run.attentions.items():
+        logits[layer] = attention.max_logits
+    maxima = parallel.all_max(torch.cat([flags, logits.flatten()]), mesh)
     flags, logits = maxima.tensor_split([len(flags)])
-    logits = logits.view(-1, config.model.n_head)
-    for attention, largest in zip(run.attentions, logits):
-        attention.max_logits.copy_(largest)
+    logits = logits.view(c.n_layer, c.n_head)
+    for layer, attention in run.attentions.items():
+        attention.max_logits.copy_(logits[layer])
 
     # Sums: losses and windows by domain, and tokens routed to every expert.
-    counted = torch.cat([sums.flatten(), *(moe.load.double() for moe in run.mixtures)])
-    counted = parallel.all_sum(counted, mesh)
+    loads = torch.zeros(len(run.sparse), c.n_expert, dtype=torch.float64, device=mesh.device)
+    for layer, moe in run.mixtures.items():
+        loads[run.sparse.index(layer)] = moe.load
+    counted = parallel.all_sum(torch.cat([sums.flatten(), loads.flatten()]), mesh)
     sums, loads = counted.tensor_split([sums.numel()])
 
     # The first of the step's two host syncs with a GPU; the other one fetches the gradient norm.
@@ -1130,7 +1175,7 @@ def share_what_was_seen(run, batch, nats):
     loss = (sums[:, 0].sum() / config.batch).item()
     domain_nats, domain_windows = sums.T.tolist()
     return Seen(stop=bool(stop), unwell=[rank for rank, flag in enumerate(unwell) if flag],
-                logits=logits, loads=loads.view(-1, config.model.n_expert or 1),
+                logits=logits, loads=loads.view(len(run.sparse), c.n_expert),
                 nats=domain_nats, windows=domain_windows, loss=loss)
 
 
@@ -1157,13 +1202,14 @@ def update(run, sound, seen):
 
     # Router biases follow the expert loads, which all ranks have.
     if sound:
-        for moe, load in zip(run.mixtures, seen.loads):
-            moe.balance_(load)
+        for layer, moe in run.mixtures.items():
+            moe.balance_(seen.loads[run.sparse.index(layer)])
 
     # What an owner does to its masters after the update, before the weights are sent.
     def follow(masters):
         if sound and config.optim.tau:
-            qk_clip_(run.attentions, config.optim.tau, lambda weight: masters.get(run.name_of[weight]))
+            attentions = run.attentions.values()
+            qk_clip_(attentions, config.optim.tau, lambda weight: masters.get(run.name_of[weight]))
         if sound and config.model.ngpt:
             renormalise_(masters)
         if snapshot:
@@ -1186,7 +1232,7 @@ def update(run, sound, seen):
 
 # ---- after a step: log and checkpoint -----------------------------------------------------------------
 
-def log_columns(names, mixtures):
+def log_columns(names, sparse):
     """The columns of log.csv, for the domains `names`. A field is blank where there is nothing to report.
 
     max_logit   in steps that measure it exactly
@@ -1195,7 +1241,7 @@ def log_columns(names, mixtures):
     share_NAME  part of the step's windows
     val_NAME    nats/token, and bpb_NAME bits/byte, on validation text, in steps with an evaluation"""
     columns = ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", "skipped"]
-    if mixtures:
+    if sparse:
         columns.append("load")
     for what in ("loss", "share", "epochs", "val", "bpb"):
         columns += [f"{what}_{name}" for name in names]
@@ -1220,7 +1266,7 @@ def log_row(run, seen, lr, norm, sound, exact, took):
     # Columns that only some steps, models or domains have.
     if exact:
         row["max_logit"] = seen.logits.max()
-    if run.mixtures:
+    if run.sparse:
         row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max()
     epochs = run.batches.epochs(run.step)
     for name, nats, windows in zip(run.corpus.domains, seen.nats, seen.windows):
@@ -1258,7 +1304,7 @@ def record(run, row):
 
     # A row with an evaluation is always logged, others every log_every steps.
     if row["step"] % config.eval_every == 0 or row["step"] == run.last:
-        results = evaluate(run.model, run.batches, config, run.mesh, run.dtype, run.stop.asked)
+        results = evaluate(run.chunks, run.batches, config, run.mesh, run.dtype, run.stop.asked)
         if results is None:
             return False
         for name, (nats, bits) in results.items():
@@ -1322,10 +1368,10 @@ def last_good(run):
 # ---- the model of a rank ------------------------------------------------------------------------------
 
 def build(config, mesh, dtype=None):
-    """The model with this rank's experts.
+    """{index: chunk of layers} of this rank's stage, with this rank's experts.
 
-    On several ranks its matrices, except routers, are stored in `dtype` (if given), since their owners keep
-    float32 masters. A single rank has no other copy, and keeps float32."""
+    Where a stage has several ranks its matrices, except routers, are stored in `dtype` (if given), since
+    their owners keep float32 masters. A single rank has no other copy, and keeps float32."""
     c, ep = config.model, mesh.ep
     ops = Ops()
     if ep.size > 1:
@@ -1333,11 +1379,55 @@ def build(config, mesh, dtype=None):
 
     # An ep rank holds one contiguous range of the experts.
     experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
-    model = Transformer(c, ops, seed=config.seed, experts=experts).to(mesh.device)
-    for name, p in model.named_parameters():
+    chunks = {}
+    ranges = chunk_ranges(config)
+    for i in range(mesh.pp.rank, len(ranges), mesh.pp.size):
+        chunks[i] = Transformer(c, ops, ranges[i], config.seed, experts).to(mesh.device)
+
+    # On a single stage, embedding and head can be one tensor.
+    if c.tie and mesh.pp.size == 1:
+        chunks[len(ranges) - 1].embed = chunks[0].embed
+    for name, p in named_parameters(chunks).items():
         if dtype and mesh.dp.size > 1 and may_be_narrow(name, p):
             p.data = p.data.to(dtype)
-    return model
+    return chunks
+
+
+def chunk_ranges(config):
+    """The range of layers of every chunk of the model."""
+    c, mesh = config.model, config.mesh
+    if mesh.pp * mesh.chunks == 1:
+        return [range(c.n_layer)]
+    return parallel.partition(layer_costs(c), mesh.pp, mesh.chunks, c.share_kv)
+
+
+def owners_of(config, chunks, mesh):
+    """The owners of the parameters of this rank's chunks."""
+    chunk_of = {name: i for i, chunk in chunks.items() for name, _ in chunk.named_parameters()}
+    return Zero1(named_parameters(chunks), lambda pieces: MuonClip(pieces, config.optim),
+                 lambda name, p: weigh(name, p, config.optim), mesh, chunk=chunk_of.get,
+                 tied=tied_names(config.model), everywhere=all_parameters(config.model))
+
+
+def all_parameters(c):
+    """{name: parameter without storage} of the whole model."""
+    with torch.device("meta"):
+        return dict(Transformer(c).named_parameters())
+
+
+def named_parameters(chunks):
+    """{name: parameter} of several chunks."""
+    return {name: p for chunk in chunks.values() for name, p in chunk.named_parameters()}
+
+
+def tied_names(c):
+    """The names of the parameters that the first and the last chunk both have."""
+    return ["embed"] if c.tie else []
+
+
+def by_layer(modules):
+    """{"layers.3.ffn": module, ...} → {3: module, ...}"""
+    return {int(name.split(".")[1]): module for name, module in modules.items()}
 
 
 def may_be_narrow(name, p):
@@ -1378,24 +1468,64 @@ def report(config, history, model, corpus):
 
 
 def memory(config, world):
-    """{what: bytes per rank} alive in the backward, without activations: the mean over `world` ranks in
-    the layout of config.mesh.
+    """[{what: bytes per rank}] of each stage, alive in the backward, without activations: the mean over the
+    ranks of a stage when `world` ranks are laid out as in config.mesh.
 
-    Weights (bfloat16 on several ranks, as on GPUs), float32 gradients, float32 masters of narrower
-    weights, and optimizer state."""
-    with torch.device("meta"):
-        named = dict(Transformer(config.model).named_parameters())
-    parts = dict.fromkeys(("weights", "gradients", "masters", "states"), 0.0)
+    Weights (bfloat16 where a stage has several ranks, as on GPUs), float32 gradients, float32 masters of
+    narrower weights, and optimizer state."""
+    mesh = config.mesh
+    dp = world // mesh.pp
+    ranges = chunk_ranges(config)
+    stages = []
+    for stage in range(mesh.pp):
+        named = {}
+        for layers in ranges[stage::mesh.pp]:
+            with torch.device("meta"):
+                named |= dict(Transformer(config.model, layers=layers).named_parameters())
 
-    # Weights and gradients are divided by stage and expert; masters and states over all ranks.
-    for name, p in named.items():
-        held = p.numel() / config.mesh.pp / (config.mesh.ep if p.ndim == 3 else 1)
-        narrow = world > 1 and may_be_narrow(name, p)
-        parts["weights"] += held * (2 if narrow else 4)
-        parts["gradients"] += held * 4
-        parts["masters"] += p.numel() / world * 4 * narrow
-        parts["states"] += weigh(name, p, config.optim)[0] / world
-    return parts
+        # Weights and gradients are divided by expert; masters and states over all that hold a parameter.
+        parts = dict.fromkeys(("weights", "gradients", "masters", "states"), 0.0)
+        for name, p in named.items():
+            held = p.numel() / (mesh.ep if p.ndim == 3 else 1)
+            owners = dp
+            if mesh.pp > 1 and name in tied_names(config.model):
+                owners = 2 * dp
+            narrow = dp > 1 and may_be_narrow(name, p)
+            parts["weights"] += held * (2 if narrow else 4)
+            parts["gradients"] += held * 4
+            parts["masters"] += p.numel() / owners * 4 * narrow
+            parts["states"] += weigh(name, p, config.optim)[0] / owners
+        stages.append(parts)
+    return stages
+
+
+def memory_report(config, world):
+    """Print the memory of each stage, and the idle time of a pipeline."""
+    c, mesh = config.model, config.mesh
+    dp = world // mesh.pp
+    stages = memory(config, world)
+    print(f"GB a GPU on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}):")
+    ranges = chunk_ranges(config)
+    costs = layer_costs(c)
+    plans = mesh.plans(config.batch // dp, config.micro)
+    window = c.context * c.d_model * 2                         # bytes of x for one window, in bfloat16
+    for stage, parts in enumerate(stages):
+        own = ranges[stage::mesh.pp]
+        layers = parallel.peak(plans[stage], lambda chunk: len(ranges[chunk]))
+        held = parallel.peak(plans[stage]) * window * min(config.micro, config.batch // dp)
+        sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+        where = " ".join(f"{layers.start}-{layers.stop - 1}" for layers in own)
+        print(f"  {sum(parts.values()) / 1e9:>6.1f}  {sizes}; layers {where}; at the peak, activations of "
+              f"{layers} layers × micro-batches, their inputs between chunks {held / 1e9:.1f}")
+
+    # A pipeline, timed by the multiply-adds of its layers; a backward takes twice as long as a forward.
+    if mesh.pp > 1:
+        work = [sum(costs[i] for i in layers) for layers in ranges]
+        timeline = parallel.simulate(plans, lambda act: work[act.chunk] * (1 if act.op == "F" else 2))
+        slowest = max(sum(work[stage::mesh.pp]) for stage in range(mesh.pp)) * mesh.pp / sum(work)
+        print(f"pipeline: {len(plans[0]) // 2 // mesh.chunks} micro-batches, idle {timeline.idle:.1%} of the "
+              f"time ({timeline.idle_over_busy:.1%} of the busy time); the slowest stage has {slowest:.3f} "
+              "times the mean work; messages not counted")
 
 
 def dry_run(config):
@@ -1410,12 +1540,10 @@ def dry_run(config):
     if config.init:
         print(f"begins with the weights of {config.init}")
 
-    # Memory, on the ranks of this launch or on as many as the mesh needs.
+    # The ranks of this launch, or as many as the mesh needs.
     world = max(parallel.world_size(), config.mesh.pp * config.mesh.ep)
-    parts = memory(config, world)
-    sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
-    print(f"{sum(parts.values()) / 1e9:.1f} GB a GPU on {world} (pp {config.mesh.pp}, ep {config.mesh.ep}), "
-          f"before activations: {sizes}")
+    check_mesh(config, world)
+    memory_report(config, world)
 
     # The schedule, at the milestones of the run.
     c = config.optim
@@ -1535,10 +1663,10 @@ def main(argv):
             dry_run(config)
             return
 
-        # Report a finished run, with all experts: under expert parallelism this rank has only some.
+        # Report a finished run, with the whole model, of which this rank may have only a part.
         history, model = train(config, resume)
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
-            if config.mesh.ep > 1:
+            if config.mesh.ep * config.mesh.pp * config.mesh.chunks > 1:
                 model, _ = load_run(config.out)
             report(config, history, model, prepare(data_of(config), config.model.vocab_size))
     except (ValueError, FloatingPointError, OSError, ImportError, parallel.LostRank) as error:

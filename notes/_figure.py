@@ -1,5 +1,7 @@
-"""The figure of a run: loss.png in its folder, drawn while it trains."""
+"""Pictures: of a run, loss.png in its folder, drawn while it trains; and of pipeline schedules."""
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure                               # not pyplot: the backend is the caller's
 
 from data import atomic
@@ -30,5 +32,29 @@ def draw(history, domains, path):
         axis.set(title=title, xlabel="million tokens")
     loss.legend(fontsize=8)
     mixture.legend(fontsize=8, loc="lower left")
+    with atomic(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
+def draw_timelines(timelines, path):
+    """[(title, parallel.Timeline)] one below the other: a row for each stage, forwards in blue and backwards in
+    orange, darker for each further chunk of the stage."""
+    stages = [len(timeline.spans) for _, timeline in timelines]
+    figure = Figure(figsize=(12, 0.6 * len(timelines) + 0.2 * sum(stages) + 0.4), layout="constrained")
+    rows = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
+    for axes, (title, timeline) in zip(rows, timelines):
+        p = len(timeline.spans)
+        chunks = 1 + max(act.chunk for spans in timeline.spans for act, *_ in spans) // p
+        for op, map_name in (("F", "Blues"), ("B", "Oranges")):
+            for k in range(chunks):
+                boxes = [[(start, stage), (stop, stage), (stop, stage + 0.9), (start, stage + 0.9)]
+                         for stage, spans in enumerate(timeline.spans) for act, start, stop in spans
+                         if act.op == op and act.chunk // p == k]
+                shade = colormaps[map_name](0.35 + 0.45 * k / max(1, chunks - 1))
+                axes.add_collection(PolyCollection(boxes, facecolors=shade, edgecolors="white", linewidths=0.3))
+        axes.set(xlim=(0, timeline.total), ylim=(p, 0), ylabel="stage", yticks=[0.45, p - 0.55])
+        axes.set_yticklabels(["0", str(p - 1)])
+        axes.set_title(f"{title}: time {timeline.total:.1f}, idle {timeline.idle:.1%}", fontsize=9, loc="left")
+    rows[-1].set_xlabel("time")
     with atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")

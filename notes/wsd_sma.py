@@ -56,7 +56,7 @@ def run(arm, seed, config):
     for spacing in SPACINGS:
         steps = [step for step in range(last_step, 0, -spacing) if step in last][:OF]
         train.put_back_(weights["model"].state_dict(), mean_of([last[step] for step in steps]))
-        bits = [bits for _, bits in train.evaluate(weights["model"], batches, config, Mesh()).values()]
+        bits = [bits for _, bits in train.evaluate({0: weights["model"]}, batches, config, Mesh()).values()]
         yield dict(spacing=spacing, bpb=statistics.mean(bits))
 
 
