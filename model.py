@@ -941,14 +941,15 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """The whole model, or only the layers in `layers` (a range): the first range holds the embedding, the
-    last one the head. ValueError: the range starts within a group of layers that share keys and values.
+    """The whole model, or only the layers in `layers` (a range): the range from 0 on has the embedding, and
+    `last` (by default the one to the last layer) the head; it may be empty. ValueError: the range starts
+    within a group of layers that share keys and values.
 
     Parameter names do not depend on the range; neither do initial values, since each parameter is drawn
     from a random stream seeded with its name. The same holds for `experts`, the range of experts held here
     (all by default); with fewer, ops.exchange has to bring them their tokens."""
 
-    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None):
+    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None, last=None):
         super().__init__()
         self.config = config
         self.width = config.d_model
@@ -956,12 +957,12 @@ class Transformer(nn.Module):
         # The part of the model that is held here
         if layers is None:
             layers = range(config.n_layer)
-        if layers.start % config.share_kv:
+        if len(layers) and layers.start % config.share_kv:
             raise ValueError(f"layers from {layers.start} on: their keys and values are made in another "
                              f"range (share_kv={config.share_kv})")
         self.experts = range(config.n_expert) if experts is None else experts
         self.first = layers.start == 0
-        self.last = layers.stop == config.n_layer
+        self.last = layers.stop == config.n_layer if last is None else last
 
         # Embedding; a last range with tied matrices needs it for the head
         if self.first or self.last and config.tie:
@@ -1139,8 +1140,8 @@ def flops_per_token(config, context=None, training=True):
 
 
 def layer_costs(config):
-    """Multiply-adds of one token in each layer, as `flops_per_token` counts them: [layer 0, layer 1, ...].
-    The head counts in the last layer; the embedding's C additions of one row in the first."""
+    """Multiply-adds of one token, as `flops_per_token` counts them: [layer 0, layer 1, ..., head]. The
+    embedding adds its C numbers to layer 0."""
     with torch.device("meta"):
         named = dict(Transformer(config).named_parameters())
 
@@ -1153,8 +1154,7 @@ def layer_costs(config):
                 used = used * config.n_active // config.n_expert
             costs[int(name.split(".")[1])] += used
     costs[0] += config.d_model
-    costs[-1] += config.vocab_size * config.d_model
-    return costs
+    return [*costs, config.vocab_size * config.d_model]
 
 
 def cache_per_token(config):
@@ -1366,7 +1366,7 @@ The files, and which of the others each imports:
   data.py      text, tokens, batches               -
   model.py     the network                         kernels
   muonclip.py  Muon, AdamW, QK-Clip                kernels
-  parallel.py  expert parallelism, ZeRO-1          kernels
+  parallel.py  pipeline, experts, ZeRO-1           kernels
   train.py     recipes, checkpoints, the loop      data, kernels, model, muonclip, parallel
   notes/       claims of the reports, rerun        any
 
@@ -1374,8 +1374,8 @@ One step, train.train_step, in the order of its calls:
 
   muonclip.learning_rate(tokens)              a pure function of the tokens seen
   data.Batches(step)                          this rank's windows, a pure function of (seed, step)
-  parallel.execute(plan)                      forward and backward of its micro-batches
-    model.Transformer.forward                 layers; then the loss
+  parallel.execute(plan)                      forwards and backwards of micro-batches, chunk by chunk
+    model.Transformer.body, .loss             a chunk's layers; the loss, in the last one
       kernels.attention, kernels.poly_norm    and the other operations
     parallel.Zero1.accumulate                 gradients into buckets, as they appear
   train.share_what_was_seen                   losses, largest logits, expert loads: of all ranks

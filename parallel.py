@@ -57,12 +57,12 @@ class MeshConfig:
         if self.schedule not in ("", *SCHEDULES):
             raise ValueError(f"mesh.schedule={self.schedule!r}: have {', '.join(SCHEDULES)}")
         if self.schedule == "1f1b" and self.chunks > 1:
-            raise ValueError(f"mesh.schedule=1f1b has one chunk on each stage, not mesh.chunks={self.chunks}: "
-                             "take interleaved")
+            raise ValueError(f"mesh.schedule=1f1b has one chunk on each stage, not mesh.chunks="
+                             f"{self.chunks}: take interleaved")
 
     def check(self, world, batch, n_expert, groups):
-        """Raise ValueError unless `world` ranks can share `batch` windows, `n_expert` experts, and layers that
-        can be cut into `groups` chunks (layers with the same keys and values stay together)."""
+        """Raise ValueError unless `world` ranks can share `batch` windows, `n_expert` experts, and layers
+        that can be cut into `groups` chunks (layers with the same keys and values stay together)."""
         chunks = self.pp * self.chunks
         rules = [
             (world % (self.pp * self.ep) == 0,
@@ -75,8 +75,8 @@ class MeshConfig:
             (self.chunks == 1 or world > 1,
              f"mesh.chunks={self.chunks}: there is only one rank, which needs no pipeline: mesh.chunks=1"),
             (chunks <= groups,
-             f"mesh.pp={self.pp} × chunks={self.chunks} = {chunks} chunks, but the layers can only be cut into "
-             f"{groups}"),
+             f"mesh.pp={self.pp} × chunks={self.chunks} = {chunks} chunks, but the layers can only be cut "
+             f"into {groups}"),
         ]
         for holds, message in rules:
             if not holds:
@@ -117,7 +117,7 @@ class Mesh(NamedTuple):
     pp: Axis = Axis()            # pipeline stage
     ep: Axis = Axis()            # place in the expert-parallel group
     edp: Axis = Axis()           # replica of this rank's experts
-    ends: Axis = Axis()          # in the first and the last stage: the ranks of both, which share a tied matrix
+    ends: Axis = Axis()          # in the first and the last stage: the ranks of both; they share tied weights
     device: torch.device = torch.device("cpu")
 
 
@@ -188,9 +188,11 @@ def join_mesh(config, facts=None):
         lines["ends"] = grid[[0, -1]].view(1, -1)
         lines |= dict.fromkeys(channels(config.chunks), lines["pp"])
 
-    # A process group for each line. All ranks make all of them, in the same order.
+    # A process group for each line of several ranks. All ranks make all of them, in the same order.
     axes = dict(world=everyone)
     for name, ranks in lines.items():
+        if ranks.shape[1] == 1:
+            continue
         group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, backend=backend)
         if group is not None:
             GROUPS[name] = group
@@ -418,8 +420,8 @@ def alternate(forwards, backwards, warm_up):
 
 
 def in_groups(stage, p, m, v):
-    """The forwards and the backwards of a stage: micro-batches in groups of p, and all chunks of a group, from
-    the first to the last or back, before the next group."""
+    """The forwards and the backwards of a stage, in order: micro-batches in groups of p, and all chunks of a
+    group, from the first to the last or back, before the next group."""
     forwards = []
     backwards = []
     for start in range(0, m, p):
@@ -461,58 +463,34 @@ def interleaved(p, m, v=1, warm=0):
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
 
 
-def partition(costs, p, v=1, group=1):
-    """Cut the layers 0 to len(costs) into p·v contiguous chunks → a range for each.
+def partition(costs, n, starts=None):
+    """Cut a row of layers, and what follows them (the head), into n contiguous chunks → the range of each.
 
-    A chunk begins at a multiple of `group` layers. The cut minimises the cost of the most expensive
-    chunk; then, for v > 1, whole groups move from chunk to chunk while that lowers the cost of the most
-    expensive stage (chunks c, c + p, ...), which sets the pace. ValueError: fewer groups than chunks."""
-    # The cost of groups start..stop is total[stop] - total[start].
-    groups = [sum(costs[i:i + group]) for i in range(0, len(costs), group)]
-    total = [0, *itertools.accumulate(groups)]
-    n = p * v
-    if n > len(groups):
-        raise ValueError(f"pp={p} × chunks={v} = {n} chunks, but {len(costs)} layers can only be cut into "
-                         f"{len(groups)}" + f" (share_kv={group})" * (group > 1))
+    costs: of every layer. starts: where a chunk may begin; anywhere by default. The cut minimises the cost
+    of the most expensive chunk, which sets the pace; then the sum of squares. ValueError: fewer places to
+    begin than chunks."""
+    bounds = [*(starts or range(len(costs))), len(costs)]
+    if n >= len(bounds):
+        raise ValueError(f"{n} chunks, but the layers can only be cut into {len(bounds) - 1}")
+    total = [0, *itertools.accumulate(costs)]
 
-    # Best cuts into 1, 2, ... n chunks, by where the last one stops: (most expensive, Σ squares, stops)
+    # Best cuts into 1, 2, ... n chunks, by where the last one stops: (most expensive, squares, stops)
     best = {0: (0, 0, ())}
     for _ in range(n):
         longer = {}
-        for stop in range(1, len(total)):
-            cuts = []
-            for start, (most, squares, stops) in best.items():
-                if start < stop:
-                    cost = total[stop] - total[start]
-                    cuts.append((max(most, cost), squares + cost ** 2, (*stops, stop)))
-            if cuts:
-                longer[stop] = min(cuts)
+        for start, (most, squares, stops) in best.items():
+            for stop in bounds[bounds.index(start) + 1:]:
+                cost = total[stop] - total[start]
+                cut = max(most, cost), squares + cost ** 2, (*stops, stop)
+                longer[stop] = min(cut, longer.get(stop, cut))
         best = longer
-    stops = best[len(groups)][2]
-
-    # Move a group from chunk a to chunk b: every boundary between them shifts by one.
-    def pace(stops):
-        cost = [total[stop] - total[start] for start, stop in zip((0, *stops), stops)]
-        return max(sum(cost[stage::p]) for stage in range(p)), max(cost), sum(c ** 2 for c in cost)
-
-    def moved(stops):
-        for low, high in itertools.combinations(range(n), 2):
-            for shift in (-1, 1):
-                new = tuple(stop + shift * (low <= c < high) for c, stop in enumerate(stops))
-                if all(a < b for a, b in itertools.pairwise((0, *new))):
-                    yield new
-    while v > 1 and n < len(groups):
-        better = min(moved(stops), key=pace)
-        if pace(better) >= pace(stops):
-            break
-        stops = better
-    return [range(start * group, min(stop * group, len(costs)))
-            for start, stop in zip((0, *stops), stops)]
+    stops = best[len(costs)][2]
+    return [range(start, stop) for start, stop in zip((0, *stops), stops)]
 
 
 # ---- plans: time them, draw them ---------------------------------------------------------------------------
 
-AHEAD = 2                        # a stage posts the receives of an act when it begins the second act before it
+AHEAD = 2                        # a stage posts an act's receive when it begins the second act before it
 
 
 class Timeline(NamedTuple):
@@ -657,7 +635,7 @@ def channels(chunks):
 
 
 def open_channels(mesh):
-    """Send one number over every channel: NCCL connects at the first message, and so before the first step."""
+    """Send one number over every channel, since NCCL connects at the first message: not in the first step."""
     p, rank = mesh.pp.size, mesh.pp.rank
     hello = torch.zeros(1, device=mesh.device)
     for name in filter(GROUPS.__contains__, channels(2)):
@@ -1414,7 +1392,7 @@ def main(argv):
                         help="default: 1f1b with one chunk and no --warm, else interleaved")
     parser.add_argument("--warm", type=int, default=0, help="forwards added to the warm-up; Kimi K2: 1")
     parser.add_argument("--backward", type=float, default=2.0, help="time of a backward, in forwards")
-    parser.add_argument("--message", type=float, default=0.0, help="time of a message, in forwards of a stage")
+    parser.add_argument("--message", type=float, default=0.0, help="time of a message, in such forwards")
     parser.add_argument("--columns", type=int, default=100, help="of the drawing")
     parser.add_argument("--picture", metavar="FILE", help="draw it as a picture too: FILE.png")
     args = parser.parse_args(argv)
@@ -1430,8 +1408,8 @@ def print_schedule(args):
         if not getattr(args, name) >= least:
             raise ValueError(f"--{name}={getattr(args, name)}: must be at least {least}")
     if not 0 < args.backward < math.inf or args.message == math.inf:
-        raise ValueError(f"--backward={args.backward} --message={args.message}: must be finite, and a backward "
-                         "takes time")
+        raise ValueError(f"--backward={args.backward} --message={args.message}: must be finite, and a "
+                         "backward takes time")
 
     # The plans
     p, m, v = args.pp, args.microbatches, args.chunks
@@ -1451,8 +1429,8 @@ def print_schedule(args):
     print(draw(timeline, 1 / v, args.columns))
     print(f"\n{name}, {p} stages × {v} chunks, {m} micro-batches; 1 = the forward of a stage\n"
           f"  time            {timeline.total:.2f}, of which {m * (1 + args.backward):.2f} busy\n"
-          f"  idle            {timeline.idle:.2%} of the time; {timeline.idle_over_busy:.2%} of the busy time "
-          f"(the reports' bubble)\n"
+          f"  idle            {timeline.idle:.2%} of the time; {timeline.idle_over_busy:.2%} of the busy "
+          "time (the reports' bubble)\n"
           f"  in flight       {listed(map(str, timeline.peaks), 32)} forwards of a chunk, by stage")
     if args.picture:
         from notes._figure import draw_timelines

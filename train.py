@@ -1379,10 +1379,10 @@ def build(config, mesh, dtype=None):
 
     # An ep rank holds one contiguous range of the experts.
     experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
-    chunks = {}
     ranges = chunk_ranges(config)
+    chunks = {}
     for i in range(mesh.pp.rank, len(ranges), mesh.pp.size):
-        chunks[i] = Transformer(c, ops, ranges[i], config.seed, experts).to(mesh.device)
+        chunks[i] = build_chunk(config, i, ops, experts).to(mesh.device)
 
     # On a single stage, embedding and head can be one tensor.
     if c.tie and mesh.pp.size == 1:
@@ -1393,12 +1393,24 @@ def build(config, mesh, dtype=None):
     return chunks
 
 
+@functools.cache
 def chunk_ranges(config):
-    """The range of layers of every chunk of the model."""
-    c, mesh = config.model, config.mesh
-    if mesh.pp * mesh.chunks == 1:
+    """The range of layers of every chunk of the model. A chunk begins at a layer that makes its own keys and
+    values; the last one may have the head alone, which can cost as much as several layers."""
+    c = config.model
+    n = config.mesh.pp * config.mesh.chunks
+    if n == 1:
         return [range(c.n_layer)]
-    return parallel.partition(layer_costs(c), mesh.pp, mesh.chunks, c.share_kv)
+    starts = [*range(0, c.n_layer, c.share_kv), c.n_layer]
+    ranges = parallel.partition(layer_costs(c), n, starts)
+    return [range(r.start, min(r.stop, c.n_layer)) for r in ranges]
+
+
+def build_chunk(config, i, ops=Ops(), experts=None):
+    """Chunk i of the model."""
+    ranges = chunk_ranges(config)
+    last = i == len(ranges) - 1
+    return Transformer(config.model, ops, ranges[i], config.seed, experts, last)
 
 
 def owners_of(config, chunks, mesh):
@@ -1475,13 +1487,12 @@ def memory(config, world):
     narrower weights, and optimizer state."""
     mesh = config.mesh
     dp = world // mesh.pp
-    ranges = chunk_ranges(config)
     stages = []
     for stage in range(mesh.pp):
         named = {}
-        for layers in ranges[stage::mesh.pp]:
+        for i in range(stage, mesh.pp * mesh.chunks, mesh.pp):
             with torch.device("meta"):
-                named |= dict(Transformer(config.model, layers=layers).named_parameters())
+                named |= dict(build_chunk(config, i).named_parameters())
 
         # Weights and gradients are divided by expert; masters and states over all that hold a parameter.
         parts = dict.fromkeys(("weights", "gradients", "masters", "states"), 0.0)
@@ -1500,32 +1511,38 @@ def memory(config, world):
 
 
 def memory_report(config, world):
-    """Print the memory of each stage, and the idle time of a pipeline."""
+    """Print the memory of each stage; of a pipeline, also its activations in flight and its idle time."""
     c, mesh = config.model, config.mesh
     dp = world // mesh.pp
+    print(f"GB a GPU on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), before activations:")
     stages = memory(config, world)
-    print(f"GB a GPU on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}):")
+    if mesh.pp * mesh.chunks == 1:
+        sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in stages[0].items())
+        print(f"  {sum(stages[0].values()) / 1e9:.1f}: {sizes}")
+        return
+
+    # Layers, and the most of them that hold activations of a micro-batch at a time
     ranges = chunk_ranges(config)
-    costs = layer_costs(c)
     plans = mesh.plans(config.batch // dp, config.micro)
-    window = c.context * c.d_model * 2                         # bytes of x for one window, in bfloat16
+    columns = ["weights", "gradients", "masters", "states"]
+    titles = [f"{name:>10}" for name in columns]
+    print(f"{'stage':>7}{'total':>8}", *titles, "  layers × micro-batches in flight, at the peak")
     for stage, parts in enumerate(stages):
         own = ranges[stage::mesh.pp]
-        layers = parallel.peak(plans[stage], lambda chunk: len(ranges[chunk]))
-        held = parallel.peak(plans[stage]) * window * min(config.micro, config.batch // dp)
-        sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
-        where = " ".join(f"{layers.start}-{layers.stop - 1}" for layers in own)
-        print(f"  {sum(parts.values()) / 1e9:>6.1f}  {sizes}; layers {where}; at the peak, activations of "
-              f"{layers} layers × micro-batches, their inputs between chunks {held / 1e9:.1f}")
+        in_flight = parallel.peak(plans[stage], lambda chunk: len(ranges[chunk]))
+        where = ", ".join(f"{r.start}-{r.stop - 1}" if len(r) else "head" for r in own)
+        sizes = [f"{parts[name] / 1e9:>10.1f}" for name in columns]
+        print(f"{stage:>7}{sum(parts.values()) / 1e9:>8.1f}", *sizes, f"{in_flight:>8}   layers {where}")
 
-    # A pipeline, timed by the multiply-adds of its layers; a backward takes twice as long as a forward.
-    if mesh.pp > 1:
-        work = [sum(costs[i] for i in layers) for layers in ranges]
-        timeline = parallel.simulate(plans, lambda act: work[act.chunk] * (1 if act.op == "F" else 2))
-        slowest = max(sum(work[stage::mesh.pp]) for stage in range(mesh.pp)) * mesh.pp / sum(work)
-        print(f"pipeline: {len(plans[0]) // 2 // mesh.chunks} micro-batches, idle {timeline.idle:.1%} of the "
-              f"time ({timeline.idle_over_busy:.1%} of the busy time); the slowest stage has {slowest:.3f} "
-              "times the mean work; messages not counted")
+    # Timed by multiply-adds, where a backward takes twice as long as a forward
+    costs = layer_costs(c)
+    work = [sum(costs[layers.start:layers.stop]) for layers in ranges]
+    work[-1] += costs[-1]
+    timeline = parallel.simulate(plans, lambda act: work[act.chunk] * (1 if act.op == "F" else 2))
+    count = math.ceil(config.batch / dp / config.micro)
+    print(f"  {count} micro-batches a step: idle {timeline.idle:.1%} of the time, "
+          f"{timeline.idle_over_busy:.1%} of the busy time; the largest chunk costs "
+          f"{max(work) * len(work) / sum(work):.2f} times the mean; messages not counted")
 
 
 def dry_run(config):

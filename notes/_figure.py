@@ -37,8 +37,8 @@ def draw(history, domains, path):
 
 
 def draw_timelines(timelines, path):
-    """[(title, parallel.Timeline)] one below the other: a row for each stage, forwards in blue and backwards in
-    orange, darker for each further chunk of the stage."""
+    """[(title, parallel.Timeline)] one below the other: a row for each stage, forwards in blue and backwards
+    in orange, darker for each further chunk of the stage."""
     stages = [len(timeline.spans) for _, timeline in timelines]
     figure = Figure(figsize=(12, 0.6 * len(timelines) + 0.2 * sum(stages) + 0.4), layout="constrained")
     rows = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
@@ -51,10 +51,11 @@ def draw_timelines(timelines, path):
                          for stage, spans in enumerate(timeline.spans) for act, start, stop in spans
                          if act.op == op and act.chunk // p == k]
                 shade = colormaps[map_name](0.35 + 0.45 * k / max(1, chunks - 1))
-                axes.add_collection(PolyCollection(boxes, facecolors=shade, edgecolors="white", linewidths=0.3))
+                axes.add_collection(PolyCollection(boxes, facecolors=shade, edgecolors="white", lw=0.3))
         axes.set(xlim=(0, timeline.total), ylim=(p, 0), ylabel="stage", yticks=[0.45, p - 0.55])
         axes.set_yticklabels(["0", str(p - 1)])
-        axes.set_title(f"{title}: time {timeline.total:.1f}, idle {timeline.idle:.1%}", fontsize=9, loc="left")
+        title += f": time {timeline.total:.1f}, idle {timeline.idle:.1%}"
+        axes.set_title(title, fontsize=9, loc="left")
     rows[-1].set_xlabel("time")
     with atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")
