@@ -1388,10 +1388,9 @@ def main(argv):
     parser.add_argument("--pp", type=int, default=4, help="stages")
     parser.add_argument("--chunks", type=int, default=1, help="chunks of layers on each stage")
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--schedule", choices=list(SCHEDULES),
-                        help="default: 1f1b with one chunk and no --warm, else interleaved")
+    parser.add_argument("--schedule", default="", help="gpipe, 1f1b or interleaved, like --mesh.schedule")
     parser.add_argument("--warm", type=int, default=0, help="forwards added to the warm-up; Kimi K2: 1")
-    parser.add_argument("--backward", type=float, default=2.0, help="time of a backward, in forwards")
+    parser.add_argument("--backward", type=float, default=2.0, help="its time, in forwards of a stage")
     parser.add_argument("--message", type=float, default=0.0, help="time of a message, in such forwards")
     parser.add_argument("--columns", type=int, default=100, help="of the drawing")
     parser.add_argument("--picture", metavar="FILE", help="draw it as a picture too: FILE.png")
@@ -1404,37 +1403,30 @@ def main(argv):
 
 def print_schedule(args):
     """Draw and time the schedule of `main`'s options. ValueError: they are out of range or contradict."""
-    for name, least in dict(pp=1, chunks=1, microbatches=1, warm=0, message=0, columns=1).items():
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name}={getattr(args, name)}: must be at least {least}")
-    if not 0 < args.backward < math.inf or args.message == math.inf:
-        raise ValueError(f"--backward={args.backward} --message={args.message}: must be finite, and a "
-                         "backward takes time")
-
-    # The plans
-    p, m, v = args.pp, args.microbatches, args.chunks
-    name = args.schedule
-    if not name:
-        name = "1f1b" if v == 1 and not args.warm else "interleaved"
-    if name == "1f1b" and v > 1:
-        raise ValueError(f"--schedule=1f1b has one chunk on each stage, not --chunks={v}: take interleaved")
-    if name != "interleaved" and args.warm:
+    for name, least in dict(microbatches=1, warm=0, backward=0, message=0, columns=1).items():
+        if not least <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name}={getattr(args, name)}: must be at least {least}, and finite")
+    if args.warm and args.schedule not in ("", "interleaved"):
         raise ValueError(f"--warm={args.warm}: a longer warm-up belongs to --schedule=interleaved")
-    warm = dict(warm=args.warm) if name == "interleaved" else {}
-    plans = SCHEDULES[name](p, m, v, **warm)
 
-    # A forward of all chunks of a stage takes 1.
+    # The plans; a forward of all chunks of a stage takes 1
+    m, v = args.microbatches, args.chunks
+    plans = MeshConfig(args.pp, v, args.schedule).plans(m, 1)
+    if args.warm:
+        plans = interleaved(args.pp, m, v, args.warm)
     times = dict(F=1 / v, B=args.backward / v)
     timeline = simulate(plans, lambda act: times[act.op], args.message)
+
+    # Drawn, and in numbers
     print(draw(timeline, 1 / v, args.columns))
-    print(f"\n{name}, {p} stages × {v} chunks, {m} micro-batches; 1 = the forward of a stage\n"
+    print(f"\n{args.pp} stages × {v} chunks, {m} micro-batches; 1 = the forward of a stage\n"
           f"  time            {timeline.total:.2f}, of which {m * (1 + args.backward):.2f} busy\n"
           f"  idle            {timeline.idle:.2%} of the time; {timeline.idle_over_busy:.2%} of the busy "
           "time (the reports' bubble)\n"
-          f"  in flight       {listed(map(str, timeline.peaks), 32)} forwards of a chunk, by stage")
+          f"  in flight       {listed(timeline.peaks, 32)} forwards of a chunk, by stage")
     if args.picture:
         from notes._figure import draw_timelines
-        draw_timelines([(name, timeline)], args.picture)
+        draw_timelines([("stages × time", timeline)], args.picture)
         print(f"  picture         {args.picture}")
 
 

@@ -170,6 +170,7 @@ DEEPSEEK = Config(                                                              
 SETTLED = replace(DEEPSEEK.model, balance_rate=0.0)          # the router biases are frozen from here on
 K2 = Config(                                                                              # [Kimi K2 §2.5]
     recipe="kimi-k2", model=PRESETS["kimi-k2"], tokens=15_500_000_000_000, batch=16_384, **BIG,
+    mesh=MeshConfig(pp=16, chunks=2, ep=16),                                     # [§2.4.2; chunks: ours]
     optim=OptimConfig(lr=2e-4, warmup=500 * 16_384 * 4096 / 15.5e12, decay="cosine",
                       decay_start=10 / 15.5, floor=0.1),
     data=DataConfig(domains="web:1:1,code:1:1,math:1:1,knowledge:1:1"))              # weights: [guess]
@@ -967,6 +968,8 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
                f"{mesh.world.size} × {mesh.device.type}")
     for line in (*describe(all_parameters(config.model).items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
+    if mesh.pp.size > 1:
+        status.say(f"  {pipeline_line(config, mesh.dp.size)}")
 
     # The weights: of a checkpoint, of `init`, or new. All ranks must have the same.
     manifest = take_up(run, resume)
@@ -1512,7 +1515,7 @@ def memory(config, world):
 
 def memory_report(config, world):
     """Print the memory of each stage; of a pipeline, also its activations in flight and its idle time."""
-    c, mesh = config.model, config.mesh
+    mesh = config.mesh
     dp = world // mesh.pp
     print(f"GB a GPU on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), before activations:")
     stages = memory(config, world)
@@ -1533,16 +1536,22 @@ def memory_report(config, world):
         where = ", ".join(f"{r.start}-{r.stop - 1}" if len(r) else "head" for r in own)
         sizes = [f"{parts[name] / 1e9:>10.1f}" for name in columns]
         print(f"{stage:>7}{sum(parts.values()) / 1e9:>8.1f}", *sizes, f"{in_flight:>8}   layers {where}")
+    print(f"  {pipeline_line(config, dp)}")
 
-    # Timed by multiply-adds, where a backward takes twice as long as a forward
-    costs = layer_costs(c)
-    work = [sum(costs[layers.start:layers.stop]) for layers in ranges]
+
+def pipeline_line(config, dp):
+    """How long the stages of a pipeline are idle, by the multiply-adds of its layers, where a backward takes
+    twice as long as a forward."""
+    mesh = config.mesh
+    costs = layer_costs(config.model)
+    work = [sum(costs[layers.start:layers.stop]) for layers in chunk_ranges(config)]
     work[-1] += costs[-1]
+    plans = mesh.plans(config.batch // dp, config.micro)
     timeline = parallel.simulate(plans, lambda act: work[act.chunk] * (1 if act.op == "F" else 2))
     count = math.ceil(config.batch / dp / config.micro)
-    print(f"  {count} micro-batches a step: idle {timeline.idle:.1%} of the time, "
-          f"{timeline.idle_over_busy:.1%} of the busy time; the largest chunk costs "
-          f"{max(work) * len(work) / sum(work):.2f} times the mean; messages not counted")
+    return (f"pipeline of {mesh.pp} × {mesh.chunks} chunks, {count} micro-batches a step: idle "
+            f"{timeline.idle:.1%} of the time ({timeline.idle_over_busy:.1%} of the busy time), messages not "
+            f"counted; the largest chunk costs {max(work) * len(work) / sum(work):.2f} times the mean")
 
 
 def dry_run(config):
