@@ -37,25 +37,37 @@ def draw(history, domains, path):
 
 
 def draw_timelines(timelines, path):
-    """[(title, parallel.Timeline)] one below the other: a row for each stage, forwards in blue and backwards
-    in orange, darker for each further chunk of the stage."""
-    stages = [len(timeline.spans) for _, timeline in timelines]
-    figure = Figure(figsize=(12, 0.6 * len(timelines) + 0.2 * sum(stages) + 0.4), layout="constrained")
-    rows = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
-    for axes, (title, timeline) in zip(rows, timelines):
-        p = len(timeline.spans)
-        chunks = 1 + max(act.chunk for spans in timeline.spans for act, *_ in spans) // p
-        for op, map_name in (("F", "Blues"), ("B", "Oranges")):
-            for k in range(chunks):
-                boxes = [[(start, stage), (stop, stage), (stop, stage + 0.9), (start, stage + 0.9)]
-                         for stage, spans in enumerate(timeline.spans) for act, start, stop in spans
-                         if act.op == op and act.chunk // p == k]
-                shade = colormaps[map_name](0.35 + 0.45 * k / max(1, chunks - 1))
-                axes.add_collection(PolyCollection(boxes, facecolors=shade, edgecolors="white", lw=0.3))
-        axes.set(xlim=(0, timeline.total), ylim=(p, 0), ylabel="stage", yticks=[0.45, p - 0.55])
-        axes.set_yticklabels(["0", str(p - 1)])
-        title += f": time {timeline.total:.1f}, idle {timeline.idle:.1%}"
-        axes.set_title(title, fontsize=9, loc="left")
-    rows[-1].set_xlabel("time")
+    """A picture of [(title, parallel.Timeline)], one below the other."""
+    stages = sum(len(timeline.spans) for _, timeline in timelines)
+    figure = Figure(figsize=(12, 0.6 * len(timelines) + 0.2 * stages + 0.4), layout="constrained")
+    put_timelines(figure, timelines)
     with atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")
+
+
+def put_timelines(figure, timelines):
+    """Fill a figure with timelines: a row for each stage, forwards in blue and backwards in orange, darker
+    for each further chunk of the stage."""
+    stages = [len(timeline.spans) for _, timeline in timelines]
+    panels = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
+    end = max(timeline.total for _, timeline in timelines)
+    for axes, p, (title, timeline) in zip(panels, stages, timelines):
+        # The k-th chunk of a stage is the k-th smallest that it runs.
+        boxes = {}
+        for stage, spans in enumerate(timeline.spans):
+            chunks = sorted({act.chunk for act, *_ in spans})
+            for act, start, stop in spans:
+                corners = [(start, stage), (stop, stage), (stop, stage + 0.9), (start, stage + 0.9)]
+                boxes.setdefault((act.op, chunks.index(act.chunk)), []).append(corners)
+        darkest = max(1, *(k for _, k in boxes))
+        for (op, k), some in boxes.items():
+            shade = colormaps["Blues" if op == "F" else "Oranges"](0.35 + 0.45 * k / darkest)
+            axes.add_collection(PolyCollection(some, facecolors=shade, edgecolors="white", lw=0.3))
+
+        # Time to the right, stage 0 on top
+        axes.set(xlim=(0, end), ylim=(p, 0), ylabel="stage", yticks=[0.45, p - 0.55])
+        axes.set_yticklabels(["0", str(p - 1)])
+        axes.grid(False)
+        title += f": time {timeline.total:.1f}, idle {timeline.idle:.1%}"
+        axes.set_title(title, fontsize=9, loc="left")
+    panels[-1].set_xlabel("time")

@@ -46,7 +46,7 @@ KINDS = {
     "missing file": "a file of a checkpoint is gone",
     "full disk": "no space left in the save", "stop in save": "SIGTERM or Ctrl-C in the save",
     "launcher killed": "torchrun alone", "rank killed": "one rank of two; torchrun restarts both",
-    "layout changed": "all ranks, twice, each time resumed with other dp and ep",
+    "layout changed": "all ranks, twice, each time resumed with other stages, ep and dp",
     "node killed": "agent and rank of one node of two, started again"}
 SLOW = "layout changed", "node killed"
 
@@ -55,11 +55,13 @@ SLOW = "layout changed", "node killed"
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=261,
                     context=32)
-EXPERTS = replace(MODEL, n_layer=3, differential=False, act="silu", tie=False, q_rank=12, kv_rank=10,
+EXPERTS = replace(MODEL, n_layer=4, differential=False, act="silu", tie=False, q_rank=12, kv_rank=10,
                   d_rope=4, d_value=6, n_expert=8, n_dense=1, n_active=2, d_expert=16, n_group=4,
                   top_group=2, route_scale=2.0)
 MIXED = dict(model=EXPERTS)
 LAYOUTS = (1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)           # dp, ep
+MESHES = [(1, "pp=1"), (2, "ep=2"), (4, "ep=4"), (2, "pp=2"), (4, "pp=4"), (4, "pp=2 ep=2"),
+          (4, "pp=2 chunks=2"), (4, "pp=2 chunks=2 ep=2")]         # ranks, options of the mesh
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
 OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
 
@@ -237,9 +239,10 @@ def layout_trial(path, out, whole, rng):
     """A MoE run is killed with all its ranks at a random moment, resumed in another layout, killed again and
     resumed in a third. Its log has every step, and its losses stay close to those of one process: in float32,
     rounding may send a token to another expert. → steps computed again"""
-    layouts, again = rng.sample(LAYOUTS, 3), 0
-    for i, (dp, ep) in enumerate(layouts):
-        launcher = under_torchrun(path, out, dp, more=[f"--mesh.ep={ep}"] + ["--resume"] * (i > 0), **MIXED)
+    layouts, again = rng.sample(MESHES, 3), 0
+    for i, (ranks, mesh) in enumerate(layouts):
+        more = ["--micro=2", *(f"--mesh.{option}" for option in mesh.split())] + ["--resume"] * (i > 0)
+        launcher = under_torchrun(path, out, ranks, more=more, **MIXED)
         before = last_step(out)
         if i < 2 and wait_for(before + rng.randrange(1, 13), out, lambda: launcher.poll() is None):
             children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()

@@ -241,10 +241,7 @@ def on_a_rank(rank, port, path):
     mesh, config = parallel.join_mesh(parallel.MeshConfig()), train.RECIPES["laptop"]
     x = torch.randint(config.model.vocab_size, (config.batch // 2, config.model.context + 1))
     batch = Batch(x[:, :-1], x[:, 1:], None, torch.zeros(len(x), dtype=torch.int64))
-
-    def forward_backward(model):
-        plan = config.mesh.plans(len(x), config.micro)[0]
-        parallel.execute(plan, {0: model}, batch, config.micro, mesh)
+    plan = config.mesh.plans(len(x), len(x))[0]                    # a single micro-batch
 
     def ours(name):
         optim = muonclip.OptimConfig(name=name, lr=1e-3, tau=0.0)
@@ -253,7 +250,7 @@ def on_a_rank(rank, port, path):
                                 lambda *p: muonclip.weigh(*p, optim), mesh)
 
         def step():
-            forward_backward(model)
+            parallel.execute(plan, {0: model}, batch, len(x), mesh)
             owners.reduce()
             owners.clip_norm_(1.0)
             owners.step(True, lambda masters: None)
@@ -266,7 +263,8 @@ def on_a_rank(rank, port, path):
 
         def step():
             model.zero_grad()
-            forward_backward(model)
+            loss, *_ = model(batch.x, batch.y)
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
         return step
