@@ -204,14 +204,23 @@ class GroupedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        return GroupedLinear.by_input(g, w, ctx.spans), GroupedLinear.by_weight(g, x, w, ctx.spans), None
 
-        # Zeros, since an expert with no token routed to it gets a zero gradient
-        dw = torch.zeros_like(w)
-        for e, rows in ctx.spans:
+    @staticmethod
+    def by_input(g, w, spans):
+        """∂L/∂x (M, D), from g = ∂L/∂y (M, O)."""
+        dx = g.new_empty(len(g), w.shape[2])
+        for e, rows in spans:
             torch.mm(g[rows], w[e].to(g.dtype), out=dx[rows])
+        return dx
+
+    @staticmethod
+    def by_weight(g, x, w, spans):
+        """∂L/∂w (E, O, D); zero for an expert with no token routed to it."""
+        dw = torch.zeros_like(w)
+        for e, rows in spans:
             dw[e] = g[rows].mT @ x[rows]
-        return dx, dw, None
+        return dw
 
 
 def grouped_linear(x, w, ends):

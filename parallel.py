@@ -30,13 +30,14 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional    # imported after a process group exists, its defaults would hold it
+import torch.nn.functional as F
 
-from kernels import accumulation_dtype, listed
+from kernels import GroupedLinear, accumulation_dtype, grouped_linear, listed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class MeshConfig:
     pp: int = 1                  # pipeline stages
     chunks: int = 1              # ranges of layers on each stage
     schedule: str = ""           # gpipe | 1f1b | interleaved; "" = 1f1b with one chunk, else interleaved
+    split: bool = False          # compute the weights' gradients where a stage would wait   [Kimi K2 §2.4.2]
     ep: int = 1                  # ranks that divide the experts among them
     timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
@@ -88,7 +90,10 @@ class MeshConfig:
         name = self.schedule
         if not name:
             name = "1f1b" if self.chunks == 1 else "interleaved"
-        return SCHEDULES[name](self.pp, -(-windows // micro), self.chunks)
+        plans = SCHEDULES[name](self.pp, -(-windows // micro), self.chunks)
+        if self.split:
+            plans = split_backwards(plans)
+        return plans
 
 
 GROUPS = {}                      # name of an axis, or of a channel between stages: its process group
@@ -387,8 +392,11 @@ def compare_weights(tensors, mesh, tied=()):
 #     stage 1   F0 B0 F1 B1 F2 B2       Fa0 Fa1 Fb0 Bb0 Fb1 Bb1 Fa2 Ba0 Ba1 Fb2 Bb2 Ba2
 
 class Act(NamedTuple):
-    """One step of a plan."""
-    op: str                      # "F" forward, "B" backward
+    """One step of a plan.
+
+    F  forward        B  backward; or only its gradients of activations and vectors, where a W follows
+    W  the gradients of the matrices that B has left        R  send a chunk's gradients to their owners"""
+    op: str
     micro: int                   # index of the micro-batch
     chunk: int = 0               # index of the chunk of layers, over all stages
 
@@ -408,6 +416,10 @@ def needs(act, chunks):
         found.append(Act("F", micro, chunk))
         if chunk < chunks - 1:
             found.append(Act("B", micro, chunk + 1))
+    if op == "W":
+        found.append(Act("B", micro, chunk))
+    if op == "R":
+        found.append(Act("W", micro, chunk))
     return found
 
 
@@ -463,6 +475,56 @@ def interleaved(p, m, v=1, warm=0):
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
 
 
+def split_backwards(plans):
+    """Split every B of these plans into a shorter B, which the stages before it wait for, and a W.
+
+    A W is placed where its stage would wait at least as long as it takes; and before a forward that would
+    leave more micro-batches without their W than there are at most in the plans without it, on any stage:
+    so that the peak stays as it is. Forward, B and W are taken to last equally long. After the last W of
+    a chunk comes its R.   [2401.10241 §2.2]"""
+    chunks = 1 + max(act.chunk for plan in plans for act in plan)
+    bound = max(map(peak, plans))
+    last = max(act.micro for act in plans[0])
+    split = [[] for _ in plans]
+    left = [[] for _ in plans]                     # the Ws that are still to be placed
+    live = [0] * len(plans)                        # forwards without their W
+    free = [0] * len(plans)                        # when the stage has finished what it began
+    at = [0] * len(plans)                          # the next act of its plan
+    finish = {}
+
+    def place(stage, act, start=0):
+        split[stage].append(act)
+        live[stage] += (act.op == "F") - (act.op == "W")
+        free[stage] = finish[act] = max(start, free[stage]) + 1
+        if act.op == "W" and act.micro == last:
+            split[stage].append(act._replace(op="R"))
+
+    # Let every stage go on as far as it can, as in `simulate`.
+    going = True
+    while going:
+        going = False
+        for stage, plan in enumerate(plans):
+            while at[stage] < len(plan):
+                act = plan[at[stage]]
+                ready = [finish.get(need) for need in needs(act, chunks)]
+                if None in ready:
+                    break
+                start = max([free[stage], *ready])
+                full = act.op == "F" and live[stage] == bound
+                if left[stage] and (full or start > free[stage]):
+                    place(stage, left[stage].pop(0))
+                    continue
+                place(stage, act, start)
+                if act.op == "B":
+                    left[stage].append(act._replace(op="W"))
+                at[stage] += 1
+                going = True
+    for stage, acts in enumerate(left):
+        for act in acts:
+            place(stage, act)
+    return split
+
+
 def partition(costs, n, starts=None):
     """Cut a row of layers, and what follows them (the head), into n contiguous chunks → the range of each.
 
@@ -503,7 +565,8 @@ class Timeline(NamedTuple):
 
 
 def simulate(plans, cost, message=0.0):
-    """Time the plans of all stages: cost(act) seconds an act, `message` seconds a message → Timeline.
+    """Time the plans of all stages: cost(act) seconds an act, none for R, `message` seconds a message
+    → Timeline.
 
     Messages are those of `execute`: a transfer begins when the sender has the tensor, the receiver has
     posted the receive (see AHEAD), and the message before it on the same channel has arrived. A channel is
@@ -545,7 +608,8 @@ def simulate(plans, cost, message=0.0):
                 if start is None:
                     break
                 going = True
-                finish[act] = free[stage] = start + cost(act)
+                took = 0.0 if act.op == "R" else cost(act)
+                finish[act] = free[stage] = start + took
                 spans[stage].append((act, start, finish[act]))
 
     # Who waits for whom
@@ -587,24 +651,30 @@ def check_order(plans, stage_of, chunks):
 
 
 def peak(plan, size=lambda chunk: 1):
-    """The most forwards of a plan that wait for their backward, weighted by the `size` of their chunk."""
+    """The most forwards of a plan that wait for their backward, or for their W if there are any, weighted by
+    the `size` of their chunk."""
+    ends = "W" if any(act.op == "W" for act in plan) else "B"
     now = most = 0
     for act in plan:
-        now += size(act.chunk) if act.op == "F" else -size(act.chunk)
+        if act.op == "F":
+            now += size(act.chunk)
+        elif act.op == ends:
+            now -= size(act.chunk)
         most = max(most, now)
     return most
 
 
 def draw(timeline, unit, columns=100):
     """A timeline as text, a row for each stage and a column for each `unit` seconds: digits are forwards
-    (the last digit of the micro-batch), letters backwards (a = 0), dots idle time. Of a long timeline the
-    first and the last `columns` columns."""
+    (the last digit of the micro-batch), letters backwards (a = 0), capital letters the weights' gradients,
+    dots idle time. Of a long timeline the first and the last `columns` columns."""
     width = max(1, round(timeline.total / unit))
+    letters = dict(F="0123456789", B="abcdefghij", W="ABCDEFGHIJ", R="..........")
     rows = []
     for of_stage in timeline.spans:
         row = ["."] * width
         for act, start, stop in of_stage:
-            letter = ("0123456789" if act.op == "F" else "abcdefghij")[act.micro % 10]
+            letter = letters[act.op][act.micro % 10]
             first, end = round(start / unit), round(stop / unit)
             row[first:end] = letter * (end - first)
         rows.append("".join(row))
@@ -714,7 +784,7 @@ class Messages:
         self.sent.clear()
 
 
-def execute(plan, chunks, batch, micro, mesh, dtype=None):
+def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=None):
     """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
     micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
     weight × term if the batch has weights. Without gradients (torch.no_grad), the plan has forwards only.
@@ -723,6 +793,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
         chunk.body(x, doc_start, dtype=dtype) → (y, balance loss); chunk 0 gets tokens, the others the y
                                                  (b, T, chunk.width) of the chunk before
         chunk.loss(h, targets, weight) → (loss, its terms (N,)), in the last one
+    later: the WeightGradients whose `linear` the chunks use, if any. reduce(chunk): what R does.
     → nats/token of each window (b,), in float64 on the mesh's device; zeros if the loss is on another stage.
     LostRank names the act."""
     share, T = batch.x.shape[:2]
@@ -731,6 +802,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
     total = mesh.pp.size * len(chunks)
     last = total - 1
     live = {}                                      # (micro, chunk): what its backward needs of a forward
+    split = any(act.op == "W" for act in plan)
 
     def windows(micro_batch, tensor):
         """The micro-batch's part of a tensor of the batch, on the device."""
@@ -799,16 +871,106 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None):
     # Receives are posted ahead of the acts that need them.
     messages = Messages(plan, total, empty, mesh)
     for i, act in enumerate(plan):
+        at = act.micro, act.chunk
         try:
             messages.post(plan[i:i + AHEAD + 1])
             if act.op == "F":
+                if later:
+                    later.at = at
                 forward(act)
-            else:
+            if act.op == "B":
                 backward(act)
+            if later and (act.op == "W" or act.op == "B" and not split):
+                later.compute(at)
+            if act.op == "R":
+                reduce(act.chunk)
         except LostRank as error:
             raise LostRank(f"{error} ({act})") from error
     messages.finish()
     return losses
+
+# ---- the split backward ------------------------------------------------------------------------------------
+# Other stages wait for the gradient of a matmul's input, but nobody waits for that of its weights. So B
+# computes only the first, and leaves the second to W.                           [2401.10241; Kimi K2 §2.4.2]
+
+class WeightGradients:
+    """The matmuls whose weights' gradients are still to be computed.
+
+    They are kept by (micro-batch, chunk) and not by thread: autograd runs a GPU's backward on another one."""
+
+    def __init__(self):
+        self.at = None                             # (micro-batch, chunk) of the forward that runs
+        self.queue = {}                            # (micro-batch, chunk): [(weights, h, gradients, ends)]
+
+    def linear(self, name, weights, pre, params, *x, ends=None):
+        """model.linear, whose backward leaves the gradients of the weights to `compute`."""
+        call = SplitCall(self, self.at, pre, len(x), params, ends)
+        return SplitLinear.apply(call, *x, *params, *weights)
+
+    def compute(self, at):
+        """Add the gradients of one micro-batch and chunk to those of the weights, as autograd would: into
+        p.grad, or with the hooks of ZeRO-1."""
+        for weights, h, gradients, ends in self.queue.pop(at, ()):
+            for w, g in zip(weights, gradients):
+                if not w.requires_grad:
+                    continue
+                if ends is None:
+                    gradient = g.flatten(0, -2).mT @ h.flatten(0, -2)
+                else:
+                    gradient = GroupedLinear.by_weight(g, h, w, GroupedLinear.spans(ends))
+                torch.autograd.backward(w.view_as(w), gradient.to(w.dtype))
+
+
+class SplitCall(NamedTuple):
+    """What SplitLinear is told besides tensors."""
+    later: WeightGradients
+    at: tuple
+    pre: Callable
+    inputs: int                  # number of x
+    params: tuple                # what `pre` uses
+    ends: torch.Tensor
+
+
+class SplitLinear(torch.autograd.Function):
+    """h = pre(*x), then h·wᵀ for each w. Between forward and backward only x is kept: B makes h again, for
+    the derivative of `pre`, and hands it on to W."""
+
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        x = tensors[:call.inputs]
+        weights = tensors[call.inputs + len(call.params):]
+        ctx.call = call
+        ctx.save_for_backward(*x, *weights)
+        h = call.pre(*x)
+        if call.ends is None:
+            return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
+        return tuple(grouped_linear(h, w, call.ends) for w in weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        call = ctx.call
+        x = ctx.saved_tensors[:call.inputs]
+        weights = ctx.saved_tensors[call.inputs:]
+
+        # By h. The sum begins with the last, as autograd's does.
+        dh = None
+        for w, g in reversed(list(zip(weights, gradients))):
+            if call.ends is None:
+                part = g @ w.to(g.dtype)
+            else:
+                part = GroupedLinear.by_input(g, w, GroupedLinear.spans(call.ends))
+            dh = part if dh is None else dh + part
+
+        # By x and the parameters of `pre`, through h once more
+        inputs = [t.detach().requires_grad_(needed) for t, needed in zip(x, ctx.needs_input_grad[1:])]
+        with torch.enable_grad():
+            h = call.pre(*inputs)
+        wanted = [t for t in (*inputs, *call.params) if t.requires_grad]
+        found = dict(zip(wanted, torch.autograd.grad(h, wanted, dh)))
+        call.later.queue.setdefault(call.at, []).append((weights, h.detach(), gradients, call.ends))
+        return None, *(found.get(t) for t in (*inputs, *call.params)), *(None for _ in weights)
+
 
 # ---- expert parallelism ------------------------------------------------------------------------------------
 
@@ -1069,6 +1231,7 @@ def layout(parameters, weigh, mesh, room=math.inf, chunk=lambda name: 0, tied=()
 #
 #   accumulate   autograd's hook (`take`) adds each gradient to its bucket's float32 sum, and frees it.
 #   reduce       each bucket is summed over its ranks onto its owner, which divides by dp: `master.grad`.
+#                `begin_reduce` begins with one chunk, while the others are still computing.
 #   clip         `clip_norm_` takes one norm over all owners and scales their gradients.
 #   update       `step`: owners update their masters, one round (a bucket of each owner) after another.
 #   broadcast    `step` sends each updated round (`send_weights`, `take_weights`) while the next is updated.
@@ -1082,6 +1245,8 @@ class Bucket:
     axis: Axis
     owner: int
     pieces: list
+    chunk: int = 0                   # that its parameters belong to
+    begun: bool = False              # whether its gradients are on the way to their owner
     gradient: torch.Tensor = None    # flat sum of this rank's gradients, float32 or wider; None if empty
 
     @property
@@ -1109,6 +1274,7 @@ class Zero1:
         self.in_air = in_air
         self.works = {name: weigh(name, p)[1] for name, p in parameters.items()}
         self.flying = []                                           # (request, tensor, bucket, land)
+        self.sent_sound = []                                       # of chunks on the way: are they finite?
 
         # A round is one bucket of each owner: updated at the same time, then sent.
         self.rounds = []
@@ -1116,7 +1282,8 @@ class Zero1:
         for name, owners in layout(parameters, weigh, mesh, room, chunk, tied).items():
             axis = getattr(mesh, name)
             for some in itertools.zip_longest(*owners):
-                self.rounds.append([Bucket(axis, r, pieces) for r, pieces in enumerate(some) if pieces])
+                self.rounds.append([Bucket(axis, r, pieces, chunk(pieces[0].name))
+                                    for r, pieces in enumerate(some) if pieces])
 
         # What is owned here: masters, and one optimizer a bucket
         self.masters = {}
@@ -1169,9 +1336,11 @@ class Zero1:
         return p[piece.start - first:piece.stop - first]
 
     def take(self, name, p):
-        """Called by autograd when p.grad is complete: into the buckets, and freed."""
-        self.accumulate(name, p.grad)
-        p.grad = None
+        """Called by autograd when p.grad is complete: into the buckets, and freed. It is also called for a
+        matrix whose gradient B has left to W: there is none yet."""
+        if p.grad is not None:
+            self.accumulate(name, p.grad)
+            p.grad = None
 
     @torch.no_grad()
     def accumulate(self, name, gradient):
@@ -1228,7 +1397,26 @@ class Zero1:
             elif p.requires_grad:
                 master.grad = self.rows(piece, p.grad)
 
-        # Everything else: the ranks of an axis sum each bucket onto its owner.
+        # Everything else that is not on the way yet; on return every gradient is where it belongs.
+        self.send_gradients([bucket for bucket in self.buckets() if not self.alone(bucket)])
+        self.arrive()
+        self.sent_sound.clear()
+        for bucket in self.buckets():
+            bucket.begun = False
+
+    @torch.no_grad()
+    def begin_reduce(self, chunk):
+        """Send the gradients of one chunk on their way to their owners; `reduce` waits for them. Whether they
+        are finite is noted first: afterwards an owner has a sum in their place."""
+        some = [bucket for bucket in self.buckets() if bucket.chunk == chunk and not self.alone(bucket)]
+        if not some:
+            return
+        found = [bucket.gradient for bucket in some if bucket.gradient is not None]
+        self.sent_sound.append(torch.nn.utils.get_total_norm(found).isfinite())
+        self.send_gradients(some)
+
+    def send_gradients(self, buckets):
+        """The ranks of an axis sum each bucket onto its owner, unless it is on the way already."""
         n = self.mesh.dp.size
 
         def start(bucket):
@@ -1249,9 +1437,10 @@ class Zero1:
                         self.masters[piece].grad = mine.view_as(self.masters[piece])
             bucket.gradient = None
 
-        # On return every gradient is where it belongs.
-        self.travel([bucket for bucket in self.buckets() if not self.alone(bucket)], start, land)
-        self.arrive()
+        waiting = [bucket for bucket in buckets if not bucket.begun]
+        for bucket in waiting:
+            bucket.begun = True
+        self.travel(waiting, start, land)
 
     def set_rate(self, lr):
         """Set the learning rate of every optimizer."""
@@ -1330,9 +1519,10 @@ class Zero1:
     def sound(self):
         """Whether this rank's own gradients are finite, before they are reduced: a boolean tensor, ()."""
         # On several ranks gradients are in buckets, on one rank in p.grad.
-        found = [bucket.gradient for bucket in self.buckets() if bucket.gradient is not None]
-        found += [p.grad for p in self.parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(found).isfinite()
+        found = [bucket.gradient for bucket in self.buckets() if not bucket.begun]
+        found += [p.grad for p in self.parameters.values()]
+        sound = torch.nn.utils.get_total_norm([t for t in found if t is not None]).isfinite()
+        return torch.stack([sound.to(self.mesh.device), *self.sent_sound]).all()
 
     def describe(self):
         """A line for each axis of this stage on which some ranks have no matrix to update."""
@@ -1390,6 +1580,7 @@ def main(argv):
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", default="", help="gpipe, 1f1b or interleaved, like --mesh.schedule")
     parser.add_argument("--warm", type=int, default=0, help="forwards added to the warm-up; Kimi K2: 1")
+    parser.add_argument("--split", action="store_true", help="weights' gradients apart, half of a backward")
     parser.add_argument("--backward", type=float, default=2.0, help="its time, in forwards of a stage")
     parser.add_argument("--message", type=float, default=0.0, help="time of a message, in such forwards")
     parser.add_argument("--columns", type=int, default=100, help="of the drawing")
@@ -1415,6 +1606,9 @@ def print_schedule(args):
     if args.warm:
         plans = interleaved(args.pp, m, v, args.warm)
     times = dict(F=1 / v, B=args.backward / v)
+    if args.split:
+        plans = split_backwards(plans)
+        times |= dict.fromkeys("BW", args.backward / v / 2)
     timeline = simulate(plans, lambda act: times[act.op], args.message)
 
     # Drawn, and in numbers

@@ -2880,7 +2880,7 @@ def test_qk_clip_on_latent_attention_leaves_the_shared_key_untouched(float64):
 def spawn(world, f, *args):
     """Run f(rank, *args) in `world` processes that talk over gloo; a failing assert in one fails the test."""
     ports, some = [], random.Random(time.time_ns())
-    while len(ports) < 60:                                         # below the range of ephemeral ports
+    while len(ports) < 90:                                         # below the range of ephemeral ports
         with socket.socket() as free, contextlib.suppress(OSError):
             port = some.randrange(15_000, 32_000)
             free.bind(("127.0.0.1", port))
@@ -2992,10 +2992,11 @@ def a_nonfinite_gradient_skips_or_stops_the_step_on_all_ranks(rank, path, out):
             chunks[0].embed.register_hook(lambda g: g * torch.nan if next(calls) == 3 else g)
         return chunks
     train.build = unwell
-    for skip in (True, False):
+    for skip, split in ((True, False), (False, False), (True, True), (False, True)):
         next_port()
         calls = itertools.count()
-        run = lambda: train.train(replace(config, steps=6, skip_nonfinite=skip), quiet=True)[0]
+        mesh = replace(config.mesh, split=split)                   # gradients are sent before all are there
+        run = lambda: train.train(replace(config, steps=6, skip_nonfinite=skip, mesh=mesh), quiet=True)[0]
         if skip:
             assert [row["skipped"] for row in run()[1:]] == [0, 0, 0, 1, 1, 1]
         else:
@@ -3171,6 +3172,85 @@ def test_schedules_take_the_time_and_the_memory_of_their_formulas():
                 assert found.peaks == [min(m * v, warm) for warm in warm_ups]
 
 
+def test_a_split_backward_fills_the_bubble_without_more_memory():
+    """Forward, B and W equally long: a pipeline idles p-1 of them (over v) where the unsplit one idles three
+    times as long, if p divides m, and is never slower; no stage holds more than the fullest one did. Each B
+    has its W after it, and each chunk its R after the last W."""
+    for p, m, v in itertools.product(range(1, 9), (1, 2, 3, 5, 8, 12, 24), range(1, 4)):
+        whole = parallel.one_f_one_b(p, m) if v == 1 else parallel.interleaved(p, m, v)
+        plans = parallel.split_backwards(whole)
+        before = parallel.simulate(whole, unit_cost(v))
+        found = parallel.simulate(plans, unit_cost(v, 1))
+        assert found.total <= before.total + 1e-9 and max(found.peaks) <= max(before.peaks)
+        if m % p == 0:
+            assert found.total == pytest.approx(3 * m + (p - 1) / v)
+        for plan, old in zip(plans, whole):
+            assert [act for act in plan if act.op in "FB"] == old
+            for chunk in {act.chunk for act in old}:
+                mine = [act for act in plan if act.chunk == chunk]
+                for i in range(m):
+                    b, w = (mine.index(parallel.Act(op, i, chunk)) for op in "BW")
+                    assert b < w
+                assert mine[-1].op == "R" and sum(act.op == "R" for act in mine) == 1
+                assert sum(act.op == "W" for act in mine) == m
+    with pytest.raises(ValueError, match="compile=true: not with mesh.split=true"):
+        train.parse(["--compile", "--mesh.split=true"])
+
+
+@each_variant
+def test_a_split_backward_gives_the_same_gradients(config):
+    """To the bit, for float32 weights: matmuls, their inputs' gradients and sums over micro-batches are the
+    same. In nGPT some sums have another order."""
+    later = parallel.WeightGradients()
+    whole, split = lively(config), lively(config, ops=net.Ops(linear=later.linear))
+    x = tokens(6, 17)
+    batch = data.Batch(x[:, :-1], x[:, 1:], None, torch.zeros(6, dtype=torch.int64))
+    forward_backward(whole, batch, 4)
+    reduced = []
+    for plan in (parallel.MeshConfig(split=True).plans(6, 4)[0], parallel.MeshConfig().plans(6, 4)[0]):
+        split.zero_grad()
+        parallel.execute(plan, {0: split}, batch, 4, parallel.Mesh(), None, later, reduced.append)
+        assert not later.queue
+        for (name, p), q in zip(whole.named_parameters(), split.parameters()):
+            if config.ngpt:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+            else:
+                assert torch.equal(q.grad, p.grad), name
+    assert reduced == [0]
+
+
+def test_weight_gradients_wait_for_their_act(float64):
+    """Between B and W a matrix has no gradient; vectors, router, embedding and head have theirs. Frozen
+    weights get none; weights wider than the activations get theirs in their own precision."""
+    later = parallel.WeightGradients()
+    network = lively(K2, ops=net.Ops(linear=later.linear))
+    network.layers["0"].attention.wo.requires_grad_(False)
+    x = tokens(2, 9)
+    batch = data.Batch(x[:, :-1], x[:, 1:], None, torch.zeros(2, dtype=torch.int64))
+    f, b, w, _ = parallel.MeshConfig(split=True).plans(2, 2)[0]
+    compute, late = later.compute, []
+    later.compute = late.append
+    parallel.execute([f, b, w], {0: network}, batch, 2, parallel.Mesh(), None, later, None)
+    waiting = {name for name, p in network.named_parameters() if p.grad is None}
+    matrices = {name for name, p in network.named_parameters()
+                if p.ndim > 1 and name not in ("embed", "head") and "router" not in name}
+    assert waiting == matrices and late == [(0, 0)]
+    compute((0, 0))
+    assert {name for name, p in network.named_parameters() if p.grad is None} == {"layers.0.attention.wo"}
+
+    # bfloat16 activations, float64 weights
+    a, out = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True), []
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    for linear in (net.linear, later.linear):
+        weight.grad = a.grad = None
+        later.at = 1
+        y, = linear("any", (weight,), torch.sin, (), a)
+        y.backward(torch.ones_like(y))
+        compute(1)
+        out.append((y, a.grad, weight.grad))
+    assert all(torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(*out))
+
+
 def test_plans_hold_every_act_once_and_on_its_stage():
     for make, p, m, v in ((parallel.gpipe, 3, 5, 2), (parallel.one_f_one_b, 4, 3, 1),
                           (parallel.interleaved, 4, 6, 3), (parallel.interleaved, 1, 4, 2)):
@@ -3202,13 +3282,11 @@ def test_messages_are_timed_as_they_are_executed():
     slow = parallel.simulate(forwards, cost, 3.0)
     assert [start for _, start, _ in slow.spans[1]] == [4, 7, 10, 13]
 
-    # Stage 1 has four acts before its second receive, which it posts when it begins the second of them.
-    busy = [Act("F", i, 2) for i in range(10, 14)]
-    plans = [forwards[0], [forwards[1][0], *busy, forwards[1][1]], [Act("F", i, 1) for i in range(10, 14)]]
-    late = parallel.simulate([forwards[0][:2] + [Act("F", i, 0) for i in range(10, 14)], plans[1], plans[2]],
-                             lambda act: 0.0 if act.micro >= 10 and act.chunk < 2 else 2.0, 1.0)
-    posted = late.spans[1][2][2]
-    assert late.spans[1][5][1] == max(late.spans[1][4][2], posted + 1.0)
+    # Stage 1 has four other acts, which end at 8, 9, 10 and 11, before its second receive. It posts that when
+    # it begins the third of them; the message then takes 5 seconds.
+    others = [Act("F", i, 0) for i in range(10, 14)]
+    late = parallel.simulate([forwards[0][:2], [forwards[1][0], *others, forwards[1][1]]], cost, 5.0)
+    assert [start for _, start, _ in late.spans[1]] == [6, 7, 8, 9, 10, 9 + 5]
 
 
 def test_a_plan_that_waits_for_ever_is_refused_and_says_who_waits():
@@ -3611,6 +3689,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2)), ("experts", 4, dict(chunks=2, ep=4)), ("experts", 2, dict(chunks=2)),
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
 ]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP)]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -3631,7 +3710,7 @@ def staged_name(kind, world, mesh, steps):
 def every_pipeline(rank, path, out):
     torch.set_default_dtype(torch.float64)
     one = [(kind, 1, dict()) for kind in STAGED]
-    for steps, rows in ((5, one + FIVE_STEPS), (1, one + ONE_STEP)):
+    for steps, rows in ((5, one + FIVE_STEPS), (1, one + ONE_STEP + SPLIT)):
         for kind, world, mesh in rows:
             with layout(rank, world) as here:
                 if here:
@@ -3678,8 +3757,8 @@ def pipelines(text, tmp_path_factory):
 def test_every_pipeline_trains_like_one_process(pipelines, steps):
     """In float64, with stages, chunks, experts and replicas in all combinations: weights, moments, averages
     and log match those of one process to 1e-9. Without replicas and without a tied matrix, whose gradient has
-    two parts, they are the same to the bit; with one, to 1e-12."""
-    for kind, world, mesh in (FIVE_STEPS if steps == 5 else ONE_STEP):
+    two parts, they are the same to the bit; with one, to 1e-12. So it is with a split backward."""
+    for kind, world, mesh in (FIVE_STEPS if steps == 5 else ONE_STEP + SPLIT):
         here, alone = (pipelines / staged_name(*row, steps) for row in ((kind, world, mesh), (kind, 1, {})))
         bound = 1e-9
         if world == mesh.get("pp"):

@@ -115,6 +115,9 @@ class Config:
             (not self.optim.weight_decay or not self.model.ngpt,
              f"optim.weight_decay={self.optim.weight_decay}: model.ngpt gives weights norm 1 after each "
              "step, there is nothing to decay: --optim.weight_decay=0"),
+            (not self.compile or not self.mesh.split,
+             "compile=true: not with mesh.split=true; a compiled backward would leave its weights' gradients "
+             "for later only once, while it is traced"),
             (self.tokens >= self.step_tokens,
              f"tokens={self.tokens} is less than one step: {self.batch} windows of {self.model.context} "
              f"= {self.step_tokens} tokens"),
@@ -861,6 +864,7 @@ class Run:
     facts: dict                        # for every manifest: configuration, hashes of data and tokenizer
     dtype: torch.dtype = None          # of the computation; None = that of the weights
     folder: RunFolder = None           # log and figure, on rank 0 of a run that is written
+    later: parallel.WeightGradients = None         # with a split backward
     mean: dict = field(default_factory=dict)       # {name: mean} of this period's snapshots so far
     history: list = field(default_factory=list)    # rows of the log
     step: int = 0                      # steps done
@@ -959,10 +963,11 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     """Build a Run: at step 0, or at the checkpoint that it resumes."""
     # Model and owners. GPUs compute in bfloat16.
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    chunks = build(config, mesh, dtype)
+    later = parallel.WeightGradients() if config.mesh.split else None
+    chunks = build(config, mesh, dtype, later)
     owners = owners_of(config, chunks, mesh)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    run = Run(config, mesh, corpus, batches, chunks, owners, status, stop, facts, dtype, folder)
+    run = Run(config, mesh, corpus, batches, chunks, owners, status, stop, facts, dtype, folder, later)
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
                f"{config.total_steps} steps of {config.batch} × {config.model.context} tokens on "
                f"{mesh.world.size} × {mesh.device.type}")
@@ -1106,7 +1111,8 @@ def train_step(run):
     exact = clear_records(run)
     batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
     plan = config.mesh.plans(len(batch.x), config.micro)[mesh.pp.rank]
-    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype)
+    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.later,
+                            owners.begin_reduce)
     seen = share_what_was_seen(run, batch, nats)
 
     # Gradients go to their owners. All ranks decide alike whether to use them, from the same numbers.
@@ -1370,15 +1376,18 @@ def last_good(run):
 
 # ---- the model of a rank ------------------------------------------------------------------------------
 
-def build(config, mesh, dtype=None):
-    """{index: chunk of layers} of this rank's stage, with this rank's experts.
+def build(config, mesh, dtype=None, later=None):
+    """{index: chunk of layers} of this rank's stage, with this rank's experts; with a split backward if
+    `later` (parallel.WeightGradients) is given.
 
     Where a stage has several ranks its matrices, except routers, are stored in `dtype` (if given), since
     their owners keep float32 masters. A single rank has no other copy, and keeps float32."""
     c, ep = config.model, mesh.ep
     ops = Ops()
     if ep.size > 1:
-        ops = Ops(exchange=parallel.expert_exchange(mesh))
+        ops = ops._replace(exchange=parallel.expert_exchange(mesh))
+    if later:
+        ops = ops._replace(linear=later.linear)
 
     # An ep rank holds one contiguous range of the experts.
     experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
@@ -1419,6 +1428,7 @@ def build_chunk(config, i, ops=Ops(), experts=None):
 def owners_of(config, chunks, mesh):
     """The owners of the parameters of this rank's chunks."""
     chunk_of = {name: i for i, chunk in chunks.items() for name, _ in chunk.named_parameters()}
+    chunk_of |= dict.fromkeys(tied_names(config.model), -1)        # complete only when both ends are
     return Zero1(named_parameters(chunks), lambda pieces: MuonClip(pieces, config.optim),
                  lambda name, p: weigh(name, p, config.optim), mesh, chunk=chunk_of.get,
                  tied=tied_names(config.model), everywhere=all_parameters(config.model))
@@ -1547,7 +1557,8 @@ def pipeline_line(config, dp):
     work = [sum(costs[layers.start:layers.stop]) for layers in chunk_ranges(config)]
     work[-1] += costs[-1]
     plans = mesh.plans(config.batch // dp, config.micro)
-    timeline = parallel.simulate(plans, lambda act: work[act.chunk] * (1 if act.op == "F" else 2))
+    parts = dict(F=1, B=1, W=1) if mesh.split else dict(F=1, B=2)
+    timeline = parallel.simulate(plans, lambda act: work[act.chunk] * parts[act.op])
     count = math.ceil(config.batch / dp / config.micro)
     return (f"pipeline of {mesh.pp} × {mesh.chunks} chunks, {count} micro-batches a step: idle "
             f"{timeline.idle:.1%} of the time ({timeline.idle_over_busy:.1%} of the busy time), messages not "

@@ -36,6 +36,9 @@ def draw(history, domains, path):
         figure.savefig(file, dpi=110, format="png")
 
 
+COLOURS = dict(F="Blues", B="Oranges", W="Greens")
+
+
 def draw_timelines(timelines, path):
     """A picture of [(title, parallel.Timeline)], one below the other."""
     stages = sum(len(timeline.spans) for _, timeline in timelines)
@@ -46,8 +49,8 @@ def draw_timelines(timelines, path):
 
 
 def put_timelines(figure, timelines):
-    """Fill a figure with timelines: a row for each stage, forwards in blue and backwards in orange, darker
-    for each further chunk of the stage."""
+    """Fill a figure with timelines: a row for each stage; forwards in blue, backwards in orange, weights'
+    gradients in green; darker for each further chunk of the stage."""
     stages = [len(timeline.spans) for _, timeline in timelines]
     panels = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
     end = max(timeline.total for _, timeline in timelines)
@@ -61,7 +64,9 @@ def put_timelines(figure, timelines):
                 boxes.setdefault((act.op, chunks.index(act.chunk)), []).append(corners)
         darkest = max(1, *(k for _, k in boxes))
         for (op, k), some in boxes.items():
-            shade = colormaps["Blues" if op == "F" else "Oranges"](0.35 + 0.45 * k / darkest)
+            if op == "R":
+                continue
+            shade = colormaps[COLOURS[op]](0.35 + 0.45 * k / darkest)
             axes.add_collection(PolyCollection(some, facecolors=shade, edgecolors="white", lw=0.3))
 
         # Time to the right, stage 0 on top
