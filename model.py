@@ -736,8 +736,9 @@ class MoE(nn.Module):
         order = index.flatten().argsort(stable=True)                                       # (N·k,)
         token = order // index.shape[1]
 
-        # Tokens of each expert
-        counts = index.flatten().bincount(minlength=self.config.n_expert)                  # (E,)
+        # Tokens of each expert; bincount would make a GPU's host wait for the largest index
+        ones = torch.ones_like(index).flatten()
+        counts = ones.new_zeros(self.config.n_expert).scatter_add(0, index.flatten(), ones)    # (E,)
         if self.training and self.counts:
             self.load += counts
 

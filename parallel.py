@@ -17,6 +17,7 @@ Experts are replicated on the edp ranks, everything else of a stage on its dp ra
 Try:     python parallel.py --pp 4 --chunks 2 --microbatches 8      # draw and time a schedule
 """
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -724,14 +725,15 @@ def open_channels(mesh):
 class Messages:
     """Tensors between the chunks of a plan: from stage to stage, or on one stage if there is only one.
 
-    empty(micro) → an uninitialised boundary tensor of a micro-batch."""
+    empty(micro) → an uninitialised boundary tensor of a micro-batch. keep: see `Meter.keep`."""
 
-    def __init__(self, plan, chunks, empty, mesh):
+    def __init__(self, plan, chunks, empty, mesh, keep):
         self.mesh = mesh
         self.empty = empty
-        self.posted = {}                           # message: (request, tensor) of a receive
-        self.sent = []                             # (request, tensor) of sends that may not be done
-        self.here = {}                             # message: tensor, with a single stage
+        self.keep = keep
+        self.posted = {}                           # message: (request, tensor, kept) of a receive
+        self.sent = []                             # (request, tensor, kept) of sends that may not be done
+        self.here = {}                             # message: (tensor, kept), with a single stage
         self.needed = {}                           # act: the message that it needs
         for act in plan:
             self.needed |= {act: need for need in needs(act, chunks) if need.chunk != act.chunk}
@@ -749,14 +751,14 @@ class Messages:
                 source = message.chunk % self.mesh.pp.size
                 with talking(self.mesh):
                     request = dist.irecv(tensor, group=self.group(message), group_src=source)
-                self.posted[message] = request, tensor
+                self.posted[message] = request, tensor, self.keep(tensor, "receives")
 
     def receive(self, act):
         """The message that an act needs, once it is here."""
         message = self.needed.pop(act)
         if self.mesh.pp.size == 1:
-            return self.here.pop(message)
-        request, tensor = self.posted.pop(message)
+            return self.here.pop(message)[0]
+        request, tensor, _ = self.posted.pop(message)
         with talking(self.mesh):
             request.wait()
         return tensor
@@ -764,27 +766,27 @@ class Messages:
     def send(self, act, tensor):
         """Send the result of an act to the chunk after it (F) or before it (B)."""
         if self.mesh.pp.size == 1:
-            self.here[act] = tensor
+            self.here[act] = tensor, self.keep(tensor, "sends")
             return
 
         # A tensor is kept until its send is done. gloo says so only in wait().
-        self.sent = [(request, t) for request, t in self.sent if not request.is_completed()]
+        self.sent = [sent for sent in self.sent if not sent[0].is_completed()]
         tensor = tensor.contiguous()
         step = 1 if act.op == "F" else -1
         target = (act.chunk + step) % self.mesh.pp.size
         with talking(self.mesh):
             request = dist.isend(tensor, group=self.group(act), group_dst=target)
-        self.sent.append((request, tensor))
+        self.sent.append((request, tensor, self.keep(tensor, "sends")))
 
     def finish(self):
         """Wait until everything that was sent has been received."""
-        for request, _ in self.sent:
+        for request, *_ in self.sent:
             with talking(self.mesh):
                 request.wait()
         self.sent.clear()
 
 
-def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=None):
+def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=None, meter=None):
     """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
     micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
     weight × term if the batch has weights. Without gradients (torch.no_grad), the plan has forwards only.
@@ -794,6 +796,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
                                                  (b, T, chunk.width) of the chunk before
         chunk.loss(h, targets, weight) → (loss, its terms (N,)), in the last one
     later: the WeightGradients whose `linear` the chunks use, if any. reduce(chunk): what R does.
+    meter: a Meter of what is kept for the backward, if that is to be measured.
     → nats/token of each window (b,), in float64 on the mesh's device; zeros if the loss is on another stage.
     LostRank names the act."""
     share, T = batch.x.shape[:2]
@@ -802,6 +805,10 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
     total = mesh.pp.size * len(chunks)
     last = total - 1
     live = {}                                      # (micro, chunk): what its backward needs of a forward
+    keep = meter.keep if meter else lambda tensor, name: None
+    watch = meter.watch if meter else contextlib.nullcontext
+    if later:
+        later.keep = keep
     split = any(act.op == "W" for act in plan)
 
     def windows(micro_batch, tensor):
@@ -827,27 +834,31 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             x = windows(act.micro, batch.x)
         else:
             x = messages.receive(act).requires_grad_(torch.is_grad_enabled())
-        y, balance = chunks[act.chunk].body(x, windows(act.micro, batch.doc_start), dtype=dtype)
+        with watch():
+            y, balance = chunks[act.chunk].body(x, windows(act.micro, batch.doc_start), dtype=dtype)
 
         # The loss is left to the backward, so that no micro-batch in flight holds its logits' gradient.
         if act.chunk == last:
             if not torch.is_grad_enabled():
                 loss_of(act.micro, y)
             end = y
+            kept = keep(x, "boundaries"), keep(y, "boundaries")
         else:
             messages.send(act, y.detach())
             end = None
+            kept = keep(x, "boundaries")
             if y.requires_grad:                                    # unless chunk 0 is frozen
                 end = torch.autograd.graph.get_gradient_edge(y)    # without y itself, which is free once sent
         if torch.is_grad_enabled():
-            live[act.micro, act.chunk] = x, end, balance
+            live[act.micro, act.chunk] = x, end, balance, kept
 
     def backward(act):
         # Roots of the backward and their gradients. A balance loss is always a mean over windows.
-        x, end, balance = live.pop((act.micro, act.chunk))
+        x, end, balance, kept = live.pop((act.micro, act.chunk))
         of_all = len(x) / share
         if act.chunk == last:
-            loss = loss_of(act.micro, end)
+            with watch():
+                loss = loss_of(act.micro, end)
             if batch.weight is None:
                 roots = [(loss + balance) * of_all]
             else:
@@ -857,6 +868,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             roots = []
             gradients = []
             received = messages.receive(act)
+            kept = kept, keep(received, "boundaries")
             if end is not None:
                 roots.append(end)
                 gradients.append(received)
@@ -869,7 +881,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             messages.send(act, x.grad)
 
     # Receives are posted ahead of the acts that need them.
-    messages = Messages(plan, total, empty, mesh)
+    messages = Messages(plan, total, empty, mesh, keep)
     for i, act in enumerate(plan):
         at = act.micro, act.chunk
         try:
@@ -900,7 +912,8 @@ class WeightGradients:
 
     def __init__(self):
         self.at = None                             # (micro-batch, chunk) of the forward that runs
-        self.queue = {}                            # (micro-batch, chunk): [(weights, h, gradients, ends)]
+        self.queue = {}                       # (micro-batch, chunk): [(weights, h, gradients, ends, kept)]
+        self.keep = lambda tensor, name: None      # Meter.keep, if what is queued is to be measured
 
     def linear(self, name, weights, pre, params, *x, ends=None):
         """model.linear, whose backward leaves the gradients of the weights to `compute`."""
@@ -910,7 +923,7 @@ class WeightGradients:
     def compute(self, at):
         """Add the gradients of one micro-batch and chunk to those of the weights, as autograd would: into
         p.grad, or with the hooks of ZeRO-1."""
-        for weights, h, gradients, ends in self.queue.pop(at, ()):
+        for weights, h, gradients, ends, _ in self.queue.pop(at, ()):
             for w, g in zip(weights, gradients):
                 if not w.requires_grad:
                     continue
@@ -933,7 +946,8 @@ class SplitCall(NamedTuple):
 
 class SplitLinear(torch.autograd.Function):
     """h = pre(*x), then h·wᵀ for each w. Between forward and backward only x is kept: B makes h again, for
-    the derivative of `pre`, and hands it on to W."""
+    the derivative of `pre`, and hands it on to W. (A hook on a parameter of `pre` is called twice: by the
+    backward of `pre` alone, and by the whole.)"""
 
     @staticmethod
     def forward(ctx, call, *tensors):
@@ -968,8 +982,154 @@ class SplitLinear(torch.autograd.Function):
             h = call.pre(*inputs)
         wanted = [t for t in (*inputs, *call.params) if t.requires_grad]
         found = dict(zip(wanted, torch.autograd.grad(h, wanted, dh)))
-        call.later.queue.setdefault(call.at, []).append((weights, h.detach(), gradients, call.ends))
+        h = h.detach()
+        kept = [call.later.keep(t, "queued") for t in (h, *gradients)]
+        call.later.queue.setdefault(call.at, []).append((weights, h, gradients, call.ends, kept))
         return None, *(found.get(t) for t in (*inputs, *call.params)), *(None for _ in weights)
+
+
+# ---- what is kept for the backward -------------------------------------------------------------------------
+
+class Kept:
+    """A tensor that a Meter counts as long as this object lives."""
+
+    def __init__(self, tensor, meter, name):
+        self.tensor = tensor
+        self.storage = tensor.untyped_storage()
+        self.meter = meter
+        meter.add(self.storage, name)
+
+    def __del__(self):
+        self.meter.remove(self.storage)
+
+
+class Meter:
+    """Bytes kept for the backward, by name: `now`, and at the `peak`. A storage counts once, under the name
+    that kept it first, however many views of it are kept; parameters and buffers do not count.
+
+    The names: of a matmul, for what autograd saves in it; "other", for what it saves elsewhere; "boundaries"
+    between chunks; "receives" that are posted; "sends" that may not be done; "queued" for W."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+        self.entries = {}                          # storage: [times kept, bytes, name]
+        self.now = collections.Counter()
+        self.peak = collections.Counter()
+        self.name = "other"
+
+    def add(self, storage, name):
+        entry = self.entries.setdefault(storage._cdata, [0, storage.nbytes(), name])
+        entry[0] += 1
+        if entry[0] == 1:
+            self.now[name] += entry[1]
+            if self.now.total() > self.peak.total():
+                self.peak = self.now.copy()
+
+    def remove(self, storage):
+        entry = self.entries[storage._cdata]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.now[entry[2]] -= entry[1]
+            del self.entries[storage._cdata]
+
+    def keep(self, tensor, name):
+        """Count a tensor until the object that is returned is freed."""
+        return Kept(tensor, self, name)
+
+    def watch(self):
+        """A context in which everything that autograd saves is counted."""
+        exempt = {t.untyped_storage()._cdata for chunk in self.chunks
+                  for t in (*chunk.parameters(), *chunk.buffers())}
+
+        def pack(t):
+            if t.untyped_storage()._cdata in exempt:
+                return t
+            return Kept(t, self, self.name)
+
+        def unpack(kept):
+            return kept.tensor if isinstance(kept, Kept) else kept
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def naming(self, linear):
+        """The operation `linear`, whose name is that of what is saved in it."""
+        def named(name, *args, **options):
+            self.name = name
+            try:
+                return linear(name, *args, **options)
+            finally:
+                self.name = "other"
+        return named
+
+
+class Held(NamedTuple):
+    """Bytes that a chunk keeps of one micro-batch."""
+    forward: int                 # from its forward on, the boundary before it included
+    more: int                    # in its backward, at most, in addition
+    queued: int                  # from its backward until its W
+
+
+def held_by(chunk, x, targets, weight_gradients, last, dtype=None):
+    """Forward and backward of a chunk alone, under a meter → Held. Its tensors need no storage.
+
+    x: tokens, or what comes from the chunk before. weight_gradients: those of its linear, or None."""
+    meter = Meter([chunk])
+    if weight_gradients:
+        weight_gradients.keep = meter.keep
+        weight_gradients.at = "here"
+    if x.is_floating_point():
+        x.requires_grad_()
+    with meter.watch():
+        y, balance = chunk.body(x, dtype=dtype)
+    kept = [meter.keep(x, "boundaries")]
+    if last:
+        kept.append(meter.keep(y, "boundaries"))
+    forward = meter.now.total()
+
+    # The backward, from the loss or from a gradient that another chunk has sent
+    meter.peak = meter.now.copy()
+    if last:
+        with meter.watch():
+            loss, _ = chunk.loss(y, targets)
+        roots = [loss]
+    else:
+        kept.append(meter.keep(torch.empty_like(y), "boundaries"))
+        roots = [y.sum()]
+    if isinstance(balance, torch.Tensor):
+        roots.append(balance)
+    torch.autograd.backward(roots)
+    more = meter.peak.total() - forward
+    kept.clear()
+    roots.clear()
+    return Held(forward, more, meter.now.total())
+
+
+def predicted_peak(plan, held, boundary, mesh_size, sends_stay):
+    """The most bytes that a plan keeps for its backwards, from held(act) → Held and boundary(act) → bytes of
+    a boundary tensor. sends_stay: with gloo, which says only at the end of a step that a send is done."""
+    chunks = mesh_size * len({act.chunk for act in plan})
+    live = sent = most = 0
+    for i, act in enumerate(plan):
+        # Receives that are posted; the act's own has become part of what is held.
+        posted = 0
+        if mesh_size > 1:
+            for later in plan[i + 1:i + AHEAD + 1]:
+                if any(need.chunk != later.chunk for need in needs(later, chunks)):
+                    posted += boundary(later)
+        one = held(act)
+        if act.op == "F":
+            live += one.forward
+            most = max(most, live + sent + posted)
+        if act.op == "B":
+            most = max(most, live + one.more + sent + posted)
+            live += one.queued - one.forward
+        if act.op == "W":
+            live -= one.queued
+
+        # What is sent
+        sends = act.op == "F" and act.chunk < chunks - 1 or act.op == "B" and act.chunk > 0
+        if sends and mesh_size > 1 and sends_stay:
+            sent += boundary(act)
+    return most
 
 
 # ---- expert parallelism ------------------------------------------------------------------------------------

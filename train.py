@@ -24,6 +24,7 @@ import csv
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,13 +39,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import parallel
 from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
                   write_atomically)
 from kernels import listed
 from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
-                   layer_costs, read_tensors, renormalise_, write_tensors)
+                   identity, layer_costs, read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate,
                       put_back_, qk_clip_, weigh)
 from parallel import MeshConfig, Zero1
@@ -1523,30 +1525,108 @@ def memory(config, world):
     return stages
 
 
+class Routed(NamedTuple):
+    """The numbers of tokens that the experts here get, in place of a tensor whose values are known only when
+    it is computed."""
+    counts: tuple
+
+    def cumsum(self, _):
+        return Routed(tuple(itertools.accumulate(self.counts)))
+
+    def tolist(self):
+        return list(self.counts)
+
+
+def activations(config, world, gpu, counts=None):
+    """The most bytes kept for the backward on each stage, predicted: the chunks run once, without storage,
+    under a parallel.Meter, and each stage's plan adds them up.
+
+    gpu: as on GPUs, in bfloat16 and with their kernels; else as on this CPU. counts: of the tokens of one
+    micro-batch, how many each expert of a rank gets, by default equally many."""
+    c, mesh = config.model, config.mesh
+    share = config.batch // (world // mesh.pp)
+    dtype = torch.bfloat16 if gpu else None
+    width = dtype or torch.get_default_dtype()
+
+    # Experts get their tokens from all of ep: as many as they send, if they are alike.
+    def exchange(tokens, weight, _):
+        here = c.n_expert // mesh.ep
+        each, rest = divmod(len(tokens), here)
+        some = counts or [each + (e < rest) for e in range(here)]
+
+        def arrive():
+            if mesh.ep == 1:
+                return tokens, weight, Routed(tuple(some)), identity
+            order = torch.zeros(sum(some), dtype=torch.int64, device=tokens.device)
+            back = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+            rows = torch.cat((tokens, weight), 1)[order]
+            return rows[:, :-1].contiguous(), rows[:, -1:], Routed(tuple(some)), lambda y: y[order][back]
+        return arrive
+
+    later = parallel.WeightGradients() if mesh.split else None
+    ops = Ops(exchange=exchange)
+    if later:
+        ops = ops._replace(linear=later.linear)
+
+    def held(layers, last, b):
+        """What a range of layers holds of a micro-batch of b windows."""
+        chunk = Transformer(c, ops, layers, experts=range(c.n_expert // mesh.ep), last=last)
+        for name, p in chunk.named_parameters():
+            if gpu and world > mesh.pp and may_be_narrow(name, p):
+                p.data = p.data.to(dtype)
+        targets = torch.zeros(b, c.context, dtype=torch.int64)
+        x = targets
+        if layers.start > 0:
+            x = torch.zeros(b, c.context, c.d_model, dtype=width)
+        return parallel.held_by(chunk, x, targets, later, last, dtype)
+
+    # What every chunk holds, for micro-batches of every size; of many layers, the first few tell the rest
+    device = torch.device("meta") if gpu else FakeTensorMode()
+    ranges = chunk_ranges(config)
+    found = {}
+    few = c.n_dense + 2 * c.share_kv
+    more = few + c.share_kv
+    with device:
+        for b in {min(config.micro, share), (share - 1) % config.micro + 1}:
+            for i, layers in enumerate(ranges):
+                last = i == len(ranges) - 1
+                if len(layers) <= more:
+                    found[i, b] = held(layers, last, b)
+                    continue
+                start = layers.start
+                short = held(range(start, start + few), last, b)
+                longer = held(range(start, start + more), last, b)
+                groups = (len(layers) - few) / c.share_kv
+                found[i, b] = parallel.Held(*(x + groups * (y - x) for x, y in zip(short, longer)))
+
+    # Every stage's plan
+    def windows(act):
+        return min(config.micro, share - act.micro * config.micro)
+    of_window = c.context * c.d_model * width.itemsize
+    return [parallel.predicted_peak(plan, lambda act: found[act.chunk, windows(act)],
+                                    lambda act: windows(act) * of_window, mesh.pp, not gpu)
+            for plan in mesh.plans(share, config.micro)]
+
+
 def memory_report(config, world):
-    """Print the memory of each stage; of a pipeline, also its activations in flight and its idle time."""
+    """Print the memory of each stage, and of a pipeline its layers and its idle time."""
     mesh = config.mesh
     dp = world // mesh.pp
-    print(f"GB a GPU on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), before activations:")
+    gpu = torch.cuda.is_available() or world != parallel.world_size()
+    where = "in bfloat16, with the kernels of GPUs" if gpu else "on this CPU"
+    print(f"GB a rank on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), predicted; activations {where}:")
     stages = memory(config, world)
-    if mesh.pp * mesh.chunks == 1:
-        sizes = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in stages[0].items())
-        print(f"  {sum(stages[0].values()) / 1e9:.1f}: {sizes}")
-        return
-
-    # Layers, and the most of them that hold activations of a micro-batch at a time
+    for parts, size in zip(stages, activations(config, world, gpu)):
+        parts["activations"] = size
+    columns = list(stages[0])
+    print(f"{'stage':>7}{'total':>10}", *(f"{name:>11}" for name in columns), " layers")
     ranges = chunk_ranges(config)
-    plans = mesh.plans(config.batch // dp, config.micro)
-    columns = ["weights", "gradients", "masters", "states"]
-    titles = [f"{name:>10}" for name in columns]
-    print(f"{'stage':>7}{'total':>8}", *titles, "  layers × micro-batches in flight, at the peak")
     for stage, parts in enumerate(stages):
-        own = ranges[stage::mesh.pp]
-        in_flight = parallel.peak(plans[stage], lambda chunk: len(ranges[chunk]))
-        where = ", ".join(f"{r.start}-{r.stop - 1}" if len(r) else "head" for r in own)
-        sizes = [f"{parts[name] / 1e9:>10.1f}" for name in columns]
-        print(f"{stage:>7}{sum(parts.values()) / 1e9:>8.1f}", *sizes, f"{in_flight:>8}   layers {where}")
-    print(f"  {pipeline_line(config, dp)}")
+        layers = ", ".join(f"{r.start}-{r.stop - 1}" if len(r) else "head" for r in ranges[stage::mesh.pp])
+        sizes = [f"{parts[name] / 1e9:>11.3g}" for name in columns]
+        print(f"{stage:>7}{sum(parts.values()) / 1e9:>10.3g}", *sizes, f" {layers}")
+    if mesh.pp > 1:
+        print(f"  {pipeline_line(config, dp)}")
 
 
 def pipeline_line(config, dp):

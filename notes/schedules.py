@@ -17,7 +17,7 @@ import parallel
 from data import Batch
 from notes import _note
 from notes._figure import put_timelines
-from notes.speed import Block, seconds_of_acts
+from notes.speed import Block, SplitBlock, seconds_of_acts
 
 P = 8                                          # stages, in the simulated arms
 COUNTS = 16, 32, 64, 128                      # micro-batches
@@ -56,11 +56,22 @@ def schedules(p, m):
             "interleaved, 2 chunks": (parallel.interleaved(p, m, 2), 2, (p - 1) / m / 2),
             "one more warm-up, 2 chunks": (parallel.interleaved(p, m, 2, 1), 2, (p - 1) / m / 2),
             "interleaved, 4 chunks": (parallel.interleaved(p, m, 4), 4, (p - 1) / m / 4),
+            "1F1B, split": (parallel.split_backwards(parallel.one_f_one_b(p, m)), 1, (p - 1) / m / 3),
+            "interleaved, 2 chunks, split": (
+                parallel.split_backwards(parallel.interleaved(p, m, 2)), 2, (p - 1) / m / 2 / 3),
             "DualPipe, unsplit": (dualpipe(p, m), 1, 2 / 3 * (p / 2 - 1) / m)}
 
 
+def op_times(plans, v):
+    """{op: time} where the forward of a stage takes 1."""
+    if any(act.op == "W" for act in plans[0]):
+        return dict(F=1 / v, B=BACKWARD / 2 / v, W=BACKWARD / 2 / v)
+    return dict(F=1 / v, B=BACKWARD / v)
+
+
 def timed(plans, v):
-    return parallel.simulate(plans, lambda act: (1 if act.op == "F" else BACKWARD) / v)
+    times = op_times(plans, v)
+    return parallel.simulate(plans, lambda act: times[act.op])
 
 
 # ---- against the clock -------------------------------------------------------------------------------------
@@ -69,18 +80,19 @@ class Sleep(torch.autograd.Function):
     """The identity; it sleeps in the forward and in the backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, seconds):
-        ctx.seconds = seconds
-        time.sleep(seconds)
+    def forward(ctx, x, weight, forward, backward):
+        ctx.seconds = backward
+        time.sleep(forward)
         return x * 1
 
     @staticmethod
     def backward(ctx, g):
-        time.sleep(BACKWARD * ctx.seconds)
-        return g, None, None
+        time.sleep(ctx.seconds)
+        return g, None, None, None
 
 
 class Sleeper(nn.Module):
+    """A chunk that only sleeps; as `later`, its W sleeps too. seconds: {op: seconds}"""
     width = 8
 
     def __init__(self, seconds):
@@ -89,11 +101,14 @@ class Sleeper(nn.Module):
         self.seconds = seconds
 
     def body(self, x, doc_start=None, dtype=None):
-        return Sleep.apply(x, self.weight, self.seconds), 0.0
+        return Sleep.apply(x, self.weight, self.seconds["F"], self.seconds["B"]), 0.0
 
     def loss(self, h, targets, weight=None):
         terms = h.sum(-1).flatten()
         return terms.mean(), terms
+
+    def compute(self, at):
+        time.sleep(self.seconds["W"])
 
 
 SLEEP = 0.06                                   # seconds: the forward of a whole stage
@@ -108,22 +123,31 @@ def on_a_rank(rank, p, port, path, name, computing):
     mesh = parallel.join_mesh(parallel.MeshConfig(pp=p, chunks=v, timeout=60))
     shape = (32, 128, Block.width) if computing else (8, 1, Sleeper.width)
     batch = Batch(*torch.randn(2, *shape), None, None)
-    blocks = {i: Block() if computing else Sleeper(SLEEP / v) for i in range(rank, p * v, p)}
+    seconds = {op: SLEEP * t for op, t in op_times(plans, v).items()}
+    later = None
+    if "W" in seconds:
+        later = parallel.WeightGradients() if computing else Sleeper(seconds)
+    blocks = {}
+    for i in range(rank, p * v, p):
+        if not computing:
+            blocks[i] = Sleeper(seconds)
+        else:
+            blocks[i] = SplitBlock(later) if later else Block()
     if not computing:                                              # so that chunk 0 has a backward
         batch.x.requires_grad_()
     found = []
     for _ in range(7):
         parallel.barrier(mesh)
         began = time.perf_counter()
-        acts = seconds_of_acts(lambda: parallel.execute(plans[rank], blocks, batch, shape[0] // 8, mesh),
-                               plans[rank])
+        acts = seconds_of_acts(lambda: parallel.execute(plans[rank], blocks, batch, shape[0] // 8, mesh,
+                                                        later=later, reduce=str), plans[rank])
         parallel.barrier(mesh)
         took = time.perf_counter() - began
         everyone = parallel.gather(acts, mesh)
         if rank == 0:
             cost = {act: t for plan, times in zip(plans, everyone) for act, t in zip(plan, times)}
             if not computing:
-                cost = {act: SLEEP / v * (1 if act.op == "F" else BACKWARD) for act in cost}
+                cost = {act: seconds.get(act.op) for act in cost}
             found.append((took, parallel.simulate(plans, cost.get).total))
     if rank == 0:
         Path(path).write_text(json.dumps(found[2:]))
@@ -189,6 +213,14 @@ def show(rows):
         _note.log_y(axes)
     bubbles.legend(fontsize=8)
 
+    # What the split gains, for several p
+    gains = []
+    for p in (2, 4, 8):
+        found = schedules(p, 32)
+        names = "1F1B", "1F1B, split", "interleaved, 2 chunks", "interleaved, 2 chunks, split"
+        bubbles_of = [timed(*found[name][:2]).idle_over_busy for name in names]
+        gains.append((p, *(f"{bubble:.4f}" for bubble in bubbles_of)))
+
     # Tables
     heading = "schedule", "idle over busy", "formula", "peak activations", "parameters"
     ratios = {}
@@ -198,7 +230,9 @@ def show(rows):
             ratios.setdefault(name, {}).setdefault(what, []).append(row["seconds"] / row["simulated_seconds"])
     ran = [(name, *(_note.spread(found[what]) if what in found else "not yet measured"
                     for what in ("computing", "sleeping"))) for name, found in ratios.items()]
+    titles = "stages", "1F1B", "split", "interleaved, 2 chunks", "split"
     return figure, [f"Simulated: {P} stages, 32 micro-batches.", "", *_note.table(heading, *at), "",
+                    "Simulated: idle over busy time, 32 micro-batches.", "", *_note.table(titles, *gains), "",
                     "Measured over simulated time: median and range of five runs.", "",
                     *_note.table(("schedule", "two ranks that compute", "four ranks that sleep"), *ran)]
 
