@@ -981,7 +981,9 @@ class SplitLinear(torch.autograd.Function):
         with torch.enable_grad():
             h = call.pre(*inputs)
         wanted = [t for t in (*inputs, *call.params) if t.requires_grad]
-        found = dict(zip(wanted, torch.autograd.grad(h, wanted, dh)))
+        found = {}
+        if wanted:
+            found = dict(zip(wanted, torch.autograd.grad(h, wanted, dh)))
         h = h.detach()
         kept = [call.later.keep(t, "queued") for t in (h, *gradients)]
         call.later.queue.setdefault(call.at, []).append((weights, h, gradients, call.ends, kept))

@@ -3299,6 +3299,14 @@ def test_weight_gradients_wait_for_their_act(float64):
         out.append((y, a.grad, weight.grad))
     assert all(torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(*out))
 
+    # An input that needs no gradient
+    weight.grad = None
+    y, = later.linear("any", (weight,), net.identity, (), a.detach())
+    y.sum().backward()
+    compute(1)
+    expected = a.detach().sum(0).expand(3, 4).to(weight.dtype)
+    torch.testing.assert_close(weight.grad, expected, rtol=0.02, atol=0.02)
+
 
 def test_plans_hold_every_act_once_and_on_its_stage():
     for make, p, m, v in ((parallel.gpipe, 3, 5, 2), (parallel.one_f_one_b, 4, 3, 1),

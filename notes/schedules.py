@@ -196,13 +196,14 @@ def show(rows):
 
     # Bubble and peak over micro-batches
     bubbles, peaks = upper.subplots(1, 2)
+    colours = dict(zip(schedules(P, 16), [*_note.COLOURS, "0.5"]))
     at = []
     for name in schedules(P, 16):
         mine = [row for row in rows if row["arm"] == f"simulated: {name}"]
         counts = [row["micro_batches"] for row in mine]
-        line, = bubbles.plot(counts, [row["bubble"] for row in mine], marker="o", label=name)
-        bubbles.plot(counts, [row["formula"] for row in mine], ls=":", color=line.get_color())
-        peaks.plot(counts, [row["peak"] for row in mine], marker="o")
+        bubbles.plot(counts, [row["bubble"] for row in mine], marker="o", color=colours[name])
+        bubbles.plot(counts, [row["formula"] for row in mine], ls=":", color=colours[name])
+        peaks.plot(counts, [row["peak"] for row in mine], marker="o", color=colours[name], label=name)
         at += [(name, f"{row['bubble']:.4f}", f"{row['formula']:.4f}", f"{row['peak']:.2f}",
                 f"{row['parameters']:.0f}×") for row in mine if row["micro_batches"] == 32]
     bubbles.set_title(f"idle over busy time, {P} stages (dotted: formula)")
@@ -211,7 +212,7 @@ def show(rows):
         axes.set(xscale="log", xlabel="micro-batches", xticks=COUNTS, xticklabels=COUNTS)
         axes.minorticks_off()
         _note.log_y(axes)
-    bubbles.legend(fontsize=8)
+    peaks.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.42))
 
     # What the split gains, for several p
     gains = []
