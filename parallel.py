@@ -182,7 +182,7 @@ def join_mesh(config, facts=None):
     compare(facts or {}, Mesh(everyone, device=device))
 
     # The grid of ranks, and its lines along each axis
-    shape = config.pp, world // config.pp // config.ep, config.ep
+    shape = config.pp, world // config.pp // config.ep, config.ep              # pp, edp, ep
     grid = torch.arange(world).view(shape)
     lines = dict(
         dp=grid.flatten(1),
@@ -467,6 +467,7 @@ def interleaved(p, m, v=1, warm=0):
     missing = -m % p
     plans = []
     for stage in range(p):
+        # The plan of whole groups, and what it lacks left out
         warm_up = 2 * (p - 1 - stage) + (v - 1) * p + warm
         plan = alternate(*in_groups(stage, p, missing + m, v), warm_up)
         plans.append([act._replace(micro=act.micro - missing) for act in plan if act.micro >= missing])
@@ -483,9 +484,12 @@ def split_backwards(plans):
     leave more micro-batches without their W than there are at most in the plans without it, on any stage:
     so that the peak stays as it is. Forward, B and W are taken to last equally long. After the last W of
     a chunk comes its R.   [2401.10241 §2.2]"""
+    # What the plans have in common
     chunks = 1 + max(act.chunk for plan in plans for act in plan)
     bound = max(map(peak, plans))
     last = max(act.micro for act in plans[0])
+
+    # Of every stage
     split = [[] for _ in plans]
     left = [[] for _ in plans]                     # the Ws that are still to be placed
     live = [0] * len(plans)                        # forwards without their W
@@ -494,6 +498,7 @@ def split_backwards(plans):
     finish = {}
 
     def place(stage, act, start=0):
+        # Its R follows the last W of a chunk at once.
         split[stage].append(act)
         live[stage] += (act.op == "F") - (act.op == "W")
         free[stage] = finish[act] = max(start, free[stage]) + 1
@@ -511,6 +516,7 @@ def split_backwards(plans):
                 if None in ready:
                     break
                 start = max([free[stage], *ready])
+                # Is there time, or need, for a W first?
                 full = act.op == "F" and live[stage] == bound
                 if left[stage] and (full or start > free[stage]):
                     place(stage, left[stage].pop(0))
@@ -520,6 +526,8 @@ def split_backwards(plans):
                     left[stage].append(act._replace(op="W"))
                 at[stage] += 1
                 going = True
+
+    # What is left comes last.
     for stage, acts in enumerate(left):
         for act in acts:
             place(stage, act)
@@ -532,6 +540,7 @@ def partition(costs, n, starts=None):
     costs: of every layer. starts: where a chunk may begin; anywhere by default. The cut minimises the cost
     of the most expensive chunk, which sets the pace; then the sum of squares. ValueError: fewer places to
     begin than chunks."""
+    # Where chunks may begin and end; the cost of a..b is total[b] - total[a]
     bounds = [*(starts or range(len(costs))), len(costs)]
     if n >= len(bounds):
         raise ValueError(f"{n} chunks, but the layers can only be cut into {len(bounds) - 1}")
@@ -591,6 +600,8 @@ def simulate(plans, cost, message=0.0):
                 return None
             if stage_of[need] == stage:
                 continue
+
+            # A message: its receive was posted when an earlier act ended
             at = len(spans[stage]) - AHEAD - 1
             posted = spans[stage][at][2] if at >= 0 else 0.0
             channel = stage_of[need], stage, need.op
@@ -624,6 +635,7 @@ def simulate(plans, cost, message=0.0):
     if waiting:
         raise ValueError("the plans wait for each other: " + "; ".join(waiting))
 
+    # The sums
     total = max(free)
     busy = sum(stop - start for of_stage in spans for _, start, stop in of_stage)
     idle = len(plans) * total - busy
@@ -635,16 +647,22 @@ def check_order(plans, stage_of, chunks):
     sent = {}
     received = {}
     consumers = {}
+
+    # Received, in the order of the receiver's plan
     for stage, plan in enumerate(plans):
         for act in plan:
             for need in needs(act, chunks):
                 if stage_of.get(need, stage) != stage:
                     consumers[need] = stage
                     received.setdefault((stage_of[need], stage, need.op), []).append(need)
+
+    # Sent, in the order of the sender's
     for stage, plan in enumerate(plans):
         for act in plan:
             if act in consumers:
                 sent.setdefault((stage, consumers[act], act.op), []).append(act)
+
+    # NCCL has no tags: both orders have to be one
     for (source, stage, _), acts in received.items():
         for ours, theirs in zip(acts, sent[source, stage, acts[0].op]):
             if ours != theirs:
@@ -669,6 +687,7 @@ def draw(timeline, unit, columns=100):
     """A timeline as text, a row for each stage and a column for each `unit` seconds: digits are forwards
     (the last digit of the micro-batch), letters backwards (a = 0), capital letters the weights' gradients,
     dots idle time. Of a long timeline the first and the last `columns` columns."""
+    # A row for each stage
     width = max(1, round(timeline.total / unit))
     letters = dict(F="0123456789", B="abcdefghij", W="ABCDEFGHIJ", R="..........")
     rows = []
@@ -901,6 +920,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
     messages.finish()
     return losses
 
+
 # ---- the split backward ------------------------------------------------------------------------------------
 # Other stages wait for the gradient of a matmul's input, but nobody waits for that of its weights. So B
 # computes only the first, and leaves the second to W.                           [2401.10241; Kimi K2 §2.4.2]
@@ -927,10 +947,14 @@ class WeightGradients:
             for w, g in zip(weights, gradients):
                 if not w.requires_grad:
                     continue
+
+                # gᵀ·h over all rows, or over those of each expert
                 if ends is None:
                     gradient = g.flatten(0, -2).mT @ h.flatten(0, -2)
                 else:
                     gradient = GroupedLinear.by_weight(g, h, w, GroupedLinear.spans(ends))
+
+                # Through a view, autograd adds it up and calls the hooks
                 torch.autograd.backward(w.view_as(w), gradient.to(w.dtype))
 
 
@@ -1020,6 +1044,7 @@ class Meter:
         self.name = "other"
 
     def add(self, storage, name):
+        # A storage that is kept already counts no second time.
         entry = self.entries.setdefault(storage._cdata, [0, storage.nbytes(), name])
         entry[0] += 1
         if entry[0] == 1:
@@ -1074,6 +1099,7 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None):
     """Forward and backward of a chunk alone, under a meter → Held. Its tensors need no storage.
 
     x: tokens, or what comes from the chunk before. weight_gradients: those of its linear, or None."""
+    # The forward
     meter = Meter([chunk])
     if weight_gradients:
         weight_gradients.keep = meter.keep
@@ -1127,7 +1153,7 @@ def predicted_peak(plan, held, boundary, mesh_size, sends_stay):
         if act.op == "W":
             live -= one.queued
 
-        # What is sent
+        # What is sent, and stays with gloo
         sends = act.op == "F" and act.chunk < chunks - 1 or act.op == "B" and act.chunk > 0
         if sends and mesh_size > 1 and sends_stay:
             sent += boundary(act)

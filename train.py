@@ -1541,26 +1541,26 @@ def activations(config, world, gpu, counts=None):
     """The most bytes kept for the backward on each stage, predicted: the chunks run once, without storage,
     under a parallel.Meter, and each stage's plan adds them up.
 
-    gpu: as on GPUs, in bfloat16 and with their kernels; else as on this CPU. counts: of the tokens of one
-    micro-batch, how many each expert of a rank gets, by default equally many."""
+    gpu: as on GPUs, in bfloat16 and with their kernels; else as on this CPU. counts: how many tokens each
+    expert of a rank gets in one micro-batch, by default equally many on all ranks."""
+    # Windows of a rank, and dtypes
     c, mesh = config.model, config.mesh
     share = config.batch // (world // mesh.pp)
     dtype = torch.bfloat16 if gpu else None
     width = dtype or torch.get_default_dtype()
 
-    # Experts get their tokens from all of ep: as many as they send, if they are alike.
+    # One expert stands for all of a rank, since what is kept depends on the sum of their tokens: as many as
+    # the rank sends, if all ranks of ep are alike.
     def exchange(tokens, weight, _):
-        here = c.n_expert // mesh.ep
-        each, rest = divmod(len(tokens), here)
-        some = counts or [each + (e < rest) for e in range(here)]
+        got = sum(counts or [len(tokens)])
 
         def arrive():
             if mesh.ep == 1:
-                return tokens, weight, Routed(tuple(some)), identity
-            order = torch.zeros(sum(some), dtype=torch.int64, device=tokens.device)
+                return tokens, weight, Routed((got,)), identity
+            order = torch.zeros(got, dtype=torch.int64, device=tokens.device)
             back = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
             rows = torch.cat((tokens, weight), 1)[order]
-            return rows[:, :-1].contiguous(), rows[:, -1:], Routed(tuple(some)), lambda y: y[order][back]
+            return rows[:, :-1].contiguous(), rows[:, -1:], Routed((got,)), lambda y: y[order][back]
         return arrive
 
     later = parallel.WeightGradients() if mesh.split else None
@@ -1570,7 +1570,7 @@ def activations(config, world, gpu, counts=None):
 
     def held(layers, last, b):
         """What a range of layers holds of a micro-batch of b windows."""
-        chunk = Transformer(c, ops, layers, experts=range(c.n_expert // mesh.ep), last=last)
+        chunk = Transformer(c, ops, layers, experts=range(min(1, c.n_expert)), last=last)
         for name, p in chunk.named_parameters():
             if gpu and world > mesh.pp and may_be_narrow(name, p):
                 p.data = p.data.to(dtype)
@@ -1618,6 +1618,8 @@ def memory_report(config, world):
     stages = memory(config, world)
     for parts, size in zip(stages, activations(config, world, gpu)):
         parts["activations"] = size
+
+    # A row for each stage
     columns = list(stages[0])
     print(f"{'stage':>7}{'total':>10}", *(f"{name:>11}" for name in columns), " layers")
     ranges = chunk_ranges(config)
@@ -1632,12 +1634,17 @@ def memory_report(config, world):
 def pipeline_line(config, dp):
     """How long the stages of a pipeline are idle, by the multiply-adds of its layers, where a backward takes
     twice as long as a forward."""
+    # The work of each chunk, and of each part of a backward
     mesh = config.mesh
     costs = layer_costs(config.model)
     work = [sum(costs[layers.start:layers.stop]) for layers in chunk_ranges(config)]
     work[-1] += costs[-1]
     plans = mesh.plans(config.batch // dp, config.micro)
-    parts = dict(F=1, B=1, W=1) if mesh.split else dict(F=1, B=2)
+    parts = dict(F=1, B=2)
+    if mesh.split:
+        parts = dict(F=1, B=1, W=1)
+
+    # Simulated
     timeline = parallel.simulate(plans, lambda act: work[act.chunk] * parts[act.op])
     count = math.ceil(config.batch / dp / config.micro)
     return (f"pipeline of {mesh.pp} × {mesh.chunks} chunks, {count} micro-batches a step: idle "
