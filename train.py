@@ -1569,35 +1569,55 @@ def activations(config, world, gpu, counts=None):
         ops = ops._replace(linear=later.linear)
 
     def held(layers, last, b):
-        """What a range of layers holds of a micro-batch of b windows."""
+        """What a range of layers holds of a micro-batch of b windows. In a long context it is a polynomial of
+        the second degree, known from three shorter ones."""
+        if c.context <= 2048 or c.context % 128:
+            return held_in(c.context, layers, last, b)
+        lengths = 1024, 1536, 2048
+        known = [held_in(T, layers, last, b) for T in lengths]
+        total = parallel.Held(0, 0, 0)
+        for T, value in zip(lengths, known):
+            others = [t for t in lengths if t != T]
+            weight = math.prod((c.context - t) / (T - t) for t in others)          # Lagrange
+            total = parallel.Held(*(x + weight * y for x, y in zip(total, value)))
+        return total
+
+    def held_in(T, layers, last, b):
+        """The same in a context of T tokens."""
         chunk = Transformer(c, ops, layers, experts=range(min(1, c.n_expert)), last=last)
         for name, p in chunk.named_parameters():
             if gpu and world > mesh.pp and may_be_narrow(name, p):
                 p.data = p.data.to(dtype)
-        targets = torch.zeros(b, c.context, dtype=torch.int64)
+        targets = torch.zeros(b, T, dtype=torch.int64)
         x = targets
         if layers.start > 0:
-            x = torch.zeros(b, c.context, c.d_model, dtype=width)
+            x = torch.zeros(b, T, c.d_model, dtype=width)
         return parallel.held_by(chunk, x, targets, later, last, dtype)
 
-    # What every chunk holds, for micro-batches of every size; of many layers, the first few tell the rest
+    # What every chunk holds, for micro-batches of every size: chunks that are alike are measured once, and of
+    # many layers the first few tell about the rest.
     device = torch.device("meta") if gpu else FakeTensorMode()
     ranges = chunk_ranges(config)
-    found = {}
     few = c.n_dense + 2 * c.share_kv
     more = few + c.share_kv
-    with device:
-        for b in {min(config.micro, share), (share - 1) % config.micro + 1}:
-            for i, layers in enumerate(ranges):
-                last = i == len(ranges) - 1
-                if len(layers) <= more:
-                    found[i, b] = held(layers, last, b)
-                    continue
-                start = layers.start
-                short = held(range(start, start + few), last, b)
-                longer = held(range(start, start + more), last, b)
-                groups = (len(layers) - few) / c.share_kv
-                found[i, b] = parallel.Held(*(x + groups * (y - x) for x, y in zip(short, longer)))
+    of_kind = {}
+    found = {}
+    for b in {min(config.micro, share), (share - 1) % config.micro + 1}:
+        for i, layers in enumerate(ranges):
+            start = layers.start
+            last = i == len(ranges) - 1
+            dense = sum(layer < c.n_dense for layer in layers)
+            kind = start == 0, last, dense, len(layers), b
+            if kind not in of_kind:
+                with device:
+                    if len(layers) <= more:
+                        of_kind[kind] = held(layers, last, b)
+                    else:
+                        short = held(range(start, start + few), last, b)
+                        longer = held(range(start, start + more), last, b)
+                        groups = (len(layers) - few) / c.share_kv
+                        of_kind[kind] = parallel.Held(*(x + groups * (y - x) for x, y in zip(short, longer)))
+            found[i, b] = of_kind[kind]
 
     # Every stage's plan
     def windows(act):
