@@ -3602,6 +3602,15 @@ def test_activations_are_predicted_and_a_meter_agrees(recipe, split):
     assert peaks[2] < peaks[3] and (found.total() < 0.8 * whole.total()) == split
 
 
+def test_activations_of_many_layers_and_long_contexts_are_predicted_from_fewer():
+    model = replace(train.RECIPES["laptop"].model, n_layer=5, n_head=2, n_kv_head=2, d_model=32, d_head=16,
+                    d_ff=64, context=2304, vocab_size=300)
+    config = replace(train.RECIPES["laptop"], model=model, batch=1, micro=1)
+    found, _ = metered(config, parallel.Mesh())
+    predicted, = train.activations(config, 1, False)
+    assert predicted == pytest.approx(found.total(), rel=0.01)
+
+
 def test_a_meter_counts_every_storage_once():
     weight = torch.nn.Linear(4, 4)
     meter = parallel.Meter([weight])
