@@ -461,9 +461,9 @@ def interleaved(p, m, v=1, warm=0):
 
     warm: forwards added to the warm-up of 2(p-1-stage) + (v-1)p. With one more, forward and backward of
     a pair are of different micro-batches, and one can hide the messages of the other.   [Kimi K2 §2.4.2]
-    If p does not divide m, the first group lacks some micro-batches: it is planned whole, and what it lacks
-    is left out. Plans that do not wait for ever still do not without some micro-batches; planned in another
-    way, incomplete groups can."""
+    If p does not divide m, the first group is incomplete: it is planned whole, and the micro-batches that
+    it lacks are left out. Leaving out whole micro-batches cannot make a plan deadlock; interleaving an
+    incomplete group as it is can."""
     missing = -m % p
     plans = []
     for stage in range(p):
@@ -669,16 +669,12 @@ def check_order(plans, stage_of, chunks):
                 raise ValueError(f"stage {source} sends {theirs} where stage {stage} expects {ours}")
 
 
-def peak(plan, size=lambda chunk: 1):
-    """The most forwards of a plan that wait for their backward, or for their W if there are any, weighted by
-    the `size` of their chunk."""
+def peak(plan):
+    """The most forwards of a plan that wait for their backward, or for their W if the backward is split."""
     ends = "W" if any(act.op == "W" for act in plan) else "B"
     now = most = 0
     for act in plan:
-        if act.op == "F":
-            now += size(act.chunk)
-        elif act.op == ends:
-            now -= size(act.chunk)
+        now += (act.op == "F") - (act.op == ends)
         most = max(most, now)
     return most
 
@@ -1574,8 +1570,8 @@ class Zero1:
     @torch.no_grad()
     def reduce(self):
         """The mean over dp of all gradients, into the owners' `master.grad`. An expert's gradient is summed
-        over its replicas, a tied one over both ends, and they too are divided by dp: the tokens of a batch
-        are shared among the ranks of dp, and these have all seen theirs."""
+        over its replicas and a tied one over both ends. These too are divided by dp: the loss is a mean over
+        the ranks of dp, and together they have sent the expert all its tokens."""
         # What this rank has alone: autograd's gradients
         alone = [piece for bucket in self.buckets() if self.alone(bucket) for piece in bucket.pieces]
         for piece in alone:

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import parallel
 from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
@@ -1543,6 +1542,8 @@ def activations(config, world, gpu, counts=None):
 
     gpu: as on GPUs, in bfloat16 and with their kernels; else as on this CPU. counts: how many tokens each
     expert of a rank gets in one micro-batch, by default equally many on all ranks."""
+    from torch._subclasses.fake_tensor import FakeTensorMode       # private to torch: only here
+
     # Windows of a rank, and dtypes
     c, mesh = config.model, config.mesh
     share = config.batch // (world // mesh.pp)
