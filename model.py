@@ -260,22 +260,48 @@ def parameters_of(*modules):
     return tuple(p for module in modules if isinstance(module, nn.Module) for p in module.parameters())
 
 
-def local_exchange(tokens, weight, counts):
-    """Send tokens (M, C) and their weights (M, 1) to the devices that hold their experts. Both are sorted
-    by expert; counts (E,) says how many go to each.
+class Local:
+    """The way of tokens to their experts and back, on one device, where nothing moves.
 
-    → arrive(), which returns the tokens and weights for the experts held here, their counts, and the
-    function that sends the results back. Work done before arrive() overlaps with the transfer. On one
-    device nothing moves."""
-    def arrive():
-        return tokens, weight, counts, identity
-    return arrive
+    Tokens are sorted by expert; counts (E,) says how many go to each. A replacement may start a transfer in
+    each of the first three steps; the step after it has to wait for that."""
+
+    def __init__(self, counts):
+        """counts: how many tokens go to each expert."""
+        self.counts = counts
+
+    def dispatch(self, rows, weight):
+        """Tokens (M, C) and their weights (M, 1) leave → one tensor, under way."""
+        self.weight = weight
+        return rows
+
+    def arrive(self, moving):
+        """→ tokens (N, C), weights (N, 1) and counts of the experts held here."""
+        return moving, self.weight, self.counts
+
+    def combine(self, rows):
+        """The experts' outputs (N, C) leave → one tensor, under way."""
+        return rows
+
+    def home(self, moving):
+        """→ the outputs (M, C), in the order in which the tokens left."""
+        return moving
 
 
 class Ops(NamedTuple):
     """The operations a Transformer is handed; these defaults are those of one device."""
     linear: Callable = linear
-    exchange: Callable = local_exchange
+    exchange: Callable = Local
+
+
+def whole(parts):
+    """Run a generator of parts from its first to its last, with the graph in one piece → what it returns."""
+    live = None
+    while True:
+        try:
+            _, live = parts.send(live)
+        except StopIteration as end:
+            return end.value
 
 
 # ---- parts -------------------------------------------------------------------------------------------------
@@ -729,23 +755,17 @@ class MoE(nn.Module):
         p = (s / s.sum(-1, keepdim=True)).unflatten(0, (B, -1)).mean(1)
         return (f * p).sum(-1).mean()
 
-    def dispatch(self, h, index, weight):
-        """Send each token to its experts: h (N, C), index and weight (N, k) → the token of each row (N·k,)
-        and `arrive`. Rows are sorted by expert, each with its weight: see the example in `forward`."""
-        # Sort the N·k pairs (token, expert) by expert; a stable sort keeps tokens in order
-        order = index.flatten().argsort(stable=True)                                       # (N·k,)
-        token = order // index.shape[1]
+    def sort(self, index):
+        """The experts of each token, index (N, k) → the order that sorts the N·k pairs (token, expert) by
+        expert, and the tokens of each expert (E,)."""
+        order = index.flatten().argsort(stable=True)                           # keeps tokens in order
 
-        # Tokens of each expert; bincount would make a GPU's host wait for the largest index
+        # bincount would make a GPU's host wait for the largest index
         ones = torch.ones_like(index).flatten()
-        counts = ones.new_zeros(self.config.n_expert).scatter_add(0, index.flatten(), ones)    # (E,)
+        counts = ones.new_zeros(self.config.n_expert).scatter_add(0, index.flatten(), ones)
         if self.training and self.counts:
             self.load += counts
-
-        # Send
-        rows = h.index_select(0, token)                                                    # (N·k, C)
-        weight = weight.flatten()[order, None].to(h.dtype)                                 # (N·k, 1)
-        return token, self.ops.exchange(rows, weight, counts)
+        return order, counts
 
     def experts(self, rows, weight, counts):
         """Rows (M, C) with weights (M, 1), sorted by expert, and the counts of the experts held here →
@@ -767,6 +787,36 @@ class MoE(nn.Module):
         y = torch.zeros(N, rows.shape[1], dtype=rows.dtype, device=rows.device)
         return y.index_add(0, token, rows)
 
+    def parts(self, x, *also):
+        """`forward`, cut where tokens are under way: a generator of the parts of a layer.
+
+        x (B, T, C) → (B, T, C), balance loss, *also. It yields the name of an exchange that has begun and is
+        waited for when the generator goes on, and the tensors that live on: those with a gradient have to
+        pass here, and `also` passes what the caller keeps. The driver returns them, or others that are equal.
+        Between two yields grad mode and autocast must not change."""
+        # Route, and tell the other ranks how many tokens they will get; meanwhile, a row for each pair
+        h = self.norm(x)
+        index, weight, balance = self.route(h)
+        order, counts = self.sort(index)
+        trip = self.ops.exchange(counts)
+        token = order // index.shape[1]                                        # of each row: (N·k,)
+        rows = h.flatten(0, 1).index_select(0, token)                          # (N·k, C)
+        weight = weight.flatten()[order, None].to(h.dtype)                     # (N·k, 1)
+        h, rows, weight, balance, *also = yield "counts", (h, rows, weight, balance, *also)
+
+        # The shared expert, while tokens travel
+        moving = trip.dispatch(rows, weight)
+        shared = self.shared(h) if self.config.n_shared else 0.0
+        moving, shared, balance, *also = yield "dispatch", (moving, shared, balance, *also)
+
+        # Experts
+        moving = trip.combine(self.experts(*trip.arrive(moving)))
+        moving, shared, balance, *also = yield "combine", (moving, shared, balance, *also)
+
+        # Combine
+        y = self.combine(trip.home(moving), token, len(index))
+        return y.view_as(x) + shared, balance, *also
+
     def forward(self, x):
         """x (B, T, C) → (B, T, C), balance loss
 
@@ -783,18 +833,7 @@ class MoE(nn.Module):
 
             y[0] = row 0 + row 3 = b·expert_0(h[0]) + a·expert_3(h[0])
             y[1] = row 1 + row 2 = c·expert_0(h[1]) + d·expert_1(h[1])"""
-        # Route and dispatch
-        h = self.norm(x)
-        index, weight, balance = self.route(h)
-        token, arrive = self.dispatch(h.flatten(0, 1), index, weight)
-
-        # The shared expert, while tokens travel
-        shared = self.shared(h) if self.config.n_shared else 0.0
-
-        # Experts and combine
-        rows, weight, counts, back = arrive()
-        y = back(self.experts(rows, weight, counts))
-        return self.combine(y, token, len(index)).view_as(h) + shared, balance
+        return whole(self.parts(x))
 
     @torch.no_grad()
     def balance_(self, load):
@@ -815,14 +854,34 @@ class Layer(nn.Module):
         else:
             self.ffn = FeedForward(config, ops)
 
-    def forward(self, x, rope=None, sees=None, cache=None, kv=None):
-        """x (B, T, C) → (B, T, C), keys and values for layers that share them, balance loss"""
+    def parts(self, x, rope=None, sees=None, cache=None, kv=None, total=0.0):
+        """`forward` as a generator, which yields while tokens are under way to experts and back: see
+        MoE.parts. A dense layer yields nothing."""
         y, kv = self.attention(x, rope, sees, cache, kv)
         x = x + y
+        if not self.sparse:
+            return x + self.ffn(x), kv, total
+        y, balance, x, total, *kv = yield from self.ffn.parts(x, x, total, *(kv or ()))
+        return x + y, kv, total + balance
+
+    def forward(self, x, rope=None, sees=None, cache=None, kv=None, total=0.0):
+        """x (B, T, C) → (B, T, C), keys and values for layers that share them, the sum `total` of balance
+        losses with that of this layer"""
+        return whole(self.parts(x, rope, sees, cache, kv, total))
+
+    def compile_parts(self, on=True):
+        """torch.compile what lies between the yields of `parts`, or undo that. The generator itself cannot be
+        compiled."""
+        pieces = [(self.attention, "forward")]
         if self.sparse:
-            y, balance = self.ffn(x)
-            return x + y, kv, balance
-        return x + self.ffn(x), kv, 0.0
+            pieces += [(self.ffn, "route"), (self.ffn, "experts")]
+        else:
+            pieces.append((self.ffn, "forward"))
+        for module, name in pieces:
+            if on:
+                setattr(module, name, torch.compile(getattr(module, name)))
+            else:
+                delattr(module, name)
 
 
 # ---- a candidate: nGPT, the network on the unit sphere [2410.01131] ----------------------------------------
@@ -895,25 +954,27 @@ class SphereFeedForward(FeedForward):
         return (*super().inside(), self.s_gate, self.s_up)
 
 
-class SphereLayer(nn.Module):
+class SphereLayer(Layer):
     """Steps along the sphere in place of residual sums: entry j moves the fraction α_j of the way."""
 
     def __init__(self, config, layer, ops, experts):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.sparse = False
         self.attention = SphereAttention(config, layer, ops)
         self.ffn = SphereFeedForward(config, ops)
         self.rate = config.d_model ** 0.5 / config.n_layer     # α starts at 1/n_layer
         self.a_attention = scales(config.d_model, config.d_model)
         self.a_ffn = scales(config.d_model, config.d_model)
 
-    def forward(self, x, rope=None, sees=None, cache=None, kv=None):
-        """As Layer.forward."""
+    def parts(self, x, rope=None, sees=None, cache=None, kv=None, total=0.0):
+        """As Layer.parts."""
+        yield from ()
         y, kv = self.attention(x, rope, sees, cache, kv)
         alpha = (self.a_attention * self.rate).to(x.dtype)
         x = unit(x + alpha * (unit(y) - x))                                                # [eq. 10]
         alpha = (self.a_ffn * self.rate).to(x.dtype)
         x = unit(x + alpha * (unit(self.ffn(x)) - x))                                      # [eq. 11]
-        return x, kv, 0.0
+        return x, kv, total
 
 
 def sharpened(head, s_logits):
@@ -1042,6 +1103,27 @@ class Transformer(nn.Module):
         doc_start (B, T): position at which each token's document begins; None: attention crosses them.
         dtype: that of the computation, by default the dtype of the weights.
         ValueError: there are more tokens than learned positions."""
+        x, rope, sees = self.enter(x, doc_start, cache, dtype)
+        kv = None
+        balance = 0.0
+        for layer in self.layers.values():
+            x, kv, balance = layer(x, rope, sees, cache, kv, balance)
+        if cache:
+            cache.length += x.shape[1]
+        return self.leave(x), balance
+
+    def parts(self, x, doc_start=None, dtype=None):
+        """`body` as a generator, which yields where tokens are under way: see MoE.parts, `count_parts`."""
+        x, rope, sees = self.enter(x, doc_start, None, dtype)
+        kv = None
+        balance = 0.0
+        for layer in self.layers.values():
+            x, kv, balance = yield from layer.parts(x, rope, sees, None, kv, balance)
+        return self.leave(x), balance
+
+    def enter(self, x, doc_start, cache, dtype):
+        """What all layers get: x, embedded if it is tokens; the rotations of the positions; and what each
+        token may attend to."""
         past = cache.length if cache else 0
         T = x.shape[1]
         if past + T > self.config.context and self.config.position == "learned":
@@ -1055,23 +1137,15 @@ class Transformer(nn.Module):
             if dtype is not None:
                 x = x.to(dtype)
 
-        # Positions and masks, the same for all layers
+        # Positions and masks
         rope = None
         if self.config.position == "rope":
             rope = rope_table(self.config, past, past + T, x.device, kernels.accumulation_dtype(x.dtype))
-        sees = kernels.sight(T, past + T, doc_start, x.device)
+        return x, rope, kernels.sight(T, past + T, doc_start, x.device)
 
-        # Layers
-        kv = None
-        balance = 0.0
-        for layer in self.layers.values():
-            x, kv, of_layer = layer(x, rope, sees, cache, kv)
-            balance = balance + of_layer
-        if cache:
-            cache.length += T
-        if self.last:
-            x = self.norm(x)
-        return x, balance
+    def leave(self, x):
+        """x after the last layer, normalised if the head follows."""
+        return self.norm(x) if self.last else x
 
     def output(self):
         """The matrix (V, C) that makes logits."""
@@ -1156,6 +1230,12 @@ def layer_costs(config):
             costs[int(name.split(".")[1])] += used
     costs[0] += config.d_model
     return [*costs, config.vocab_size * config.d_model]
+
+
+def count_parts(config, layers):
+    """The number of parts in which a range of layers is run: an exchange of tokens ends each but the last."""
+    sparse = [layer for layer in layers if config.n_expert and layer >= config.n_dense]
+    return 1 + 3 * len(sparse)
 
 
 def cache_per_token(config):

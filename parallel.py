@@ -49,6 +49,7 @@ class MeshConfig:
     schedule: str = ""           # gpipe | 1f1b | interleaved; "" = 1f1b with one chunk, else interleaved
     split: bool = False          # compute the weights' gradients where a stage would wait   [Kimi K2 §2.4.2]
     ep: int = 1                  # ranks that divide the experts among them
+    overlap: bool = False        # tokens travel to experts while another micro-batch computes   [§2.4.2]
     timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
     def __post_init__(self):
@@ -62,6 +63,11 @@ class MeshConfig:
         if self.schedule == "1f1b" and self.chunks > 1:
             raise ValueError(f"mesh.schedule=1f1b has one chunk on each stage, not mesh.chunks="
                              f"{self.chunks}: take interleaved")
+        if self.overlap and self.schedule not in ("", "interleaved"):
+            raise ValueError(f"mesh.schedule={self.schedule}: mesh.overlap=true is a plan of its own, "
+                             "interleaved with one more forward in the warm-up: leave mesh.schedule out")
+        if self.overlap and self.ep == 1:
+            raise ValueError("mesh.overlap=true: with mesh.ep=1 no tokens travel that could be overlapped")
 
     def check(self, world, batch, n_expert, groups):
         """Raise ValueError unless `world` ranks can share `batch` windows, `n_expert` experts, and layers
@@ -86,12 +92,16 @@ class MeshConfig:
                 raise ValueError(message)
 
     @functools.cache
-    def plans(self, windows, micro):
-        """The plans of all stages for `windows` windows in micro-batches of `micro`."""
+    def plans(self, windows, micro, parts=()):
+        """The plans of all stages for `windows` windows in micro-batches of `micro`. parts: with overlap, a
+        tuple: in how many parts each chunk is run."""
         name = self.schedule
         if not name:
             name = "1f1b" if self.chunks == 1 else "interleaved"
-        plans = SCHEDULES[name](self.pp, -(-windows // micro), self.chunks)
+        m = -(-windows // micro)
+        if self.overlap:
+            return overlapped(self.pp, m, self.chunks, parts, self.split)
+        plans = SCHEDULES[name](self.pp, m, self.chunks)
         if self.split:
             plans = split_backwards(plans)
         return plans
@@ -396,40 +406,64 @@ class Act(NamedTuple):
     """One step of a plan.
 
     F  forward        B  backward; or only its gradients of activations and vectors, where a W follows
-    W  the gradients of the matrices that B has left        R  send a chunk's gradients to their owners"""
+    W  the gradients of the matrices that B has left        R  send a chunk's gradients to their owners
+
+    F and B may be cut into parts: each is then an act, and between two of them tokens travel to their experts
+    or back (`exchanged_after`)."""
     op: str
     micro: int                   # index of the micro-batch
     chunk: int = 0               # index of the chunk of layers, over all stages
+    left: int = 0                # how many parts follow; 0 completes an F or a B
 
     def __str__(self):
-        return f"{self.op} of micro-batch {self.micro}, chunk {self.chunk}"
+        more = f", {self.left} parts before its end" * (self.left > 0)
+        return f"{self.op} of micro-batch {self.micro}, chunk {self.chunk}{more}"
 
 
-def needs(act, chunks):
-    """The acts whose results an act needs, in a model of so many chunks: the whole dependency graph.
+def needs(act, parts):
+    """The acts whose results an act needs: the whole dependency graph. parts: of every chunk of the model, in
+    how many parts it is run.
 
-    What comes from another chunk is a message: activations for an F, gradients for a B."""
-    op, micro, chunk = act
+    Two kinds of messages are among them. What comes from another chunk: activations for an F, gradients for a
+    B. And what comes from the part before, in which tokens were sent: an exchange."""
+    op, micro, chunk, left = act
+    if op == "W":
+        return [Act("B", micro, chunk)]
+    if op == "R":
+        return [Act("W", micro, chunk)]
+    if left < parts[chunk] - 1:
+        return [act._replace(left=left + 1)]                       # an exchange
+
+    # The first part, or the whole act
     found = []
     if op == "F" and chunk > 0:
         found.append(Act("F", micro, chunk - 1))
     if op == "B":
         found.append(Act("F", micro, chunk))
-        if chunk < chunks - 1:
+        if chunk < len(parts) - 1:
             found.append(Act("B", micro, chunk + 1))
-    if op == "W":
-        found.append(Act("B", micro, chunk))
-    if op == "R":
-        found.append(Act("W", micro, chunk))
     return found
 
 
+def parts_of(plans, chunks=0):
+    """In how many parts these plans run each of `chunks` chunks, or of more. A chunk in no plan: one."""
+    acts = [act for plan in plans for act in plan]
+    parts = [1] * max(chunks, 1 + max(act.chunk for act in acts))
+    for act in acts:
+        parts[act.chunk] = max(parts[act.chunk], 1 + act.left)
+    return parts
+
+
 def alternate(forwards, backwards, warm_up):
-    """`warm_up` forwards; one forward and one backward in turn; the backwards that are left."""
-    plan = forwards[:warm_up]
-    for pair in zip(forwards[warm_up:], backwards):
-        plan += pair
-    return plan + backwards[len(forwards[warm_up:]):]
+    """`warm_up` forwards, one forward and one backward in turn, the backwards that are left: a list of ticks,
+    tuples of one act or two."""
+    pairs = list(zip(forwards[warm_up:], backwards))
+    return [(act,) for act in forwards[:warm_up]] + pairs + [(act,) for act in backwards[len(pairs):]]
+
+
+def flat(ticks):
+    """The acts of some ticks, in order."""
+    return [act for tick in ticks for act in tick]
 
 
 def in_groups(stage, p, m, v):
@@ -447,31 +481,37 @@ def in_groups(stage, p, m, v):
 
 def gpipe(p, m, v=1):
     """All forwards, then all backwards.   [1811.06965]"""
-    return [alternate(*in_groups(stage, p, m, v), m * v) for stage in range(p)]
+    return [flat(alternate(*in_groups(stage, p, m, v), m * v)) for stage in range(p)]
 
 
 def one_f_one_b(p, m, v=1):
     """1F1B, with one chunk a stage: a backward as soon as there is one, so that stage r holds the
     activations of p - r micro-batches at most.   [2104.04473 §2.2]"""
-    return [alternate(*in_groups(stage, p, m, 1), p - 1 - stage) for stage in range(p)]
+    return [flat(alternate(*in_groups(stage, p, m, 1), p - 1 - stage)) for stage in range(p)]
 
 
 def interleaved(p, m, v=1, warm=0):
-    """Interleaved 1F1B: v chunks a stage make the bubble v times shorter.   [2104.04473 §2.2]
+    """Interleaved 1F1B: v chunks a stage make the bubble v times shorter.   [2104.04473 §2.2]"""
+    return [flat(ticks) for ticks in interleaved_ticks(p, m, v, warm)]
+
+
+def interleaved_ticks(p, m, v, warm):
+    """The plans of `interleaved` as lists of ticks.
 
     warm: forwards added to the warm-up of 2(p-1-stage) + (v-1)p. With one more, forward and backward of
-    a pair are of different micro-batches, and one can hide the messages of the other.   [Kimi K2 §2.4.2]
+    a tick are of different micro-batches, and one can hide the messages of the other.   [Kimi K2 §2.4.2]
     If p does not divide m, the first group is incomplete: it is planned whole, and the micro-batches that
     it lacks are left out. Leaving out whole micro-batches cannot make a plan deadlock; interleaving an
     incomplete group as it is can."""
     missing = -m % p
-    plans = []
+    stages = []
     for stage in range(p):
-        # The plan of whole groups, and what it lacks left out
+        # The ticks of whole groups, and what they lack left out
         warm_up = 2 * (p - 1 - stage) + (v - 1) * p + warm
-        plan = alternate(*in_groups(stage, p, missing + m, v), warm_up)
-        plans.append([act._replace(micro=act.micro - missing) for act in plan if act.micro >= missing])
-    return plans
+        ticks = alternate(*in_groups(stage, p, missing + m, v), warm_up)
+        stages.append([[act._replace(micro=act.micro - missing) for act in tick if act.micro >= missing]
+                       for tick in ticks])
+    return stages
 
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
@@ -485,7 +525,7 @@ def split_backwards(plans):
     so that the peak stays as it is. Forward, B and W are taken to last equally long. After the last W of
     a chunk comes its R.   [2401.10241 §2.2]"""
     # What the plans have in common
-    chunks = 1 + max(act.chunk for plan in plans for act in plan)
+    parts = parts_of(plans)
     bound = max(map(peak, plans))
     last = max(act.micro for act in plans[0])
 
@@ -512,7 +552,7 @@ def split_backwards(plans):
         for stage, plan in enumerate(plans):
             while at[stage] < len(plan):
                 act = plan[at[stage]]
-                ready = [finish.get(need) for need in needs(act, chunks)]
+                ready = [finish.get(need) for need in needs(act, parts)]
                 if None in ready:
                     break
                 start = max([free[stage], *ready])
@@ -532,6 +572,70 @@ def split_backwards(plans):
         for act in acts:
             place(stage, act)
     return split
+
+
+def exchanged_after(act):
+    """What is exchanged between a part and the one after it: "counts", how many tokens will travel;
+    "dispatch", the tokens, or in the backward their gradients; "combine", the experts' outputs; or None."""
+    kinds = dict(F=("counts", "dispatch", "combine"), B=("combine", "dispatch", None))
+    return kinds[act.op][-act.left % 3] if act.left else None
+
+
+def in_parts(act, parts):
+    """The parts of an F or a B, in order; a W or an R is not cut."""
+    if act.op not in "FB":
+        return [act]
+    return [act._replace(left=left) for left in reversed(range(parts[act.chunk]))]
+
+
+def legs(act, parts):
+    """The parts of an act, in lists that end where tokens travel. The numbers of tokens are soon there: what
+    begins after them belongs to the same list."""
+    found = [[]]
+    for part in in_parts(act, parts):
+        found[-1].append(part)
+        if exchanged_after(part) in ("dispatch", "combine"):
+            found.append([])
+    return found
+
+
+def weave(plan, parts, ticks):
+    """Cut the acts of a plan into parts. Those of the forward and the backward of a tick take turns, so that
+    while the tokens of one travel, the other computes.   [Kimi K2 §2.4.2]
+
+    ticks: of the plan before its backwards were split. A W that has come between the two goes first: it hides
+    the message that the backward waits for. A forward F1 and a backward B0 of a layer with experts, woven:
+
+        B0  sum                            experts            router, attention
+        F1       attention, router, shared         experts                       sum of the experts"""
+    partner = dict(tick for tick in ticks if len(tick) == 2)
+    woven = []
+    plan = collections.deque(plan)
+    while plan:
+        act = plan.popleft()
+        if act not in partner:
+            woven += in_parts(act, parts)
+            continue
+        while plan[0].op == "W":
+            woven.append(plan.popleft())
+
+        # Each list of legs, spread evenly over the tick; of two at the same place, the backward's comes first
+        places = []
+        for some in legs(plan.popleft(), parts), legs(act, parts):
+            places += [((k + 0.5) / len(some), leg) for k, leg in enumerate(some)]
+        for _, leg in sorted(places, key=lambda place: place[0]):
+            woven += leg
+    return woven
+
+
+def overlapped(p, m, v, parts, split=False):
+    """Interleaved 1F1B with one more warm-up forward, in parts that are woven. It holds one micro-batch more
+    than `interleaved`."""
+    stages = interleaved_ticks(p, m, v, warm=1)
+    plans = [flat(ticks) for ticks in stages]
+    if split:
+        plans = split_backwards(plans)
+    return [weave(plan, parts, ticks) for plan, ticks in zip(plans, stages)]
 
 
 def partition(costs, n, starts=None):
@@ -568,45 +672,61 @@ AHEAD = 2                        # a stage posts an act's receive when it begins
 class Timeline(NamedTuple):
     """When the stages of a pipeline do what."""
     spans: list                  # of each stage: its [(act, start, finish)]
+    exchanges: list              # of each stage: [(the part that began it, start, finish)]
+    messages: list               # of each stage: [(the act that sent it, start, finish)] of those it receives
     total: float                 # from the first start to the last finish
     idle: float                  # share of the stages' time without an act: (p-1)/(m+p-1) for 1F1B
     idle_over_busy: float        # the reports' bubble, idle time over that of the acts: (p-1)/m for 1F1B
+    waits: dict                  # share of the stages' time in which they wait for an "exchange" or "message"
     peaks: list                  # of each stage: the most forwards that wait for their backward
 
 
-def simulate(plans, cost, message=0.0):
-    """Time the plans of all stages: cost(act) seconds an act, none for R, `message` seconds a message
-    → Timeline.
+def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
+    """Time the plans of all stages: cost(act) seconds an act, none for R, `message` seconds a message, and
+    exchange(act) seconds the exchange after a part `act` → Timeline. It begins when the part ends; but a
+    dispatch begins with its part, and its gradient is needed only at the end of that: there the shared expert
+    computes meanwhile.
 
     Messages are those of `execute`: a transfer begins when the sender has the tensor, the receiver has
     posted the receive (see AHEAD), and the message before it on the same channel has arrived. A channel is
-    a pair of stages and a kind, activations or gradients; it delivers in the order of sending.
-    ValueError: a message is received in another order than it is sent; or stages wait for each other, and
-    who waits for whom."""
-    chunks = 1 + max(act.chunk for plan in plans for act in plan)
+    a pair of stages and a kind, activations or gradients; it delivers in the order of sending. The exchanges
+    of a stage follow one another.
+    ranks: how many plans there are of each stage, in a row; its ranks exchange tokens with each other.
+    ValueError: ranks of a stage begin exchanges in different orders; a message is received in another order
+    than it is sent; or stages wait for each other, and who waits for whom."""
+    check_exchanges(plans, ranks)
+    plans = plans[::ranks]
+    parts = parts_of(plans)
     stage_of = {act: stage for stage, plan in enumerate(plans) for act in plan}
-    check_order(plans, stage_of, chunks)
+    check_order(plans, stage_of, parts)
 
+    ahead = AHEAD * max(parts)
     free = [0.0] * len(plans)                      # when the stage has finished what it began
-    spans = [[] for _ in plans]
+    spans, exchanges, messages = ([[] for _ in plans] for _ in range(3))
     finish = {}
-    arrived = {}                                   # channel: when its last message arrived
+    arrived = {}                                   # (stage, act): when its message or exchange arrived there
+    last = {}                                      # channel, or stage that exchanges: the last arrival
+    waits = dict(exchange=0.0, message=0.0)
 
     def begin(stage, act):
-        """When the act can begin, or None if what it needs is not known yet."""
+        """When the act can begin, or None if what it needs is not known yet. If that is a dispatch's
+        gradient: when it can begin so as to end with its arrival."""
         times = [free[stage]]
-        for need in needs(act, chunks):
+        for need in needs(act, parts):
             if need not in finish:
                 return None
-            if stage_of[need] == stage:
-                continue
-
-            # A message: its receive was posted when an earlier act ended
-            at = len(spans[stage]) - AHEAD - 1
-            posted = spans[stage][at][2] if at >= 0 else 0.0
-            channel = stage_of[need], stage, need.op
-            arrived[channel] = max(finish[need], posted, arrived.get(channel, 0.0)) + message
-            times.append(arrived[channel])
+            if stage_of[need] != stage and (stage, need) not in arrived:
+                # A message: its receive was posted when an earlier act ended
+                at = len(spans[stage]) - ahead - 1
+                posted = spans[stage][at][2] if at >= 0 else 0.0
+                channel = stage_of[need], stage, need.op
+                start = max(finish[need], posted, last.get(channel, 0.0))
+                last[channel] = arrived[stage, need] = start + message
+                messages[stage].append((need, start, last[channel]))
+            here = arrived.get((stage, need), 0.0)
+            if act.op == "B" and exchanged_after(need) == "dispatch":
+                here -= cost(act)
+            times.append(here)
         return max(times)
 
     # Let every stage go on as far as it can, until none can.
@@ -620,16 +740,29 @@ def simulate(plans, cost, message=0.0):
                 if start is None:
                     break
                 going = True
+
+                # What it waited for, while that travelled
+                wait = start - max([free[stage], *map(finish.get, needs(act, parts))])
+                if wait > 0:
+                    kind = "exchange" if act.left < parts[act.chunk] - 1 else "message"
+                    waits[kind] += wait
+
+                # The act, and the exchange that it begins
                 took = 0.0 if act.op == "R" else cost(act)
                 finish[act] = free[stage] = start + took
                 spans[stage].append((act, start, finish[act]))
+                if act.left:
+                    ready = start if act.op == "F" and exchanged_after(act) == "dispatch" else finish[act]
+                    begun = max(ready, last.get(stage, 0.0))
+                    last[stage] = arrived[stage, act] = begun + exchange(act)
+                    exchanges[stage].append((act, begun, last[stage]))
 
     # Who waits for whom
     waiting = []
     for stage, plan in enumerate(plans):
         if len(spans[stage]) < len(plan):
             act = plan[len(spans[stage])]
-            need = next(need for need in needs(act, chunks) if need not in finish)
+            need = next(need for need in needs(act, parts) if need not in finish)
             where = f"of stage {stage_of[need]}" if need in stage_of else "which is in no plan"
             waiting.append(f"stage {stage} with {act} for {need} {where}")
     if waiting:
@@ -639,10 +772,25 @@ def simulate(plans, cost, message=0.0):
     total = max(free)
     busy = sum(stop - start for of_stage in spans for _, start, stop in of_stage)
     idle = len(plans) * total - busy
-    return Timeline(spans, total, idle / (idle + busy), idle / busy, [peak(plan) for plan in plans])
+    waits = {kind: wait / (idle + busy) for kind, wait in waits.items()}
+    return Timeline(spans, exchanges, messages, total, idle / (idle + busy), idle / busy, waits,
+                    [peak(plan) for plan in plans])
 
 
-def check_order(plans, stage_of, chunks):
+def check_exchanges(plans, ranks):
+    """ValueError unless the ranks of each stage, whose plans follow each other, begin exchanges in one order:
+    in an exchange each waits for all others."""
+    for first in range(0, len(plans), ranks):
+        order = [act for act in plans[first] if act.left]
+        for rank in range(first, first + ranks):
+            others = [act for act in plans[rank] if act.left]
+            for ours, theirs in itertools.zip_longest(order, others):
+                if ours != theirs:
+                    raise ValueError(f"rank {first} begins the exchange after {ours}, where rank {rank} "
+                                     f"begins that after {theirs}")
+
+
+def check_order(plans, stage_of, parts):
     """ValueError unless every channel's messages are received in the order in which they are sent."""
     sent = {}
     received = {}
@@ -651,7 +799,7 @@ def check_order(plans, stage_of, chunks):
     # Received, in the order of the receiver's plan
     for stage, plan in enumerate(plans):
         for act in plan:
-            for need in needs(act, chunks):
+            for need in needs(act, parts):
                 if stage_of.get(need, stage) != stage:
                     consumers[need] = stage
                     received.setdefault((stage_of[need], stage, need.op), []).append(need)
@@ -672,28 +820,41 @@ def check_order(plans, stage_of, chunks):
 def peak(plan):
     """The most forwards of a plan that wait for their backward, or for their W if the backward is split."""
     ends = "W" if any(act.op == "W" for act in plan) else "B"
-    now = most = 0
+    begun = set()
+    most = 0
     for act in plan:
-        now += (act.op == "F") - (act.op == ends)
-        most = max(most, now)
+        if act.op == "F":
+            begun.add((act.micro, act.chunk))
+        if act.op == ends and act.left == 0:
+            begun.discard((act.micro, act.chunk))
+        most = max(most, len(begun))
     return most
 
 
 def draw(timeline, unit, columns=100):
     """A timeline as text, a row for each stage and a column for each `unit` seconds: digits are forwards
     (the last digit of the micro-batch), letters backwards (a = 0), capital letters the weights' gradients,
-    dots idle time. Of a long timeline the first and the last `columns` columns."""
-    # A row for each stage
+    dots idle time. Of a long timeline the first and the last `columns` columns.
+
+    With exchanges, three rows for each stage: what it computes, exchanges (x), messages that arrive (m)."""
     width = max(1, round(timeline.total / unit))
     letters = dict(F="0123456789", B="abcdefghij", W="ABCDEFGHIJ", R="..........")
-    rows = []
-    for of_stage in timeline.spans:
-        row = ["."] * width
-        for act, start, stop in of_stage:
+
+    def row(spans):
+        drawn = ["."] * width
+        for act, start, stop in spans:
             letter = letters[act.op][act.micro % 10]
             first, end = round(start / unit), round(stop / unit)
-            row[first:end] = letter * (end - first)
-        rows.append("".join(row))
+            drawn[first:end] = letter * (end - first)
+        return "".join(drawn)
+
+    # The rows of each stage
+    rows = []
+    for stage, spans in enumerate(timeline.spans):
+        rows.append((stage, row(spans)))
+        if any(timeline.exchanges):
+            rows.append(("x", row(timeline.exchanges[stage])))
+            rows.append(("m", row(timeline.messages[stage])))
 
     # Begin and end of a long one
     if width <= 2 * columns:
@@ -703,7 +864,7 @@ def draw(timeline, unit, columns=100):
     lines = []
     for first, end in parts:
         lines.append(f"columns {first} to {min(end, width)} of {width}")
-        lines += [f"{stage:>4}  {row[first:end]}" for stage, row in enumerate(rows)]
+        lines += [f"{name:>4}  {drawn[first:end]}" for name, drawn in rows]
     return "\n".join(lines)
 
 
@@ -742,7 +903,7 @@ class Messages:
 
     empty(micro) → an uninitialised boundary tensor of a micro-batch. keep: see `Meter.keep`."""
 
-    def __init__(self, plan, chunks, empty, mesh, keep):
+    def __init__(self, plan, parts, empty, mesh, keep):
         self.mesh = mesh
         self.empty = empty
         self.keep = keep
@@ -751,7 +912,7 @@ class Messages:
         self.here = {}                             # message: (tensor, kept), with a single stage
         self.needed = {}                           # act: the message that it needs
         for act in plan:
-            self.needed |= {act: need for need in needs(act, chunks) if need.chunk != act.chunk}
+            self.needed |= {act: need for need in needs(act, parts) if need.chunk != act.chunk}
 
     def group(self, message):
         """The process group of a message's channel. It goes round the ring to or from chunks 0, p, 2p, ..."""
@@ -801,6 +962,67 @@ class Messages:
         self.sent.clear()
 
 
+class Passage:
+    """A micro-batch on its way through a chunk: its forward, then its backward, part by part. The graph is
+    cut where the chunk's generator yields, so that each part has a graph of its own; and in front of x, whose
+    gradient is another chunk's. Gradients are the same to the bit as with the graph in one piece."""
+
+    def __init__(self, x, generator, kept=None):
+        self.x = x
+        self.generator = generator
+        self.kept = kept
+        self.entering = None                       # what the next part is given
+        self.cuts = []                             # after each part: what it passed on, and its gradients
+
+    def forward(self):
+        """The next part → whether it was the last one. Then `y` and `balance` are here."""
+        try:
+            _, live = self.generator.send(self.entering)
+        except StopIteration as end:
+            self.y, self.balance = end.value
+            self.generator = self.entering = None
+            return True
+
+        # Edges of the graph stand for tensors, which may be freed
+        anchor = torch.empty(0, requires_grad=True)
+        edges = []
+        gradients = {}
+        entering = list(live)
+        for i, t in enumerate(live):
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                edges.append((i, torch.autograd.graph.get_gradient_edge(t)))
+                entering[i] = Cut.apply(t.detach(), anchor, gradients, i)
+        self.entering = tuple(entering)
+        self.cuts.append((edges, gradients))
+        return False
+
+    def backward(self, roots, gradients):
+        """The backward of the last part, from the gradients of its roots."""
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+    def backward_before(self):
+        """The backward of the part before, from the gradients that the last backward has left."""
+        edges, gradients = self.cuts.pop()
+        found = [(edge, gradients[i]) for i, edge in edges if i in gradients]
+        self.backward(*zip(*found) if found else ((), ()))
+
+
+class Cut(torch.autograd.Function):
+    """The identity at the beginning of a part: puts the gradient into gradients[i], for the part before."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, gradients, i):
+        ctx.gradients = gradients
+        ctx.i = i
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.gradients[ctx.i] = g
+        return None, None, None, None
+
+
 def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=None, meter=None):
     """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
     micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
@@ -809,6 +1031,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
     chunks {index: chunk}: this stage's ranges of layers, with
         chunk.body(x, doc_start, dtype=dtype) → (y, balance loss); chunk 0 gets tokens, the others the y
                                                  (b, T, chunk.width) of the chunk before
+        chunk.parts(x, doc_start, dtype=dtype)   the same as a generator, if the plan runs the chunk in parts
         chunk.loss(h, targets, weight) → (loss, its terms (N,)), in the last one
     later: the WeightGradients whose `linear` the chunks use, if any. reduce(chunk): what R does.
     meter: a Meter of what is kept for the backward, if that is to be measured.
@@ -819,7 +1042,8 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
     first = next(iter(chunks.values()))
     total = mesh.pp.size * len(chunks)
     last = total - 1
-    live = {}                                      # (micro, chunk): what its backward needs of a forward
+    parts = parts_of([plan], total)
+    live = {}                                      # (micro, chunk): its Passage, from forward to backward
     keep = meter.keep if meter else lambda tensor, name: None
     watch = meter.watch if meter else contextlib.nullcontext
     if later:
@@ -843,71 +1067,93 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
         losses[i * micro:(i + 1) * micro] = terms.detach().double().view(len(h), -1).mean(1)
         return loss
 
-    def forward(act):
-        # A boundary cuts the graph: x is a leaf, whose gradient the backward will send.
+    def passage(act):
+        """The micro-batch at the beginning of its way through the chunk."""
         if act.chunk == 0:
             x = windows(act.micro, batch.x)
         else:
             x = messages.receive(act).requires_grad_(torch.is_grad_enabled())
+        chunk = chunks[act.chunk]
+        arguments = x, windows(act.micro, batch.doc_start)
+        if parts[act.chunk] > 1:
+            return Passage(x, chunk.parts(*arguments, dtype=dtype))
+        return Passage(x, in_one(chunk.body, *arguments, dtype=dtype))
+
+    def forward(act):
+        at = act.micro, act.chunk
+        if at not in live:
+            live[at] = passage(act)
+        run = live[at]
         with watch():
-            y, balance = chunks[act.chunk].body(x, windows(act.micro, batch.doc_start), dtype=dtype)
+            ended = run.forward()
+        if not ended:
+            return
 
         # The loss is left to the backward, so that no micro-batch in flight holds its logits' gradient.
+        y = run.y
+        run.kept = keep(run.x, "boundaries")
         if act.chunk == last:
             if not torch.is_grad_enabled():
                 loss_of(act.micro, y)
-            end = y
-            kept = keep(x, "boundaries"), keep(y, "boundaries")
+            run.kept = run.kept, keep(y, "boundaries")
         else:
             messages.send(act, y.detach())
-            end = None
-            kept = keep(x, "boundaries")
+            run.y = None
             if y.requires_grad:                                    # unless chunk 0 is frozen
-                end = torch.autograd.graph.get_gradient_edge(y)    # without y itself, which is free once sent
-        if torch.is_grad_enabled():
-            live[act.micro, act.chunk] = x, end, balance, kept
+                run.y = torch.autograd.graph.get_gradient_edge(y)  # without y itself, which is free once sent
+        if not torch.is_grad_enabled():
+            del live[at]
 
     def backward(act):
+        run = live[act.micro, act.chunk]
+        if act.left == parts[act.chunk] - 1:
+            begin_backward(act, run)
+        else:
+            run.backward_before()
+        if act.left == 0:
+            del live[act.micro, act.chunk]
+            if act.chunk > 0:
+                messages.send(act, run.x.grad)
+
+    def begin_backward(act, run):
         # Roots of the backward and their gradients. A balance loss is always a mean over windows.
-        x, end, balance, kept = live.pop((act.micro, act.chunk))
-        of_all = len(x) / share
+        of_all = len(run.x) / share
         if act.chunk == last:
             with watch():
-                loss = loss_of(act.micro, end)
+                loss = loss_of(act.micro, run.y)
             if batch.weight is None:
-                roots = [(loss + balance) * of_all]
+                roots = [(loss + run.balance) * of_all]
             else:
-                roots = [loss + balance * of_all]
+                roots = [loss + run.balance * of_all]
             gradients = [None]
         else:
             roots = []
             gradients = []
             received = messages.receive(act)
-            kept = kept, keep(received, "boundaries")
-            if end is not None:
-                roots.append(end)
+            run.kept = run.kept, keep(received, "boundaries")
+            if run.y is not None:
+                roots.append(run.y)
                 gradients.append(received)
-            if isinstance(balance, torch.Tensor):
-                roots.append(balance * of_all)
+            if isinstance(run.balance, torch.Tensor):
+                roots.append(run.balance * of_all)
                 gradients.append(None)
-        if roots:
-            torch.autograd.backward(roots, gradients)
-        if act.chunk > 0:
-            messages.send(act, x.grad)
+        run.y = run.balance = None
+        run.backward(roots, gradients)
 
     # Receives are posted ahead of the acts that need them.
-    messages = Messages(plan, total, empty, mesh, keep)
+    messages = Messages(plan, parts, empty, mesh, keep)
+    ahead = AHEAD * max(parts)
     for i, act in enumerate(plan):
         at = act.micro, act.chunk
         try:
-            messages.post(plan[i:i + AHEAD + 1])
+            messages.post(plan[i:i + ahead + 1])
             if act.op == "F":
                 if later:
                     later.at = at
                 forward(act)
             if act.op == "B":
                 backward(act)
-            if later and (act.op == "W" or act.op == "B" and not split):
+            if later and (act.op == "W" or act.op == "B" and act.left == 0 and not split):
                 later.compute(at)
             if act.op == "R":
                 reduce(act.chunk)
@@ -915,6 +1161,12 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             raise LostRank(f"{error} ({act})") from error
     messages.finish()
     return losses
+
+
+def in_one(body, *arguments, **options):
+    """A generator of a single part."""
+    yield from ()
+    return body(*arguments, **options)
 
 
 # ---- the split backward ------------------------------------------------------------------------------------
@@ -1089,12 +1341,14 @@ class Held(NamedTuple):
     forward: int                 # from its forward on, the boundary before it included
     more: int                    # in its backward, at most, in addition
     queued: int                  # from its backward until its W
+    shares: tuple = (1.0,)       # of `forward`: what each part of the chunk holds
 
 
-def held_by(chunk, x, targets, weight_gradients, last, dtype=None):
+def held_by(chunk, x, targets, weight_gradients, last, dtype=None, cut=False):
     """Forward and backward of a chunk alone, under a meter → Held. Its tensors need no storage.
 
-    x: tokens, or what comes from the chunk before. weight_gradients: those of its linear, or None."""
+    x: tokens, or what comes from the chunk before. weight_gradients: those of its linear, or None. cut: run
+    the chunk in parts."""
     # The forward
     meter = Meter([chunk])
     if weight_gradients:
@@ -1102,12 +1356,20 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None):
         weight_gradients.at = "here"
     if x.is_floating_point():
         x.requires_grad_()
-    with meter.watch():
-        y, balance = chunk.body(x, dtype=dtype)
+    run = Passage(x, chunk.parts(x, dtype=dtype) if cut else in_one(chunk.body, x, dtype=dtype))
+    held = [0]
+    ended = False
+    while not ended:
+        with meter.watch():
+            ended = run.forward()
+        held.append(meter.now.total())
+    y, balance = run.y, run.balance
+    del run.y, run.balance
     kept = [meter.keep(x, "boundaries")]
     if last:
         kept.append(meter.keep(y, "boundaries"))
     forward = meter.now.total()
+    shares = tuple((b - a) / held[-1] for a, b in itertools.pairwise(held))
 
     # The backward, from the loss or from a gradient that another chunk has sent
     meter.peak = meter.now.copy()
@@ -1120,37 +1382,45 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None):
         roots = [y.sum()]
     if isinstance(balance, torch.Tensor):
         roots.append(balance)
-    torch.autograd.backward(roots)
+    run.backward(roots, None)
+    while run.cuts:
+        run.backward_before()
     more = meter.peak.total() - forward
     kept.clear()
     roots.clear()
-    return Held(forward, more, meter.now.total())
+    return Held(forward, more, meter.now.total(), shares)
 
 
 def predicted_peak(plan, held, boundary, mesh_size, sends_stay):
     """The most bytes that a plan keeps for its backwards, from held(act) → Held and boundary(act) → bytes of
     a boundary tensor. sends_stay: with gloo, which says only at the end of a step that a send is done."""
     chunks = mesh_size * len({act.chunk for act in plan})
+    parts = parts_of([plan], chunks)
+    ahead = AHEAD * max(parts)
     live = sent = most = 0
     for i, act in enumerate(plan):
         # Receives that are posted; the act's own has become part of what is held.
         posted = 0
         if mesh_size > 1:
-            for later in plan[i + 1:i + AHEAD + 1]:
-                if any(need.chunk != later.chunk for need in needs(later, chunks)):
+            for later in plan[i + 1:i + ahead + 1]:
+                if any(need.chunk != later.chunk for need in needs(later, parts)):
                     posted += boundary(later)
+
+        # A backward begins with the last part of the forward, and needs most room there: for the loss.
         one = held(act)
         if act.op == "F":
-            live += one.forward
+            live += one.forward * one.shares[-1 - act.left]
             most = max(most, live + sent + posted)
         if act.op == "B":
-            most = max(most, live + one.more + sent + posted)
-            live += one.queued - one.forward
+            more = one.more if act.left == parts[act.chunk] - 1 else 0
+            most = max(most, live + more + sent + posted)
+            live += (one.queued - one.forward) * one.shares[act.left]
         if act.op == "W":
             live -= one.queued
 
         # What is sent, and stays with gloo
-        sends = act.op == "F" and act.chunk < chunks - 1 or act.op == "B" and act.chunk > 0
+        ends = act.left == 0
+        sends = ends and (act.op == "F" and act.chunk < chunks - 1 or act.op == "B" and act.chunk > 0)
         if sends and mesh_size > 1 and sends_stay:
             sent += boundary(act)
     return most
@@ -1163,7 +1433,8 @@ class Trip:
     Gradients take the same way back.
 
     Depart starts it and Arrive waits for it. What is computed between the two overlaps with the transfer:
-    the shared expert in the forward, its gradient in the backward."""
+    the shared expert in the forward, its gradient in the backward; and whatever a woven plan has there. Of a
+    graph that is cut between the two, Arrive is in the part after the cut."""
 
     def __init__(self, mesh, sent, received):
         self.mesh = mesh
@@ -1216,46 +1487,51 @@ class Arrive(torch.autograd.Function):
         return g, None                                             # a placeholder: Depart has the real one
 
 
-def expert_exchange(mesh):
-    """Dispatch and combine: the `exchange` of a model whose experts are divided over mesh.ep, in the
-    order of its ranks.
+class Exchange:
+    """The way of tokens to their experts and back, as model.Local, where the experts are divided over
+    mesh.ep, in the order of its ranks. Nothing is padded; any count may be 0.
 
-    exchange(tokens (M, C), weight (M, 1), counts (E,)), the first two sorted by expert, starts to send each
-    token to its expert, and returns
-        arrive() → tokens (N, C), weight (N, 1), counts (E/n,), back
-    with what was sent here, sorted by expert, and the number of tokens of each expert here;
-    back(y (N, C)) → (M, C) returns the experts' outputs, in the order in which the tokens were given.
-    Nothing is padded; any count may be 0."""
-    n = mesh.ep.size
+    Each of the first three steps begins a transfer, which the step after it waits for."""
 
-    def exchange(tokens, weight, counts):
-        # How many tokens come from each rank for each expert here: received (n·E/n,)
-        received = torch.empty_like(counts)
+    def __init__(self, mesh, counts):
+        """counts (E,): how many tokens go from here to each expert."""
+        self.mesh = mesh
+        self.counts = counts
+        self.received = torch.empty_like(counts)               # from each rank for each expert here: (n·E/n,)
         with talking(mesh):
-            dist.all_to_all_single(received, counts, group=mesh.ep.group)
-        sent, got = (c.view(n, -1).sum(1).tolist() for c in (counts, received))
+            self.work = dist.all_to_all_single(self.received, counts, group=mesh.ep.group, async_op=True)
 
-        # Dispatch: tokens leave with their weight as a last column.
-        trip = Trip(mesh, sent, got)
-        moving = Depart.apply(torch.cat((tokens, weight), 1), trip)
+    def dispatch(self, rows, weight):
+        """Tokens (M, C) leave, sorted by expert, with their weights (M, 1) as a last column."""
+        work = self.work
+        self.work = None
+        with talking(self.mesh):
+            work.wait()
 
-        def arrive():
-            # The order that turns rows sorted by source rank, then expert, into rows sorted by expert
-            expert = torch.arange(len(counts) // n, device=counts.device).repeat(n)
-            order = expert.repeat_interleave(received).argsort(stable=True)
-            inverse = order.argsort()
+        # Rows to and from each rank. Here, and only here, the host has to wait for a GPU.
+        both = torch.stack((self.counts, self.received))
+        sent, got = both.view(2, self.mesh.ep.size, -1).sum(2).tolist()
+        self.out = Trip(self.mesh, sent, got)
+        self.back = Trip(self.mesh, got, sent)
+        return Depart.apply(torch.cat((rows, weight), 1), self.out)
 
-            # Combine: outputs in the order of arrival, over the reverse all-to-all
-            home = Trip(mesh, got, sent)
+    def arrive(self, moving):
+        """→ tokens (N, C) and weights (N, 1), sorted by expert, and the counts of the experts here (E/n,)."""
+        # The order that turns rows sorted by source rank, then expert, into rows sorted by expert
+        n = self.mesh.ep.size
+        expert = torch.arange(len(self.counts) // n, device=moving.device).repeat(n)
+        expert = expert.repeat_interleave(self.received, output_size=len(moving))
+        self.order = expert.argsort(stable=True)
+        rows = Arrive.apply(moving, self.out)[self.order]
+        return rows[:, :-1].contiguous(), rows[:, -1:], self.received.view(n, -1).sum(0)
 
-            def back(y):
-                return Arrive.apply(Depart.apply(y[inverse], home), home)
+    def combine(self, rows):
+        """The experts' outputs (N, C) leave, in the order in which their tokens arrived."""
+        return Depart.apply(rows[self.order.argsort()], self.back)
 
-            # The dispatched rows, once they are here
-            rows = Arrive.apply(moving, trip)[order]
-            return rows[:, :-1].contiguous(), rows[:, -1:], received.view(n, -1).sum(0), back
-        return arrive
-    return exchange
+    def home(self, moving):
+        """→ the outputs (M, C), in the order in which the tokens left."""
+        return Arrive.apply(moving, self.back)
 
 
 # ---- ZeRO-1: who owns what ---------------------------------------------------------------------------------
@@ -1767,10 +2043,17 @@ def main(argv):
     parser.add_argument("--split", action="store_true", help="weights' gradients apart, half of a backward")
     parser.add_argument("--backward", type=float, default=2.0, help="its time, in forwards of a stage")
     parser.add_argument("--message", type=float, default=0.0, help="time of a message, in such forwards")
+    parser.add_argument("--experts", type=int, default=0, help="layers with experts in a chunk")
+    parser.add_argument("--exchange", type=float, default=0.0, help="time of a dispatch or a combine")
+    parser.add_argument("--overlap", action="store_true", help="exchange while another micro-batch computes")
     parser.add_argument("--columns", type=int, default=100, help="of the drawing")
+    parser.add_argument("--k2", action="store_true", help="time Kimi K2's step on many GPUs instead")
     parser.add_argument("--picture", metavar="FILE", help="draw it as a picture too: FILE.png")
     args = parser.parse_args(argv)
     try:
+        if args.k2:
+            from notes.k2_infrastructure import main as step_of_k2
+            return step_of_k2()
         print_schedule(args)
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"parallel.py: {error}") from None
@@ -1778,14 +2061,21 @@ def main(argv):
 
 def print_schedule(args):
     """Draw and time the schedule of `main`'s options. ValueError: they are out of range or contradict."""
-    for name, least in dict(microbatches=1, warm=0, backward=0, message=0, columns=1).items():
+    least_of = dict(microbatches=1, warm=0, backward=0, message=0, experts=0, exchange=0, columns=1)
+    for name, least in least_of.items():
         if not least <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name}={getattr(args, name)}: must be at least {least}, and finite")
-    if args.warm and args.schedule not in ("", "interleaved"):
-        raise ValueError(f"--warm={args.warm}: a longer warm-up belongs to --schedule=interleaved")
+    if (args.warm or args.overlap) and args.schedule not in ("", "interleaved"):
+        raise ValueError(f"--schedule={args.schedule}: --warm and --overlap belong to interleaved")
+    if args.warm and args.overlap:
+        raise ValueError(f"--warm={args.warm}: --overlap has one more warm-up forward already")
 
-    # The plans; a forward of all chunks of a stage takes 1
+    if args.exchange and not args.experts:
+        raise ValueError(f"--exchange={args.exchange}: tokens travel in layers with experts: --experts=1")
+
+    # The plans; a forward of all chunks of a stage takes 1, the parts of an act equally long
     m, v = args.microbatches, args.chunks
+    parts = [1 + 3 * args.experts] * (args.pp * v)
     plans = MeshConfig(args.pp, v, args.schedule).plans(m, 1)
     if args.warm:
         plans = interleaved(args.pp, m, v, args.warm)
@@ -1793,14 +2083,26 @@ def print_schedule(args):
     if args.split:
         plans = split_backwards(plans)
         times |= dict.fromkeys("BW", args.backward / v / 2)
-    timeline = simulate(plans, lambda act: times[act.op], args.message)
+    if args.overlap:
+        plans = overlapped(args.pp, m, v, parts, args.split)
+    elif args.experts:
+        plans = [[part for act in plan for part in in_parts(act, parts)] for plan in plans]
+
+    def cost(act):
+        return times[act.op] / (1 if act.op == "W" else parts[act.chunk])
+
+    def exchange(act):
+        return args.exchange if exchanged_after(act) in ("dispatch", "combine") else 0.0
+    timeline = simulate(plans, cost, args.message, exchange)
 
     # Drawn, and in numbers
-    print(draw(timeline, 1 / v, args.columns))
+    print(draw(timeline, 1 / max(v, parts[0]), args.columns))
     print(f"\n{args.pp} stages × {v} chunks, {m} micro-batches; 1 = the forward of a stage\n"
           f"  time            {timeline.total:.2f}, of which {m * (1 + args.backward):.2f} busy\n"
           f"  idle            {timeline.idle:.2%} of the time; {timeline.idle_over_busy:.2%} of the busy "
           "time (the reports' bubble)\n"
+          f"  waiting         {timeline.waits['exchange']:.2%} of the time for exchanges under way, "
+          f"{timeline.waits['message']:.2%} for messages\n"
           f"  in flight       {listed(timeline.peaks, 32)} forwards of a chunk, by stage")
     if args.picture:
         from notes._figure import draw_timelines

@@ -186,7 +186,7 @@ def test_compiling_poly_norm_or_layers_changes_no_number():
     network, x = lively(replace(TINY, compile_act=True, n_layer=1)), tokens(2, 16)
     twin, compiled = lively(replace(TINY, n_layer=1)), lively(replace(TINY, n_layer=1))
     if kernels.compiled_poly_norm() is not None:
-        compiled.layers["0"].forward = torch.compile(compiled.layers["0"].forward)         # as --compile does
+        compiled.layers["0"].compile_parts()
     else:
         assert not shutil.which("g++")
     for n in (network, twin, compiled):
@@ -3060,14 +3060,16 @@ def metered(config, mesh):
     here got of a micro-batch, on average."""
     routed = []
 
-    def exchange(*args):
-        arrive = here(*args)
+    def exchange(counts):
+        trip = here(counts)
+        arrive = trip.arrive
 
-        def noted():
-            rows, weight, counts, back = arrive()
+        def noted(moving):
+            rows, weight, counts = arrive(moving)
             routed.append(counts.double())
-            return rows, weight, counts, back
-        return noted
+            return rows, weight, counts
+        trip.arrive = noted
+        return trip
     later = parallel.WeightGradients() if config.mesh.split else None
     chunks = train.build(config, mesh, None, later)
     meter = parallel.Meter(chunks.values())
@@ -3078,7 +3080,7 @@ def metered(config, mesh):
     share = config.batch // mesh.dp.size
     torch.manual_seed(mesh.dp.rank)
     x = torch.randint(0, config.model.vocab_size, (share, config.model.context))
-    plan = config.mesh.plans(share, config.micro)[mesh.pp.rank]
+    plan = train.plans_of(config, share, config.micro)[mesh.pp.rank]
     for chunk in chunks.values():
         for attention in chunk.attentions().values():
             attention.clear_logits()
@@ -3090,6 +3092,7 @@ def metered(config, mesh):
 def a_meter_agrees_with_the_prediction(rank, path, out):
     for recipe, mesh in (("laptop", dict(pp=2, chunks=2)), ("laptop", dict(pp=2, chunks=2, split=True)),
                          ("laptop-k2", dict(pp=2)), ("laptop-k2", dict(ep=2)),
+                         ("laptop-k2", dict(ep=2, overlap=True)),
                          ("laptop-k2", dict(pp=2, split=True))):
         next_port()
         mesh = parallel.MeshConfig(timeout=30, **mesh)
@@ -3246,6 +3249,64 @@ def test_a_split_backward_fills_the_bubble_without_more_memory():
                 assert sum(act.op == "W" for act in mine) == m
     with pytest.raises(ValueError, match="compile=true: not with mesh.split=true"):
         train.parse(["--compile", "--mesh.split=true"])
+
+
+def test_woven_plans_never_wait_for_each_other_and_hide_exchanges():
+    """For p ≤ 5 stages, m ≤ 13 micro-batches and v ≤ 3 chunks, whole and split, with chunks of as many parts
+    and of different ones: no deadlock, every part once, at most one micro-batch more in flight than without.
+    In a long plan of equal parts, exchanges of the length of a part cost nothing in a steady tick."""
+    for p, m, v, split in itertools.product(range(1, 6), (1, 2, 3, 5, 8, 13), range(1, 4), (False, True)):
+        for layers in ([1] * (p * v), [i % 3 for i in range(p * v)]):
+            parts = [1 + 3 * n for n in layers]
+            plans = parallel.overlapped(p, m, v, parts, split)
+            found = parallel.simulate(plans, lambda act: 1.0, 0.3, lambda act: 0.7)
+            if not split:
+                before, more = ([*map(parallel.peak, parallel.interleaved(p, m, v, n))] for n in (0, 1))
+                assert max(map(int.__sub__, found.peaks, before)) <= 1
+                assert found.peaks == more or min(parts) == 1
+            for stage, plan in enumerate(plans):
+                expected = {parallel.Act(op, i, c, left) for op in "FB" for i in range(m)
+                            for c in range(stage, p * v, p) for left in range(parts[c])}
+                acts = [act for act in plan if act.op in "FB"]
+                assert set(acts) == expected and len(acts) == len(expected)
+
+    # p = 1 and 4 parts an act: exchanges are waited for only outside the 19 ticks, in the first F and the
+    # last B; and there the shared expert hides a dispatch.
+    def exchange(act):
+        return 1.0 if parallel.exchanged_after(act) in ("dispatch", "combine") else 0.0
+    woven = parallel.overlapped(1, 20, 1, [4])
+    whole = [[part for act in parallel.one_f_one_b(1, 20)[0] for part in parallel.in_parts(act, [4])]]
+    assert parallel.simulate(woven, lambda act: 1.0, 0.0, exchange).total == 160 + 1 + 1
+    assert parallel.simulate(whole, lambda act: 1.0, 0.0, exchange).total == 160 + 20 * 2
+    assert parallel.simulate(woven, lambda act: 1.0).waits == dict(exchange=0.0, message=0.0)
+
+
+def test_waiting_is_put_down_to_what_travels():
+    """By hand, on two stages: an exchange of 2 after one part of 1 is hidden for 1 of it; a message of 0.5
+    is waited for, and so is the bubble before it, which counts as neither. And exchanges of a stage follow
+    each other."""
+    Act = parallel.Act
+    plans = [[Act("F", 0, 0, 1), Act("F", 1, 0, 1), Act("F", 0, 0), Act("F", 1, 0)], [Act("F", 0, 1)]]
+    found = parallel.simulate(plans, lambda act: 1.0, 0.5, lambda act: 2.0)
+    assert found.exchanges[0] == [(Act("F", 0, 0, 1), 1.0, 3.0), (Act("F", 1, 0, 1), 3.0, 5.0)]
+    assert [start for _, start, _ in found.spans[0]] == [0.0, 1.0, 3.0, 5.0]
+    assert found.messages == [[], [(Act("F", 0, 0), 4.0, 4.5)]] and found.total == 6.0
+    assert found.waits == dict(exchange=pytest.approx(2 / 12), message=pytest.approx(0.5 / 12))
+    assert parallel.draw(found, 0.5).splitlines()[1:] == [
+        "   0  0011..00..11", "   x  ..00001111..", "   m  ............",
+        "   1  .........00.", "   x  ............", "   m  ........0..."]
+
+
+def test_ranks_that_exchange_in_different_orders_are_refused():
+    """The two ranks of a stage: the plan of one begins two exchanges the other way round."""
+    plan, = parallel.overlapped(1, 3, 1, [4])
+    parallel.simulate([plan, plan], lambda act: 1.0, ranks=2)
+    begin = [i for i, act in enumerate(plan) if act.left]
+    other = list(plan)
+    other[begin[4]], other[begin[5]] = other[begin[5]], other[begin[4]]
+    with pytest.raises(ValueError, match=r"rank 0 begins the exchange after [FB] of .*, \d parts? before its "
+                                         r"end, where rank 1 begins that after [FB] of"):
+        parallel.simulate([plan, other], lambda act: 1.0, ranks=2)
 
 
 @each_variant
@@ -3411,7 +3472,9 @@ def test_a_schedule_is_drawn_and_timed(capsys, tmp_path):
     for options, says in (("--microbatches 0", "--microbatches=0: must be at least 1"),
                           ("--pp 0", "mesh.pp=0: must be at least 1"), ("--message nan", "--message=nan"),
                           ("--schedule 1f1b --chunks 2", "one chunk on each stage, not mesh.chunks=2"),
-                          ("--schedule gpipe --warm 1", "--warm=1: a longer warm-up belongs to")):
+                          ("--schedule gpipe --warm 1", "--schedule=gpipe: --warm and --overlap belong to"),
+                          ("--warm 1 --overlap", "has one more warm-up forward already"),
+                          ("--exchange 1", "tokens travel in layers with experts")):
         with pytest.raises(SystemExit, match=f"^parallel.py: .*{says}"):
             parallel.main(options.split())
 
@@ -3560,11 +3623,11 @@ def memory_of_ranks(rank, folder):
         Path(folder, f"ep{ep}-{rank}").write_text(json.dumps(measured(HEAVY, mesh)))
         if ep == 2:
             with Alive() as alive:
-                exchange, rows = parallel.expert_exchange(mesh), torch.randn(40, 5000, requires_grad=True)
-                arrive = exchange(rows * 1, torch.ones(40, 1), torch.tensor([20, 20]))
-                here, _, _, back = arrive()
-                home = back(here)
-                del arrive, back, here
+                rows = torch.randn(40, 5000, requires_grad=True)
+                trip = parallel.Exchange(mesh, torch.tensor([20, 20]))
+                here = trip.arrive(trip.dispatch(rows * 1, torch.ones(40, 1)))[0]
+                home = trip.home(trip.combine(here))
+                del trip, here
             deadline = time.monotonic() + 10
             while alive.bytes() >= 3 * home.nbytes:                # gloo's thread may hold on a little longer
                 assert time.monotonic() < deadline, "only input and output of the exchange may be alive"
@@ -3679,11 +3742,125 @@ def test_memory_of_kimi_k2_matches_the_report():
     (dict(), 5, 8, "batch=24 windows cannot be shared evenly by 5 ranks"),
     (dict(pp=2), 10, 8, "batch=24 .* by 5 ranks .*each of 2 stages"),
     (dict(chunks=0), 1, 8, "mesh.chunks=0: must be at least 1"),
+    (dict(overlap=True), 2, 8, "mesh.overlap=true: with mesh.ep=1 no tokens travel"),
+    (dict(overlap=True, ep=2, pp=2, schedule="1f1b"), 4, 8, "mesh.overlap=true is a plan of its own"),
     (dict(schedule="dualpipe"), 2, 8, "mesh.schedule='dualpipe': have gpipe, 1f1b, interleaved"),
     (dict(pp=2, chunks=2, schedule="1f1b"), 2, 8, "1f1b has one chunk on each stage, not mesh.chunks=2")])
 def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
     with pytest.raises(ValueError, match=says):
         parallel.MeshConfig(**mesh).check(world, batch, experts, 3)
+
+
+# Exchanges overlapped with computation: (pp, ep) of each world, on the first ranks of eight.
+WOVEN = [(1, 2), (2, 2), (1, 4), (2, 4)]
+WOVEN_MODEL = replace(K2, n_layer=4, n_dense=0, vocab_size=261, tie=False, balance_loss=0.01)
+
+
+class Recorded:
+    """What happens on a rank, in order: ("part", act), ("start", exchange), ("wait", exchange)."""
+
+    def __init__(self, monkeypatch, plan):
+        self.events = []
+        acts = iter([act for act in plan if act.op in "FB"])
+        self.record(monkeypatch, parallel.Passage, "forward", lambda _: ("part", next(acts)))
+        self.record(monkeypatch, parallel.Passage, "backward", lambda _: ("part", next(acts)))
+        self.record(monkeypatch, parallel.Exchange, "__init__", lambda trip: ("start", id(trip)))
+        self.record(monkeypatch, parallel.Exchange, "dispatch", lambda trip: ("wait", id(trip)))
+        self.record(monkeypatch, parallel.Trip, "start", lambda trip: ("start", id(trip)))
+        self.record(monkeypatch, parallel.Trip, "wait", lambda trip: ("wait", id(trip)))
+
+    def record(self, monkeypatch, owner, name, event):
+        method = getattr(owner, name)
+
+        def recorded(this, *args):
+            self.events.append(event(this))
+            return method(this, *args)
+        monkeypatch.setattr(owner, name, recorded)
+
+    def hidden(self):
+        """The acts after which an exchange was under way while a part of another act computed."""
+        found = set()
+        acts = [(i, event[1]) for i, event in enumerate(self.events) if event[0] == "part"]
+        for i, (kind, exchange) in enumerate(self.events):
+            if kind != "start":
+                continue
+            stop = self.events.index(("wait", exchange), i)
+            before = [act for at, act in acts if at < i][-1]
+            meanwhile = [act for at, act in acts if i < at < stop]
+            if any(act[:3] != before[:3] for act in meanwhile):
+                found.add(before)
+        return found
+
+
+def every_weave(rank, text):
+    """Gradients of one step, woven and not, against one process; and the order of events."""
+    torch.set_default_dtype(torch.float64)
+    base = tiny_run(text, micro=1, batch=24, model=WOVEN_MODEL)
+    alone = lively(WOVEN_MODEL)
+    for module in alone.mixtures().values():
+        module.bias[:2] -= 9.0                                     # no tokens there; at ep = 4, a whole rank
+    x = torch.randint(0, 261, (24, 2, 32), generator=torch.Generator().manual_seed(1))
+    nats = forward_backward(alone, data.Batch(x[:, 0], x[:, 1], None, None), 24)
+    for pp, ep in WOVEN:
+        found = {}
+        for overlap, split in ((False, False), (True, False), (True, True))[:3 if pp == ep else 2]:
+            with layout(rank, pp * ep) as here, pytest.MonkeyPatch.context() as monkeypatch:
+                if not here:
+                    continue
+                mesh = parallel.MeshConfig(pp=pp, ep=ep, chunks=pp, overlap=overlap, split=split, timeout=50)
+                config = replace(base, mesh=mesh)
+                mesh = parallel.join_mesh(config.mesh)
+                found[overlap, split] = step_of_a_weave(config, mesh, alone, x, nats, monkeypatch)
+                parallel.leave_mesh()
+        for g, same in zip(found.get((False, False), ()), found.get((True, False), ()), strict=True):
+            assert torch.equal(g, same), "woven and unwoven are the same to the bit"
+
+
+def step_of_a_weave(config, mesh, alone, x, nats, monkeypatch):
+    # This rank's part of the model and of the batch
+    later = parallel.WeightGradients() if config.mesh.split else None
+    chunks = train.build(config, mesh, None, later)
+    exact = dict(alone.named_parameters())
+    for chunk in chunks.values():
+        for name, p in chunk.named_parameters():
+            held = chunk.experts if p.ndim == 3 else range(len(p))
+            p.data.copy_(exact[name][held.start:held.stop])
+        for name, module in chunk.mixtures().items():
+            module.bias.copy_(alone.mixtures()[name].bias)
+    b = len(x) // mesh.dp.size
+    mine = slice(mesh.dp.rank * b, mesh.dp.rank * b + b)
+    batch = data.Batch(x[mine, 0], x[mine, 1], None, None)
+
+    # A step
+    plan = train.plans_of(config, b, 1)[mesh.pp.rank]
+    recorded = Recorded(monkeypatch, plan)
+    owners = train.owners_of(config, chunks, mesh)
+    found = parallel.execute(plan, chunks, batch, 1, mesh, None, later, owners.begin_reduce)
+    owners.reduce()
+    if mesh.pp.rank == mesh.pp.size - 1:
+        torch.testing.assert_close(found, nats[mine], rtol=1e-9, atol=1e-9)
+    for piece, master in owners.masters.items():
+        g = exact[piece.name].grad[piece.start:piece.stop]
+        torch.testing.assert_close(master.grad, g, rtol=1e-9, atol=1e-11, msg=lambda text: f"{piece}: {text}")
+
+    # In a steady tick, tokens travel while the other micro-batch computes.
+    if config.mesh.overlap:
+        plain = [act for act in parallel.interleaved(mesh.pp.size, b, len(chunks), 1)[mesh.pp.rank]]
+        ticks = [pair for pair in itertools.pairwise(plain) if [act.op for act in pair] == ["F", "B"]]
+        steady = {act[:3] for pair in ticks for act in pair}
+        tokens = "dispatch", "combine"
+        expected = {act for act in plan if act[:3] in steady and parallel.exchanged_after(act) in tokens}
+        assert len(ticks) >= 2 and expected <= recorded.hidden()
+    else:
+        assert not recorded.hidden()
+    return [master.grad.clone() for master in owners.masters.values()]
+
+
+def test_woven_exchanges_change_no_number_and_are_hidden(text):
+    """On pp × ep ranks for pp = 1, 2 and ep = 2, 4, in float64 and with empty experts: losses and gradients
+    match one process to 1e-9, and the same layout without overlap to the bit. Whenever tokens travel in a
+    steady tick, a part of another micro-batch computes between the start of the exchange and the wait."""
+    spawn(8, every_weave, text)
 
 
 @contextlib.contextmanager
@@ -3763,7 +3940,7 @@ FIVE_STEPS = [
     ("tied", 4, dict(pp=2, chunks=2)), ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)),
     ("untied", 4, dict(pp=4, chunks=2)), ("untied", 4, dict(pp=2)),
     ("experts", 4, dict(pp=2, ep=2)), ("experts", 4, dict(pp=2, chunks=2, ep=2)),
-    ("experts", 4, dict(chunks=2, ep=2)),
+    ("experts", 4, dict(chunks=2, ep=2)), ("experts", 4, dict(pp=2, ep=2, overlap=True)),
 ]
 ONE_STEP = [
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
@@ -3771,6 +3948,7 @@ ONE_STEP = [
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
     ("experts", 4, dict(pp=2)), ("experts", 4, dict(chunks=2, ep=4)), ("experts", 2, dict(chunks=2)),
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
+    ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
 SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP)]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),

@@ -38,14 +38,15 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import parallel
 from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
                   write_atomically)
 from kernels import listed
-from model import (PRESETS, ModelConfig, Ops, Transformer, count_parameters, flops_per_token, generate,
-                   identity, layer_costs, read_tensors, renormalise_, write_tensors)
+from model import (PRESETS, Local, ModelConfig, Ops, Transformer, count_parameters, count_parts,
+                   flops_per_token, generate, layer_costs, read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate,
                       put_back_, qk_clip_, weigh)
 from parallel import MeshConfig, Zero1
@@ -741,7 +742,7 @@ def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False
             real = windows < len(x)
             windows = windows * real
             starts = None if doc_start is None else doc_start[windows]
-            plan = config.mesh.plans(len(windows), micro)[mesh.pp.rank]
+            plan = plans_of(config, len(windows), micro)[mesh.pp.rank]
             forwards = [act for act in plan if act.op == "F"]
             batch = Batch(x[windows], y[windows], starts, None)
             nats = parallel.execute(forwards, chunks, batch, micro, mesh, dtype)
@@ -1018,7 +1019,7 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     # Layers are alike: one compilation serves all.
     if config.compile:
         for layer in run.layers():
-            layer.forward = torch.compile(layer.forward)
+            layer.compile_parts()
     return run
 
 
@@ -1085,7 +1086,7 @@ def loop(run, watch=None):
     # Undo torch.compile: sampling adds a token at a time, and each new length would recompile.
     if run.config.compile:
         for layer in run.layers():
-            del layer.forward
+            layer.compile_parts(False)
 
 
 # ---- one step -----------------------------------------------------------------------------------------
@@ -1111,7 +1112,7 @@ def train_step(run):
     owners.set_rate(lr)
     exact = clear_records(run)
     batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
-    plan = config.mesh.plans(len(batch.x), config.micro)[mesh.pp.rank]
+    plan = plans_of(config, len(batch.x), config.micro)[mesh.pp.rank]
     nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.later,
                             owners.begin_reduce)
     seen = share_what_was_seen(run, batch, nats)
@@ -1386,7 +1387,7 @@ def build(config, mesh, dtype=None, later=None):
     c, ep = config.model, mesh.ep
     ops = Ops()
     if ep.size > 1:
-        ops = ops._replace(exchange=parallel.expert_exchange(mesh))
+        ops = ops._replace(exchange=functools.partial(parallel.Exchange, mesh))
     if later:
         ops = ops._replace(linear=later.linear)
 
@@ -1417,6 +1418,12 @@ def chunk_ranges(config):
     starts = [*range(0, c.n_layer, c.share_kv), c.n_layer]
     ranges = parallel.partition(layer_costs(c), n, starts)
     return [range(r.start, min(r.stop, c.n_layer)) for r in ranges]
+
+
+def plans_of(config, windows, micro):
+    """The plans of all stages for `windows` windows of each rank."""
+    parts = tuple(count_parts(config.model, layers) for layers in chunk_ranges(config))
+    return config.mesh.plans(windows, micro, parts)
 
 
 def build_chunk(config, i, ops=Ops(), experts=None):
@@ -1552,20 +1559,34 @@ def activations(config, world, gpu, counts=None):
 
     # One expert stands for all of a rank, since what is kept depends on the sum of their tokens: as many as
     # the rank sends, if all ranks of ep are alike.
-    def exchange(tokens, weight, _):
-        got = sum(counts or [len(tokens)])
+    class Here(Local):
+        def arrive(self, moving):
+            return moving, self.weight, Routed((len(moving),))
 
-        def arrive():
-            if mesh.ep == 1:
-                return tokens, weight, Routed((got,)), identity
-            order = torch.zeros(got, dtype=torch.int64, device=tokens.device)
-            back = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-            rows = torch.cat((tokens, weight), 1)[order]
-            return rows[:, :-1].contiguous(), rows[:, -1:], Routed((got,)), lambda y: y[order][back]
-        return arrive
+    class Away:
+        """Keeps as much as parallel.Exchange does."""
+
+        def __init__(self, _):
+            pass
+
+        def dispatch(self, rows, weight):
+            self.sent = len(rows)
+            return torch.cat((rows, weight), 1)
+
+        def arrive(self, moving):
+            got = sum(counts or [len(moving)])
+            self.order = torch.zeros(got, dtype=torch.int64, device=moving.device)
+            rows = moving[self.order]
+            return rows[:, :-1].contiguous(), rows[:, -1:], Routed((got,))
+
+        def combine(self, rows):
+            return rows[torch.zeros_like(self.order)]
+
+        def home(self, moving):
+            return moving[:1].expand(self.sent, -1)
 
     later = parallel.WeightGradients() if mesh.split else None
-    ops = Ops(exchange=exchange)
+    ops = Ops(exchange=Here if mesh.ep == 1 else Away)
     if later:
         ops = ops._replace(linear=later.linear)
 
@@ -1576,12 +1597,19 @@ def activations(config, world, gpu, counts=None):
             return held_in(c.context, layers, last, b)
         lengths = 1024, 1536, 2048
         known = [held_in(T, layers, last, b) for T in lengths]
-        total = parallel.Held(0, 0, 0)
-        for T, value in zip(lengths, known):
+        weights = []
+        for T in lengths:
             others = [t for t in lengths if t != T]
-            weight = math.prod((c.context - t) / (T - t) for t in others)          # Lagrange
-            total = parallel.Held(*(x + weight * y for x, y in zip(total, value)))
-        return total
+            weights.append(math.prod((c.context - t) / (T - t) for t in others))   # Lagrange
+        return summed(weights, known, layers)
+
+    def summed(weights, known, layers):
+        """The weighted sum of several Held. Its shares are the last one's, for all parts of `layers`."""
+        sizes = [sum(w * value for w, value in zip(weights, values)) for values in list(zip(*known))[:3]]
+        n = count_parts(c, layers) if mesh.overlap else 1
+        until = np.cumsum([0.0, *known[-1].shares])
+        until = np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(until)), until)
+        return parallel.Held(*sizes, tuple(np.diff(until)))
 
     def held_in(T, layers, last, b):
         """The same in a context of T tokens."""
@@ -1593,7 +1621,7 @@ def activations(config, world, gpu, counts=None):
         x = targets
         if layers.start > 0:
             x = torch.zeros(b, T, c.d_model, dtype=width)
-        return parallel.held_by(chunk, x, targets, later, last, dtype)
+        return parallel.held_by(chunk, x, targets, later, last, dtype, mesh.overlap)
 
     # What every chunk holds, for micro-batches of every size: chunks that are alike are measured once, and of
     # many layers the first few tell about the rest.
@@ -1617,7 +1645,7 @@ def activations(config, world, gpu, counts=None):
                         short = held(range(start, start + few), last, b)
                         longer = held(range(start, start + more), last, b)
                         groups = (len(layers) - few) / c.share_kv
-                        of_kind[kind] = parallel.Held(*(x + groups * (y - x) for x, y in zip(short, longer)))
+                        of_kind[kind] = summed((1 - groups, groups), (short, longer), layers)
             found[i, b] = of_kind[kind]
 
     # Every stage's plan
@@ -1626,7 +1654,7 @@ def activations(config, world, gpu, counts=None):
     of_window = c.context * c.d_model * width.itemsize
     return [parallel.predicted_peak(plan, lambda act: found[act.chunk, windows(act)],
                                     lambda act: windows(act) * of_window, mesh.pp, not gpu)
-            for plan in mesh.plans(share, config.micro)]
+            for plan in plans_of(config, share, config.micro)]
 
 
 def memory_report(config, world):
@@ -1637,7 +1665,8 @@ def memory_report(config, world):
     where = "in bfloat16, with the kernels of GPUs" if gpu else "on this CPU"
     print(f"GB a rank on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), predicted; activations {where}:")
     stages = memory(config, world)
-    for parts, size in zip(stages, activations(config, world, gpu)):
+    kept = activations(config, world, gpu)
+    for parts, size in zip(stages, kept):
         parts["activations"] = size
 
     # A row for each stage
@@ -1650,6 +1679,13 @@ def memory_report(config, world):
         print(f"{stage:>7}{sum(parts.values()) / 1e9:>10.3g}", *sizes, f" {layers}")
     if mesh.pp > 1:
         print(f"  {pipeline_line(config, dp)}")
+    if mesh.overlap:
+        plain = replace(config, mesh=replace(mesh, overlap=False))
+        more = [a - b for a, b in zip(kept, activations(plain, world, gpu))]
+        before, after = ([parallel.peak(plan) for plan in plans_of(c, config.batch // dp, config.micro)]
+                         for c in (plain, config))
+        print(f"  overlapped exchanges keep more forwards in flight: {listed(after, 32)} by stage, instead "
+              f"of {listed(before, 32)}; that is {max(more) / 1e9:.3g} GB of activations at most")
 
 
 def pipeline_line(config, dp):
@@ -1660,13 +1696,17 @@ def pipeline_line(config, dp):
     costs = layer_costs(config.model)
     work = [sum(costs[layers.start:layers.stop]) for layers in chunk_ranges(config)]
     work[-1] += costs[-1]
-    plans = mesh.plans(config.batch // dp, config.micro)
-    parts = dict(F=1, B=2)
+    plans = plans_of(config, config.batch // dp, config.micro)
+    times = dict(F=1, B=2)
     if mesh.split:
-        parts = dict(F=1, B=1, W=1)
+        times = dict(F=1, B=1, W=1)
 
     # Simulated
-    timeline = parallel.simulate(plans, lambda act: work[act.chunk] * parts[act.op])
+    parts = parallel.parts_of(plans)
+
+    def cost(act):
+        return work[act.chunk] * times[act.op] / (1 if act.op == "W" else parts[act.chunk])
+    timeline = parallel.simulate(plans, cost)
     count = math.ceil(config.batch / dp / config.micro)
     return (f"pipeline of {mesh.pp} × {mesh.chunks} chunks, {count} micro-batches a step: idle "
             f"{timeline.idle:.1%} of the time ({timeline.idle_over_busy:.1%} of the busy time), messages not "

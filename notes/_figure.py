@@ -41,27 +41,34 @@ COLOURS = dict(F="Blues", B="Oranges", W="Greens")
 
 def draw_timelines(timelines, path):
     """A picture of [(title, parallel.Timeline)], one below the other."""
-    stages = sum(len(timeline.spans) for _, timeline in timelines)
+    stages = sum(len(timeline.spans) * (2 if any(timeline.exchanges) else 1) for _, timeline in timelines)
     figure = Figure(figsize=(12, 0.6 * len(timelines) + 0.2 * stages + 0.4), layout="constrained")
     put_timelines(figure, timelines)
     with atomic(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 
-def put_timelines(figure, timelines):
+def put_timelines(figure, timelines, end=None):
     """Fill a figure with timelines: a row for each stage; forwards in blue, backwards in orange, weights'
-    gradients in green; darker for each further chunk of the stage."""
+    gradients in green; darker for each further chunk of the stage. With exchanges, three rows for each stage:
+    computation, exchanges and the messages that arrive. `end`: where to cut them off."""
     stages = [len(timeline.spans) for _, timeline in timelines]
     panels = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=stages)[:, 0]
-    end = max(timeline.total for _, timeline in timelines)
+    end = end or max(timeline.total for _, timeline in timelines)
     for axes, p, (title, timeline) in zip(panels, stages, timelines):
-        # The k-th chunk of a stage is the k-th smallest that it runs.
+        rows = [(timeline.spans, 0.0, 0.9)]
+        if any(timeline.exchanges):
+            rows = [(timeline.spans, 0.0, 0.46), (timeline.exchanges, 0.48, 0.68),
+                    (timeline.messages, 0.7, 0.9)]
+
+        # The colour is the op's and the chunk's; a message has that of its sender.
         boxes = {}
-        for stage, spans in enumerate(timeline.spans):
-            chunks = sorted({act.chunk for act, *_ in spans})
-            for act, start, stop in spans:
-                corners = [(start, stage), (stop, stage), (stop, stage + 0.9), (start, stage + 0.9)]
-                boxes.setdefault((act.op, chunks.index(act.chunk)), []).append(corners)
+        for kind, top, bottom in rows:
+            for stage, spans in enumerate(kind):
+                for act, start, stop in spans:
+                    left, right = (start, stage + top), (stop, stage + top)
+                    corners = [left, right, (stop, stage + bottom), (start, stage + bottom)]
+                    boxes.setdefault((act.op, act.chunk // p), []).append(corners)
         darkest = max(1, *(k for _, k in boxes))
         for (op, k), some in boxes.items():
             if op == "R":

@@ -21,6 +21,7 @@ ONE = "run_matches_its_definition_step_by_step"
 TWO = "run_of_two_ranks_matches_the_same_definition"
 DISK = "renamed_is_on_the_disk"
 PIPE = "every_pipeline"
+WOVEN = "woven_exchanges"
 
 TABLE = {
     "kernels.py": [
@@ -88,7 +89,8 @@ TABLE = {
          "balance_loss_counts"),
         ("balance loss over all sequences", "unflatten(0, (B, -1)).mean(1) * E / k",
          "mean(0, keepdim=True) * E / k", ONE),
-        ("balance loss of only the last layer", "balance = balance + of_layer", "balance = of_layer", ONE),
+        ("balance loss of only the last layer", "return x + y, kv, total + balance",
+         "return x + y, kv, balance", ONE),
         ("router's bias moves the wrong way", "(load.mean() - load).sign()", "(load - load.mean()).sign()",
          ONE),
         ("load of only the last micro-batch", "self.load += counts", "self.load = counts", ONE),
@@ -123,7 +125,15 @@ TABLE = {
     "parallel.py": [
         ("expert gradients go the wrong way", "start(g, ctx.trip.received, ctx.trip.sent)",
          "start(g, ctx.trip.sent, ctx.trip.received)", TWO),
-        ("tokens return in order of arrival", "Depart.apply(y[inverse], home)", "Depart.apply(y, home)", TWO),
+        ("tokens return in order of arrival", "Depart.apply(rows[self.order.argsort()], self.back)",
+         "Depart.apply(rows, self.back)", TWO),
+        ("a cut loses the gradient of the part after it", "ctx.gradients[ctx.i] = g", "pass", WOVEN),
+        ("parts are not woven", "key=lambda place: place[0]", "key=lambda place: 0", WOVEN),
+        ("an exchange begins before the one ahead of it has ended", "max(ready, last.get(stage, 0.0))",
+         "ready", "put_down"),
+        ("exchanges in any order", "if ours != theirs:\n                    raise ValueError(f\"rank {first}",
+         "if False:\n                    raise ValueError(f\"rank {first}", "different_orders"),
+        ("a peak by parts", "if act.op == ends and act.left == 0", "if act.op == ends", "woven_plans"),
         ("all matrices on the first owner", "r = min(fitting, key=lambda r: (work_of[r], size_of[r]))",
          "r = fitting[0]", "shared_out_evenly"),
         ("the norm of one rank's gradients only", "all_sum(squares, self.mesh).sum()", "squares.sum()", TWO),

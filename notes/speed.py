@@ -10,6 +10,7 @@ changes by the minute. Run it on an otherwise idle machine.
 """
 import argparse
 import csv
+import itertools
 import math
 import os
 import socket
@@ -208,7 +209,7 @@ def compiled():
     for on in (False, True):
         model, calls = step_of("laptop", train.RECIPES["laptop"].batch)
         for layer in model.layers.values() if on else ():
-            layer.forward = torch.compile(layer.forward)
+            layer.compile_parts()
         for a in model.attentions().values():
             a.clear_logits(None if on else 100.0)
         parts.append(lambda calls=calls: [call() for call in calls])
@@ -307,14 +308,17 @@ class SplitBlock(Block):
         return y + second.bias, 0.0
 
 
-def seconds_of_acts(run, plan):
-    """Run a plan once → the seconds of each act, with its sends and receives, but without waiting."""
+def seconds_of_acts(run, plan, other_waits=lambda: 0.0):
+    """Run a plan once → the seconds of each act, with its sends and receives, but without waiting.
+
+    other_waits() → seconds waited so far for anything else."""
     post, receive = parallel.Messages.post, parallel.Messages.receive
-    starts, waited = [], []
+    starts, waited, others = [], [], []
 
     def begins(*args):
         starts.append(time.perf_counter())
         waited.append(0.0)
+        others.append(other_waits())
         return post(*args)
 
     def waits(*args):
@@ -328,7 +332,8 @@ def seconds_of_acts(run, plan):
     finally:
         parallel.Messages.post, parallel.Messages.receive = post, receive
     stops = [*starts[1:], time.perf_counter()]
-    return [stop - start - wait for start, stop, wait in zip(starts, stops, waited)]
+    others = [b - a for a, b in itertools.pairwise((*others, other_waits()))]
+    return [stop - start - wait - other for start, stop, wait, other in zip(starts, stops, waited, others)]
 
 
 def without_messages(block, rounds=100):
