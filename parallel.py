@@ -200,6 +200,8 @@ def join_mesh(config, facts=None):
         ep=grid.flatten(0, 1),
         edp=grid.transpose(1, 2).flatten(0, 1),
     )
+    if config.overlap:
+        lines["counts"] = lines["ep"]          # so that counts are not queued behind tokens under way
     if config.pp > 1:
         lines["ends"] = grid[[0, -1]].view(1, -1)
         lines |= dict.fromkeys(channels(config.chunks), lines["pp"])
@@ -690,7 +692,7 @@ def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
     Messages are those of `execute`: a transfer begins when the sender has the tensor, the receiver has
     posted the receive (see AHEAD), and the message before it on the same channel has arrived. A channel is
     a pair of stages and a kind, activations or gradients; it delivers in the order of sending. The exchanges
-    of a stage follow one another.
+    of tokens of a stage follow one another; counts have a channel of their own.
     ranks: how many plans there are of each stage, in a row; its ranks exchange tokens with each other.
     ValueError: ranks of a stage begin exchanges in different orders; a message is received in another order
     than it is sent; or stages wait for each other, and who waits for whom."""
@@ -705,7 +707,7 @@ def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
     spans, exchanges, messages = ([[] for _ in plans] for _ in range(3))
     finish = {}
     arrived = {}                                   # (stage, act): when its message or exchange arrived there
-    last = {}                                      # channel, or stage that exchanges: the last arrival
+    last = {}                                      # channel, of messages or of exchanges: the last arrival
     waits = dict(exchange=0.0, message=0.0)
 
     def begin(stage, act):
@@ -751,11 +753,13 @@ def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
                 took = 0.0 if act.op == "R" else cost(act)
                 finish[act] = free[stage] = start + took
                 spans[stage].append((act, start, finish[act]))
-                if act.left:
-                    ready = start if act.op == "F" and exchanged_after(act) == "dispatch" else finish[act]
-                    begun = max(ready, last.get(stage, 0.0))
-                    last[stage] = arrived[stage, act] = begun + exchange(act)
-                    exchanges[stage].append((act, begun, last[stage]))
+                kind = exchanged_after(act)
+                if kind:
+                    ready = start if act.op == "F" and kind == "dispatch" else finish[act]
+                    channel = stage, kind == "counts"
+                    begun = max(ready, last.get(channel, 0.0))
+                    last[channel] = arrived[stage, act] = begun + exchange(act)
+                    exchanges[stage].append((act, begun, last[channel]))
 
     # Who waits for whom
     waiting = []
@@ -1498,8 +1502,9 @@ class Exchange:
         self.mesh = mesh
         self.counts = counts
         self.received = torch.empty_like(counts)               # from each rank for each expert here: (n·E/n,)
+        group = GROUPS.get("counts", mesh.ep.group)
         with talking(mesh):
-            self.work = dist.all_to_all_single(self.received, counts, group=mesh.ep.group, async_op=True)
+            self.work = dist.all_to_all_single(self.received, counts, group=group, async_op=True)
 
     def dispatch(self, rows, weight):
         """Tokens (M, C) leave, sorted by expert, with their weights (M, 1) as a last column."""

@@ -372,14 +372,14 @@ def show(rows):
     sizes.minorticks_off()
     sizes.legend(fontsize=7)
 
-    # Four stages of the same work, in time
+    # A few stages, with a layer of experts in each chunk, all like chunk 1 of K2
     work = Work(V)
     timelines = []
-    for name, plans in (("one after the other", in_parts(parallel.interleaved(4, 8, 2), (7,) * 8)),
-                        ("woven", parallel.overlapped(4, 8, 2, (7,) * 8))):
-        work.parts = (7,) * 8
-        found = work.step(plans)
-        timelines.append((f"4 stages × 2 chunks of two layers of K2, 8 micro-batches, {name}", found))
+    for name, plans in (("one after the other", in_parts(parallel.interleaved(2, 6, 2), (4,) * 4)),
+                        ("woven", parallel.overlapped(2, 6, 2, (4,) * 4))):
+        found = parallel.simulate(plans, lambda act: 1e3 * work.cost(act._replace(chunk=1)),
+                                  1e3 * work.message, lambda act: 1e3 * work.exchange(act))
+        timelines.append((f"2 stages × 2 chunks of one layer of K2, 6 micro-batches, {name} (ms)", found))
     put_timelines(lower, timelines)
 
     # Tables
