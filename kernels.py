@@ -6,20 +6,42 @@
   attention        softmax(q·kᵀ) v, causal, grouped keys; and its differential forms [2410.05258 eq. 1-3]
   max_logits       largest q·k·scale of every head, without a T×T matrix             [Kimi K2 §2.1]
   cross_entropy    loss and gradient in chunks of tokens: only one chunk's logits exist at a time
+  fp8_pack         storage in one byte an element, with a scale for every 128       [Kimi K2 §2.4.3]
 
 Shapes:  B batch  T time  S keys  H heads  d head width  D features  N tokens  V vocabulary
-`*_ref` is the definition: short, slow, the oracle of test_all.py.
+`*_ref` is the definition: short, slow, the oracle of test_all.py. `launch_*` calls a Triton kernel, for GPUs.
+`python kernels.py` compares every operation with its definition, and on a GPU measures its speed.
 """
+from __future__ import annotations    # without triton, nothing looks up what tl.constexpr is
+
 import functools
 import math
 import os
 import shutil
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                   # on a Mac: everything runs, by torch's operations
+    triton = None
+
 OFF = "off"                      # as `tau`: attention does not compute its largest logits
+
+
+def jit(kernel):
+    """triton.jit; without triton the kernel stays a function that nobody calls."""
+    return triton.jit(kernel) if triton else kernel
+
+
+def takes_kernels(x):
+    """Whether Triton's kernels do the work on x: on a GPU, and on the meta device, which stands for one."""
+    if x.dtype == torch.float64:
+        return False
+    return x.is_meta or x.is_cuda and triton is not None
 
 
 def accumulation_dtype(dtype):
@@ -78,14 +100,19 @@ def rms_norm(x, w, eps):
 
 # ---- PolyNorm -----------------------------------------------------------------------------------------
 
-def poly_norm_ref(x, w, b, eps=1e-6):
-    """y = b + Σ_p w[3-p]·N(x^p), p = 1..3,  N(z) = z / √(mean z² + eps).   [Motif §2.1]
+def poly_norm_ref(x, w, b, eps=1e-6, gate=None):
+    """y = b + Σ_p w[3-p]·N(x^p), p = 1..3,  N(z) = z / √(mean z² + eps); times the gate.   [Motif §2.1]
 
-    x (..., D); w (3,), where w[0] belongs to x³ as in the released weights; b (1,)."""
+    x, gate (..., D); w (3,), where w[0] belongs to x³ as in the released weights; b (1,).
+
+    Operation by operation, a GPU reads or writes 40 values for each element of x. In one pass it is 3: x and
+    gate in, y out; backward 5: x, gate and ∂L/∂y in, two gradients out. Some 20 FLOPs an element forward and
+    40 backward are nothing beside that."""
     def norm(z):
         return z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
 
-    return b + sum(w[3 - p] * norm(x.pow(p)) for p in (1, 2, 3))
+    y = b + sum(w[3 - p] * norm(x.pow(p)) for p in (1, 2, 3))
+    return y if gate is None else y * gate
 
 
 class PolyNormFunction(torch.autograd.Function):
@@ -94,6 +121,7 @@ class PolyNormFunction(torch.autograd.Function):
         r_p = (mean x^2p + eps)^-½,  n_p = r_p·x^p,  g = ∂L/∂y,  c_p = mean(g·n_p)
         ∂L/∂x = Σ_p w_p·r_p·p·x^(p-1)·(g − n_p·c_p);   ∂L/∂w_p = Σ g·n_p;   ∂L/∂b = Σ g
 
+    since n = r·z moves by dn = r·(dz − n·mean(n·dz)), and dz = p·x^(p-1)·dx for z = x^p.
     Polynomials by Horner's rule, powers by multiplication: `pow` alone would cost more than all else."""
 
     @staticmethod
@@ -145,6 +173,176 @@ class PolyNormFunction(torch.autograd.Function):
         return dx, dw, db, None
 
 
+# The same as a kernel, with the gate u: y = P(x)·u, where P(x) = b + Σ_p a_p·x^p and a_p = w_p·r_p. From
+# g = ∂L/∂y follow ∂L/∂u = g·P(x), for which P(x) is recomputed rather than saved, and h = ∂L/∂P = g·u. From
+# there on it is the closed form above, with h in place of g and s_p = Σ h·n_p = D·c_p.
+#
+# A kernel is the code of one program; here a program does one row, and thousands of them run at once. It goes
+# over the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the
+# same: the second time, the row still lies in the cache. (Kept in registers, it would leave too few for other
+# programs, which compute while this one waits for memory.) Columns past the end of the row are masked: loaded
+# as zeros, which add nothing to a sum, and never stored.
+#
+# Each program writes its share of ∂L/∂w and ∂L/∂b to a row of its own, and torch adds the rows, always in the
+# same order. If programs added to one number, the order would change from run to run, and with it the result.
+
+@jit
+def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, BLOCK: tl.constexpr):
+    """y (N, D) and r (N, 3) from x and u (N, D), w (3,), b (1,). u_ptr is None if there is no gate."""
+    # Where this program's row begins; in 64 bits, since N·D may exceed 2³¹
+    row = tl.program_id(0).to(tl.int64)
+    begin = row * D
+    column = tl.arange(0, BLOCK)
+
+    # First time over the row: Σ x^2p, still a sum for each column of a block
+    sum1 = tl.zeros((BLOCK,), tl.float32)
+    sum2 = tl.zeros((BLOCK,), tl.float32)
+    sum3 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        inside = start + column < D
+        x = tl.load(x_ptr + begin + start + column, inside, 0.0).to(tl.float32)
+        x2 = x * x
+        sum1 += x2
+        sum2 += x2 * x2
+        sum3 += x2 * x2 * x2
+
+    # r_p = (mean x^2p + eps)^-½, kept for the backward
+    r1 = tl.rsqrt(tl.sum(sum1) / D + eps)
+    r2 = tl.rsqrt(tl.sum(sum2) / D + eps)
+    r3 = tl.rsqrt(tl.sum(sum3) / D + eps)
+    tl.store(r_ptr + 3 * row, r1)
+    tl.store(r_ptr + 3 * row + 1, r2)
+    tl.store(r_ptr + 3 * row + 2, r3)
+
+    # Second time: b + Σ_p a_p·x^p by Horner's rule, times the gate; storing rounds to the dtype of y
+    a1 = tl.load(w_ptr + 2).to(tl.float32) * r1
+    a2 = tl.load(w_ptr + 1).to(tl.float32) * r2
+    a3 = tl.load(w_ptr).to(tl.float32) * r3
+    b = tl.load(b_ptr).to(tl.float32)
+    for start in range(0, D, BLOCK):
+        inside = start + column < D
+        at = begin + start + column
+        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+        y = ((a3 * x + a2) * x + a1) * x + b
+        if u_ptr is not None:
+            y *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+        tl.store(y_ptr + at, y, inside)
+
+
+@jit
+def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, du_ptr, sums_ptr, D,
+                              BLOCK: tl.constexpr):
+    """dx and du (N, D) from g = ∂L/∂y, and sums (N, 4), the share of each row in ∂L/∂w and ∂L/∂b."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = row * D
+    column = tl.arange(0, BLOCK)
+
+    # First time over the row: Σ h·x^p, p = 0..3
+    sum0 = tl.zeros((BLOCK,), tl.float32)
+    sum1 = tl.zeros((BLOCK,), tl.float32)
+    sum2 = tl.zeros((BLOCK,), tl.float32)
+    sum3 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        inside = start + column < D
+        at = begin + start + column
+        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+        h = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
+        if u_ptr is not None:
+            h *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+        sum0 += h
+        sum1 += h * x
+        sum2 += h * x * x
+        sum3 += h * x * x * x
+
+    # s_p = Σ h·n_p, this row's share of ∂L/∂w in the order of w, then that of ∂L/∂b
+    r1 = tl.load(r_ptr + 3 * row)
+    r2 = tl.load(r_ptr + 3 * row + 1)
+    r3 = tl.load(r_ptr + 3 * row + 2)
+    s1 = tl.sum(sum1) * r1
+    s2 = tl.sum(sum2) * r2
+    s3 = tl.sum(sum3) * r3
+    tl.store(sums_ptr + 4 * row, s3)
+    tl.store(sums_ptr + 4 * row + 1, s2)
+    tl.store(sums_ptr + 4 * row + 2, s1)
+    tl.store(sums_ptr + 4 * row + 3, tl.sum(sum0))
+
+    # Coefficients of P(x), and t_p = p·a_p·r_p·s_p/D of what the norms take back
+    a1 = tl.load(w_ptr + 2).to(tl.float32) * r1
+    a2 = tl.load(w_ptr + 1).to(tl.float32) * r2
+    a3 = tl.load(w_ptr).to(tl.float32) * r3
+    b = tl.load(b_ptr).to(tl.float32)
+    t1 = a1 * r1 * s1 / D
+    t2 = 2 * a2 * r2 * s2 / D
+    t3 = 3 * a3 * r3 * s3 / D
+
+    # Second time: ∂L/∂u = g·P(x), and ∂L/∂x = h·P'(x) − Σ_p t_p·x^(2p-1)
+    for start in range(0, D, BLOCK):
+        inside = start + column < D
+        at = begin + start + column
+        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+        h = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
+        if u_ptr is not None:
+            u = tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+            p = ((a3 * x + a2) * x + a1) * x + b
+            tl.store(du_ptr + at, h * p, inside)
+            h *= u
+        x2 = x * x
+        slope = (3 * a3 * x + 2 * a2) * x + a1
+        back = ((t3 * x2 + t2) * x2 + t1) * x
+        tl.store(dx_ptr + at, h * slope - back, inside)
+
+
+def poly_norm_block(D):
+    """The columns that a program takes at a time, and its warps (groups of 32 threads)."""
+    block = min(triton.next_power_of_2(D), 2048)
+    return dict(BLOCK=block, num_warps=max(block // 256, 1))
+
+
+def launch_poly_norm(x, gate, w, b, eps):
+    """x and gate (..., D), the gate may be None → y (..., D), and r (N, 3) for the backward."""
+    D = x.shape[-1]
+    N = x.numel() // D
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    r = x.new_empty(N, 3, dtype=torch.float32)
+    u = None if gate is None else gate.contiguous()
+    if not x.is_meta:
+        poly_norm_forward_kernel[N,](x.contiguous(), u, w, b, y, r, D, eps,
+                                     **poly_norm_block(D), enable_fp_fusion=True)
+    return y, r
+
+
+def launch_poly_norm_backward(g, x, gate, w, b, r):
+    """∂L/∂y, and what the forward was given and returned → dx, dgate (or None), dw (3,), db (1,)."""
+    D = x.shape[-1]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = r.new_empty(len(r), 4)
+    u = du = None
+    if gate is not None:
+        u = gate.contiguous()
+        du = torch.empty_like(u)
+    if not x.is_meta:
+        poly_norm_backward_kernel[len(r),](g.contiguous(), x.contiguous(), u, w, b, r, dx, du, sums, D,
+                                           **poly_norm_block(D), enable_fp_fusion=True)
+    dw, db = sums.sum(0).split((3, 1))
+    return dx, du, dw.to(w.dtype), db.to(b.dtype)
+
+
+class PolyNormKernel(torch.autograd.Function):
+    """Saves x, the gate and three numbers a row."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, eps, gate):
+        y, r = launch_poly_norm(x, gate, w, b, eps)
+        ctx.save_for_backward(x, gate, w, b, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        dx, dgate, dw, db = launch_poly_norm_backward(g, *ctx.saved_tensors)
+        return dx, dw, db, None, dgate
+
+
 @functools.cache
 def compiled_poly_norm():
     """poly_norm_ref under torch.compile: one pass forward, one backward.
@@ -157,17 +355,22 @@ def compiled_poly_norm():
     return None
 
 
-def poly_norm(x, w, b, eps=1e-6, compiled=False):
-    """poly_norm_ref by the closed form, with statistics in float32 or wider (x⁶ overflows float16).
+def poly_norm(x, w, b, eps=1e-6, compiled=False, gate=None):
+    """poly_norm_ref, fast, with statistics in float32 or wider (x⁶ overflows float16).
 
-    x (..., D), w (3,), b (1,) → (..., D) in the dtype of x.
-    compiled: torch.compile fuses the definition instead: half a minute to compile, then about
+    x (..., D), w (3,), b (1,) → (..., D) in the dtype of x. gate (..., D): a factor of the result.
+
+    On a GPU the kernel. On a CPU the closed form, and the gate after it: a closed form with the gate inside
+    would have to recompute P(x) in its backward, and is no faster.
+    compiled: on a CPU, torch.compile fuses the definition instead: half a minute to compile, then about
     3× faster."""
-    if compiled:
-        fused = compiled_poly_norm()
-        if fused is not None:
-            return fused(x.to(accumulation_dtype(x.dtype)), w, b, eps).to(x.dtype)
-    return PolyNormFunction.apply(x, w, b, eps)
+    if takes_kernels(x):
+        return PolyNormKernel.apply(x, w, b, eps, gate)
+    fused = compiled_poly_norm() if compiled else None
+    if fused is not None:
+        return fused(x.to(accumulation_dtype(x.dtype)), w, b, eps, gate).to(x.dtype)
+    y = PolyNormFunction.apply(x, w, b, eps)
+    return y if gate is None else y * gate
 
 
 # ---- the experts' matmul ------------------------------------------------------------------------------
@@ -536,3 +739,273 @@ def cross_entropy(h, w, targets, weight=None, chunk=1024):
     if not torch.is_grad_enabled():
         h, w = h.detach(), w.detach()
     return CrossEntropy.apply(h, w, targets, weight, chunk)
+
+
+# ---- FP8 tiles ----------------------------------------------------------------------------------------
+
+TILE = 128                       # neighbouring values that share a scale
+E4M3_MAX = 448.0                 # largest value of E4M3: 4 bits of exponent, 3 of mantissa, no infinities
+E4M3_NAN = 0x7F
+
+
+def fp8_pack_ref(x):
+    """x (..., D) in E4M3, with a scale for every 128 values.
+
+        scale = max|x| / 448,   code = E4M3(x / scale)        over each tile; the last may be shorter
+
+    → codes (..., D) uint8, scale (..., ⌈D/128⌉) float32
+
+    1 + 4/128 bytes an element, where bfloat16 has 2. Packing reads x and writes these, unpacking the reverse:
+    3.03 bytes of memory for an element and some 15 operations.
+
+    A tile of zeros has scale 0 and unpacks to zeros, as does one so small that its scale rounds to 0. A tile
+    with an infinity or NaN has no scale that would save the others: all its codes are NaN."""
+    D = x.shape[-1]
+    tiles = F.pad(x.float(), (0, -D % TILE)).unflatten(-1, (-1, TILE))                # (..., tiles, 128)
+
+    # Divide by a tensor: by a number, a GPU multiplies by the rounded 1/448
+    top = tiles.abs().amax(-1, keepdim=True)
+    scale = top / torch.full_like(top, E4M3_MAX)                                      # (..., tiles, 1)
+    usable = (scale > 0) & scale.isfinite()
+    scaled = tiles / scale.where(usable, 1.0)
+
+    # Clamp first: x / scale exceeds 448 where scale is subnormal, and not every torch casts that to 448
+    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = codes.masked_fill(~scale.isfinite(), E4M3_NAN)
+    return codes.flatten(-2)[..., :D].contiguous(), scale.squeeze(-1)
+
+
+def fp8_unpack_ref(codes, scale, dtype):
+    """The values that fp8_pack_ref stored, in `dtype`: each code's value times its tile's scale."""
+    values = codes.view(torch.float8_e4m3fn).float()
+    return (values * scale.repeat_interleave(TILE, -1)[..., :codes.shape[-1]]).to(dtype)
+
+
+# The kernels convert between float32 and E4M3 as integers: that needs no FP8 instructions, and gives the same
+# bits on every chip. Both formats are sign, exponent, mantissa. Rounding 20 of float32's 23 bits of mantissa
+# off the integer leaves E4M3's 3; a carry goes to the exponent, as it should. Exponents are stored with 127
+# added in float32 and with 7 in E4M3, hence the 120, moved to the place of the exponent. Below 2^-6 E4M3 has
+# no smaller exponents: codes 0 to 7 are multiples of 2^-9.
+
+@jit
+def fp8_pack_kernel(x_ptr, codes_ptr, scale_ptr, N, D, tiles, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """codes (N, D) and scale (N, tiles) of x (N, D); a program does one tile in each of ROWS rows."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]        # (ROWS, 1)
+    column = tile * TILE + tl.arange(0, TILE)[None, :]                                # (1, TILE)
+    inside = (row < N) & (column < D)
+    x = tl.load(x_ptr + row * D + column, inside, 0.0).to(tl.float32)                 # (ROWS, TILE)
+
+    # max|x|, as integers: bits without the sign grow with the value, through infinity to NaN (a maximum of
+    # floats would ignore NaN)
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    top = tl.max(size, 1, keep_dims=True).to(tl.float32, bitcast=True)                # (ROWS, 1)
+    scale = tl.div_rn(top, 448.0)
+    tl.store(scale_ptr + row * tiles + tile, scale, row < N)
+
+    # |x| / scale, at most 448
+    finite = scale < float("inf")
+    divisor = tl.where((scale > 0) & finite, scale, 1.0)
+    scaled = tl.minimum(tl.div_rn(size.to(tl.float32, bitcast=True), divisor), 448.0)
+
+    # Round 20 bits off, half-way cases to even: add a half, less the last unit unless the bit kept is odd
+    pattern = scaled.to(tl.int32, bitcast=True)
+    odd = (pattern >> 20) & 1
+    code = ((pattern + 0x7FFFF + odd) >> 20) - (120 << 3)
+
+    # Below 2^-6, adding 2^14 rounds to multiples of 2^-9, since that is the last place of floats up to 2^15
+    multiple = (scaled + 16384.0).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(scaled < 0.015625, multiple, code)
+
+    # The sign, and NaN for the whole tile
+    code = tl.where(finite, code | ((bits >> 24) & 0x80), 0x7F)
+    tl.store(codes_ptr + row * D + column, code.to(tl.uint8), inside)
+
+
+@jit
+def fp8_unpack_kernel(codes_ptr, scale_ptr, x_ptr, N, D, tiles, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """x (N, D) of codes (N, D) and scale (N, tiles), in the dtype of x_ptr."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]        # (ROWS, 1)
+    column = tile * TILE + tl.arange(0, TILE)[None, :]                                # (1, TILE)
+    inside = (row < N) & (column < D)
+    code = tl.load(codes_ptr + row * D + column, inside, 0).to(tl.int32)              # (ROWS, TILE)
+    scale = tl.load(scale_ptr + row * tiles + tile, row < N, 0.0)                     # (ROWS, 1)
+
+    # |value|: the bits in their place in float32; codes 0 to 7 count 2^-9; 127 is NaN
+    size = code & 0x7F
+    value = ((size + (120 << 3)) << 20).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, value)
+    value = tl.where(size == 127, float("nan"), value)
+
+    # The sign, as a bit: Triton's -value is 0 - value, which loses that of zero
+    sign = (code & 0x80) << 24
+    value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    tl.store(x_ptr + row * D + column, value * scale, inside)
+
+
+
+
+FP8_ROWS = dict(ROWS=16, num_warps=4)         # rows of a program, and its warps
+
+
+def launch_fp8_pack(x):
+    """x (..., D) → codes (..., D), scale (..., ⌈D/128⌉)"""
+    D = x.shape[-1]
+    N = x.numel() // D
+    tiles = -(-D // TILE)
+    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    scale = x.new_empty(*x.shape[:-1], tiles, dtype=torch.float32)
+    if not x.is_meta:
+        programs = triton.cdiv(N, FP8_ROWS["ROWS"]) * tiles
+        fp8_pack_kernel[programs,](x.contiguous(), codes, scale, N, D, tiles, **FP8_ROWS, TILE=TILE,
+                                   enable_fp_fusion=False)
+    return codes, scale
+
+
+def launch_fp8_unpack(codes, scale, dtype):
+    """codes (..., D), scale (..., ⌈D/128⌉) → x (..., D) in `dtype`"""
+    D = codes.shape[-1]
+    N = codes.numel() // D
+    tiles = scale.shape[-1]
+    x = torch.empty_like(codes, dtype=dtype)
+    if not codes.is_meta:
+        programs = triton.cdiv(N, FP8_ROWS["ROWS"]) * tiles
+        fp8_unpack_kernel[programs,](codes, scale, x, N, D, tiles, **FP8_ROWS, TILE=TILE,
+                                     enable_fp_fusion=False)
+    return x
+
+
+@torch.no_grad()
+def fp8_pack(x):
+    """fp8_pack_ref, on a GPU in one kernel. Without gradients: what it makes is for storage."""
+    return launch_fp8_pack(x) if takes_kernels(x) else fp8_pack_ref(x)
+
+
+@torch.no_grad()
+def fp8_unpack(codes, scale, dtype):
+    """fp8_unpack_ref, on a GPU in one kernel."""
+    if takes_kernels(codes):
+        return launch_fp8_unpack(codes, scale, dtype)
+    return fp8_unpack_ref(codes, scale, dtype)
+
+
+# ---- python kernels.py --------------------------------------------------------------------------------
+
+class Operation(NamedTuple):
+    """A row of the table. work: bytes or FLOPs in bfloat16 of a forward, and of forward and backward."""
+    name: str
+    ours: Callable
+    exact: Callable                  # the definition
+    tensors: tuple                   # what both take
+    unit: str
+    work: tuple
+    beside: dict = {}                # name → another function that does the same
+
+
+def operations(device, large):
+    """All rows; large: as in a model of some billion parameters."""
+    def randn(*shape):
+        return torch.randn(shape, device=device)
+
+    # What memory limits: N tokens of width D
+    N, D = (16_384, 8192) if large else (24, 1100)
+    ND = N * D
+    x, gate = randn(N, D), randn(N, D)
+    w, b = randn(3), randn(1)
+    rows = [
+        Operation("RMSNorm", lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6),
+                  (x, randn(D)), "GB/s", (4 * ND, 10 * ND)),
+        Operation("PolyNorm", poly_norm, poly_norm_ref, (x, w, b), "GB/s", (4 * ND, 10 * ND)),
+        Operation("PolyNorm, gated", lambda x, w, b, u: poly_norm(x, w, b, gate=u),
+                  lambda x, w, b, u: poly_norm_ref(x, w, b, gate=u), (x, w, b, gate), "GB/s",
+                  (6 * ND, 16 * ND)),
+        Operation("FP8, there and back", lambda x: fp8_unpack(*fp8_pack(x), x.dtype),
+                  lambda x: fp8_unpack_ref(*fp8_pack_ref(x.detach()), x.dtype), (x,), "GB/s",
+                  (2 * (3 + 4 / TILE) * ND,))]
+
+    # What multiplications limit: experts, a vocabulary, causal attention
+    N, D, E, V = (16_384, 2048, 16, 32_768) if large else (60, 40, 4, 50)
+    H, T, d = (16, 4096, 128) if large else (4, 50, 16)
+    ends = torch.arange(1, E + 1, device=device) * (N // E)
+    target = torch.zeros(N, dtype=torch.int64, device=device)
+    x = randn(N, D)
+    q, k, v, wide = randn(1, H, T, d), randn(1, H, T, d), randn(1, H, T, d), randn(1, H // 2, T, 2 * d)
+    linear, vocabulary, pairs = 2 * N * D * D, 2 * N * D * V, 2 * H * T * T * d
+    return rows + [
+        Operation("experts' matmul", lambda x, w: grouped_linear(x, w, ends),
+                  lambda x, w: grouped_linear_ref(x, w, ends), (x, randn(E, D, D)), "TFLOP/s",
+                  (linear, 3 * linear),
+                  {"grouped_mm": lambda x, w: F.grouped_mm(x, w.mT, offs=ends.int())}),
+        Operation("cross-entropy", lambda h, w: cross_entropy(h, w, target)[0],
+                  lambda h, w: cross_entropy_ref(h, w, target)[0], (x, randn(V, D)), "TFLOP/s",
+                  (3 * vocabulary, 3 * vocabulary)),
+        Operation("attention", lambda q, k, v: attention(q, k, v)[0], attention_ref, (q, k, v), "TFLOP/s",
+                  (pairs, 3.5 * pairs)),
+        Operation("differential attention", lambda q, k, v: diff_attention(q, k, v, 0.3)[0],
+                  lambda q, k, v: diff_attention_ref(q, k, v, 0.3), (q, k, wide), "TFLOP/s",
+                  (1.5 * pairs, 5 * pairs))]
+
+
+def outcome(f, tensors, dtype):
+    """f's result and its gradients in `dtype`, for a given gradient of the result."""
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+    y = f(*leaves)
+    if not y.requires_grad:
+        return [y]
+    g = torch.linspace(-1, 1, y.numel(), device=y.device).bfloat16().to(y.dtype).view_as(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+
+def error(row, dtype):
+    """The largest relative error of result and gradients, to the definition in float64."""
+    rounded = [t.to(dtype) for t in row.tensors]
+    pairs = zip(outcome(row.ours, rounded, dtype), outcome(row.exact, rounded, torch.float64))
+    return max(((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in pairs)
+
+
+def milliseconds(f, tensors):
+    """Median times on a GPU in bfloat16 of f's forward, and of forward and backward."""
+    bench = functools.partial(triton.testing.do_bench, return_mode="median")
+    leaves = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    y = f(*leaves)
+    if not y.requires_grad:
+        return [bench(lambda: f(*leaves))]
+    g = torch.ones_like(y)
+    return bench(lambda: f(*leaves)), bench(lambda: torch.autograd.grad(f(*leaves), leaves, g))
+
+
+def main():
+    """Print the errors of all operations on this machine; on a GPU their speed too."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    print(f"{'relative error, forward and backward':<38}", *(f"{name:>10}" for name in dtypes))
+    for row in operations(device, large=False):
+        print(f"{row.name:<38}", *(f"{error(row, dtype):>10.1e}" for dtype in dtypes.values()), flush=True)
+    if device == "cpu" or triton is None:
+        return
+
+    # This machine's ceilings: a copy, and a product of large matrices
+    big = torch.zeros(1 << 30, device=device, dtype=torch.bfloat16)
+    square = torch.zeros(8192, 8192, device=device).normal_()
+    copy = 2 * big.nbytes / milliseconds(torch.clone, (big,))[0] / 1e6
+    product = 2 * 8192 ** 3 / milliseconds(torch.mm, (square, square))[0] / 1e9
+    print(f"\n{torch.cuda.get_device_name()}: copies {copy:.0f} GB/s, multiplies {product:.0f} TFLOP/s")
+    print(f"{'bfloat16':<38}{'ms':>10}{'speed':>10}{'of ceiling':>19}  times as fast as")
+    for row in operations(device, large=True):
+        forms = {"torch.compile": torch.compile(row.exact), **row.beside}
+        theirs = {name: milliseconds(f, row.tensors) for name, f in forms.items()}
+        passes = zip(("", ", and backward"), row.work, milliseconds(row.ours, row.tensors))
+        for i, (what, work, ms) in enumerate(passes):
+            speed, ceiling = (work / ms / 1e6, copy) if row.unit == "GB/s" else (work / ms / 1e9, product)
+            ratios = ", ".join(f"{name} {times[i] / ms:.2f}" for name, times in theirs.items())
+            print(f"{row.name + what:<38}{ms:>10.3f}{speed:>10.0f} {row.unit:<8}{speed / ceiling:>10.2f}  "
+                  f"{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

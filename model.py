@@ -340,8 +340,17 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.compiled = compiled
 
-    def forward(self, x):
-        return kernels.poly_norm(x, self.weight, self.bias, compiled=self.compiled and self.training)
+    def forward(self, x, gate=None):
+        """gate: a factor of the result, of the shape of x."""
+        return kernels.poly_norm(x, self.weight, self.bias, compiled=self.compiled and self.training,
+                                 gate=gate)
+
+
+def gated(act, gate, up):
+    """act(gate)·up; on a GPU PolyNorm does both in one kernel, in which `up` is the factor."""
+    if isinstance(act, PolyNorm):
+        return act(gate, up)
+    return act(gate) * up
 
 
 def rope_frequencies(config, device=None):
@@ -658,7 +667,7 @@ class FeedForward(nn.Module):
 
     def inner(self, gate, up):
         """The input of `down`."""
-        return self.act(gate) * up
+        return gated(self.act, gate, up)
 
     def inside(self):
         """The parameters that `inner` uses."""
@@ -780,7 +789,7 @@ class MoE(nn.Module):
     def inner(self, gate, up, weight):
         """The input of `down`, which is linear: so the routing weight may come before it. After it, on the
         rank that sent the token, its gradient would need the expert's output, kept for the backward."""
-        return self.act(gate) * up * weight
+        return gated(self.act, gate, up) * weight
 
     def combine(self, rows, token, N):
         """Sum the rows of each token: rows (N·k, C), token (N·k,) → (N, C)."""

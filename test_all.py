@@ -6,6 +6,7 @@ Everything runs on CPU; multi-rank tests spawn processes that talk over gloo. To
 import ast
 import contextlib
 import copy
+import csv
 import functools
 import gzip
 import importlib
@@ -35,6 +36,7 @@ import numpy as np
 import pytest
 import regex
 import torch
+import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,12 +165,18 @@ def test_rms_norm_matches_its_definition_in_values_and_gradients(D, float64):
 
 @pytest.mark.parametrize("D", [64, 37, 1])
 def test_poly_norm_matches_its_definition_in_values_and_gradients(D, float64):
-    x, w, b = torch.randn(3, 5, D), torch.randn(3), torch.randn(1)
-    torch.testing.assert_close(kernels.poly_norm(x, w, b), kernels.poly_norm_ref(x, w, b))
+    x, w, b, gate = torch.randn(3, 5, D), torch.randn(3), torch.randn(1), torch.randn(3, 5, D)
+    exact = kernels.poly_norm_ref(x, w, b)
+    torch.testing.assert_close(kernels.poly_norm(x, w, b), exact)
+    torch.testing.assert_close(kernels.poly_norm(x, w, b, gate=gate), exact * gate)
+    torch.testing.assert_close(kernels.poly_norm_ref(x, w, b, gate=gate), exact * gate)
     weight = torch.randn(3, 5, D)
-    for ours, theirs in zip(*(gradients(lambda x, w, b: (f(x, w, b) * weight).sum(), x, w, b)
-                              for f in (kernels.poly_norm, kernels.poly_norm_ref))):
-        torch.testing.assert_close(ours, theirs)
+    for inputs in ((x, w, b), (x, w, b, gate)):
+        def loss(f, x, w, b, gate=None):
+            return (f(x, w, b, gate=gate) * weight).sum()
+        for ours, theirs in zip(*(gradients(functools.partial(loss, f), *inputs)
+                                  for f in (kernels.poly_norm, kernels.poly_norm_ref))):
+            torch.testing.assert_close(ours, theirs)
     assert torch.autograd.gradcheck(kernels.poly_norm, tuple(t.requires_grad_() for t in (x, w, b)))
 
 
@@ -215,6 +223,20 @@ def test_poly_norm_ignores_the_scale_of_its_input(float64):
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
     dx = gradients(lambda x: (kernels.poly_norm(x, w, b, 1e-20) ** 3).sum(), x)[0]
     assert (x * dx).sum(-1).abs().max() < 1e-9
+
+
+def test_on_a_gpu_gated_poly_norm_keeps_its_inputs_and_three_numbers_a_row():
+    """The meta device takes a GPU's path. Whoever calls PolyNorm with a gate has it in the same operation."""
+    kept = []
+    record = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch.device("meta"), record:
+        x, up = (torch.zeros(4, 6, 48, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        norm = net.PolyNorm()
+        y = net.gated(norm, x, up)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16 and y.shape == x.grad.shape == up.grad.shape == (4, 6, 48)
+    assert norm.weight.grad.shape == (3,) and norm.bias.grad.shape == (1,)
+    assert sorted(t.nbytes for t in kept) == sorted([x.nbytes, up.nbytes, 4 * 6 * 3 * 4, 3 * 4, 4])
 
 
 def explicit_maps(q, k, v, lam, mask, maps=2):
@@ -322,6 +344,223 @@ def test_cross_entropy_never_materialises_all_logits():
     with Watch():
         kernels.cross_entropy(h, w, torch.randint(0, 5000, (256,)), chunk=32)[0].backward()
     assert max(sizes) == 32 * 5000
+
+
+def every_e4m3():
+    """All finite E4M3 values from 0 to 448, midpoints between neighbours, and the float32s beside them."""
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (values[1:] + values[:-1]) / 2
+    above = torch.nextafter(middles, torch.tensor(500.0))
+    below = torch.nextafter(middles, torch.tensor(-500.0))
+    return torch.cat((values, middles, above, below))
+
+
+def test_fp8_tiles_round_to_the_nearest_of_all_codes():
+    """With scale 1 by a 448 in every tile. Of two neighbours that are equally near, the even code."""
+    x = every_e4m3()
+    x = torch.cat((x, -x))
+    x = F.pad(x, (0, -len(x) % 127)).view(-1, 127)
+    codes, scale = kernels.fp8_pack(F.pad(x, (1, 0), value=448.0))
+    assert torch.equal(scale, torch.ones(len(x), 1)) and (codes[:, 0] == 0x7E).all()
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    distance = (x.double().abs()[..., None] - values).abs()                                # (N, 127, codes)
+    nearest = distance == distance.amin(-1, keepdim=True)
+    even = torch.arange(0x7F) % 2 == 0
+    best = torch.where(nearest.sum(-1, keepdim=True) > 1, nearest & even, nearest).int().argmax(-1)
+    assert torch.equal(codes[:, 1:] & 0x7F, best.byte())
+    assert torch.equal(codes[:, 1:] >= 0x80, x.signbit())
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 300), (5, 128), (4, 37)])
+def test_fp8_tiles_are_as_close_as_three_bits_of_mantissa(shape):
+    """Half a unit in the last place is 2^-4 of the value, or 2^-10 of the scale where the exponent ends."""
+    x = torch.randn(shape) * torch.logspace(-9, 9, shape[-1])
+    codes, scale = kernels.fp8_pack(x)
+    assert codes.dtype == torch.uint8 and codes.shape == shape
+    assert scale.dtype == torch.float32 and scale.shape == (*shape[:-1], -(-shape[-1] // 128))
+    of_each = scale.repeat_interleave(128, -1)[..., :shape[-1]]
+    back = kernels.fp8_unpack(codes, scale, torch.float32)
+    assert ((back - x).abs() <= torch.maximum(x.abs() / 16, of_each / 1024) * (1 + 1e-6)).all()
+    assert torch.equal(kernels.fp8_unpack(codes, scale, torch.bfloat16), back.bfloat16())
+
+
+def odd_tiles():
+    """Rows of two tiles and a part of one: zeros of both signs, and values that are tiny, infinite or NaN."""
+    x = torch.randn(7, 300)
+    x[0, :128], x[1, 128:256] = 0.0, -0.0
+    x[2] *= 3e-43                                                  # scale is 0 or 2^-149, its last bit
+    x[3, 130], x[4, 299], x[5, 0], x[6] = torch.nan, torch.inf, -torch.nan, -torch.inf
+    return x
+
+
+def test_fp8_tiles_of_zeros_stay_zero_and_others_are_nan_where_a_value_is_not_finite():
+    x = odd_tiles()
+    codes, scale = kernels.fp8_pack(x)
+    back = kernels.fp8_unpack(codes, scale, torch.float32)
+    assert torch.equal(back[0, :128], x[0, :128]) and torch.equal(back[1, 128:256], x[1, 128:256])
+    assert codes[0, :128].eq(0).all() and codes[1, 128:256].eq(0x80).all(), "a zero keeps its sign"
+    sound = F.pad(x, (0, 84)).view(7, 3, 128).isfinite().all(-1)
+    assert torch.equal(back.isnan(), ~sound.repeat_interleave(128, 1)[:, :300])
+    assert (codes[2] & 0x7F).max() == 0x7E and (back[2] - x[2]).abs().max() < 448 * 2.0 ** -149
+
+
+def test_the_table_of_kernels_has_no_large_error(capsys):
+    """Rounding of the dtype, and sums in another order."""
+    kernels.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == len(kernels.operations("cpu", False))
+    for line in lines:
+        errors = [float(word) for word in line.split()[-3:]]
+        assert errors[0] < 1e-5 and errors[1] < 2 ** -7 and errors[2] < 2 ** -10, line
+
+
+# Triton's kernels, run by its interpreter on numpy. Whether to interpret is decided when a kernel is
+# decorated: so the claims below run in a process of their own, which calls the kernels' launchers directly.
+INTERPRETED = {}
+
+
+def interpreted(claim):
+    """Make `claim` a test under Triton's interpreter."""
+    INTERPRETED[claim.__name__] = claim
+    return claim
+
+
+def try_interpreted(folder):
+    """Try all claims in turn, and record the traceback of each that fails, or nothing."""
+    for name, claim in INTERPRETED.items():
+        torch.manual_seed(0)
+        try:
+            claim()
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        Path(folder, name).write_text(said)
+
+
+def close(ours, exact, dtype):
+    """Within the rounding of `dtype`, and that of sums in float32, relative to the norm."""
+    assert ours.dtype == dtype and ours.shape == exact.shape
+    bound = {torch.float32: 1e-6, torch.float16: 2 ** -11}[dtype]
+    assert (ours.double() - exact).norm() <= bound * exact.norm()
+
+
+@interpreted
+def poly_norm_and_its_gradients():
+    """Widths below, at and above a block of columns; with and without a gate; a batch without rows."""
+    for shape in ((2, 3, 37), (2, 2048), (3, 4101), (0, 8)):
+        for dtype in (torch.float32, torch.float16):
+            for gated in (True, False):
+                x, gate, g = torch.randn(3, *shape).to(dtype)
+                inputs = [x, torch.randn(3), torch.randn(1)] + [gate] * gated
+                leaves = [t.clone().requires_grad_() for t in inputs]
+                y = kernels.PolyNormKernel.apply(*leaves[:3], 1e-6, leaves[3] if gated else None)
+                found = torch.autograd.grad(y, leaves, g)
+
+                leaves = [t.double().requires_grad_() for t in inputs]
+                exact = kernels.poly_norm_ref(*leaves[:3], 1e-6, *leaves[3:])
+                want = torch.autograd.grad(exact, leaves, g.double())
+                for ours, theirs, like in zip((y.detach(), *found), (exact.detach(), *want), (x, *inputs)):
+                    close(ours, theirs, like.dtype)
+
+
+@interpreted
+def poly_norm_takes_tensors_that_are_not_contiguous():
+    x, gate = torch.randn(37, 5).mT, torch.randn(37, 5).mT
+    w, b, g = torch.randn(3), torch.randn(1), torch.randn(1).expand(5, 37)
+    y, r = kernels.launch_poly_norm(x, gate, w, b, 1e-6)
+    dx, dgate, *_ = kernels.launch_poly_norm_backward(g, x, gate, w, b, r)
+    leaves = [t.double().requires_grad_() for t in (x, gate)]
+    exact = kernels.poly_norm_ref(leaves[0], w.double(), b.double(), 1e-6, leaves[1])
+    want = torch.autograd.grad(exact, leaves, g.double())
+    for ours, theirs in zip((y, dx, dgate), (exact.detach(), *want)):
+        close(ours, theirs, torch.float32)
+
+
+@interpreted
+def kernels_write_nothing_past_the_end():
+    """A last row that ends within a block of columns is followed by numbers that must stay."""
+    def guarded(rows, width, dtype=torch.float32):
+        room = torch.full((rows * width + 4096,), 77).to(dtype)
+        return room, lambda: torch.equal(room[rows * width:], torch.full((4096,), 77).to(dtype))
+    x, w, b, r = torch.randn(3, 300), torch.randn(3), torch.randn(1), torch.randn(3, 3)
+    (y, y_kept), (dx, dx_kept), (dgate, dgate_kept) = guarded(3, 300), guarded(3, 300), guarded(3, 300)
+    (codes, codes_kept), (scale, scale_kept) = guarded(3, 300, torch.uint8), guarded(3, 3)
+    (back, back_kept) = guarded(3, 300)
+    kernels.poly_norm_forward_kernel[3,](x, x, w, b, y, r, 300, 1e-6, BLOCK=256)
+    kernels.poly_norm_backward_kernel[3,](x, x, x, w, b, r, dx, dgate, torch.empty(3, 4), 300, BLOCK=256)
+    kernels.fp8_pack_kernel[3,](x, codes, scale, 3, 300, 3, ROWS=4, TILE=128)
+    kernels.fp8_unpack_kernel[3,](codes, scale, back, 3, 300, 3, ROWS=4, TILE=128)
+    assert y_kept() and dx_kept() and dgate_kept() and codes_kept() and scale_kept() and back_kept()
+
+
+def same_bits(ours, exact):
+    """Equal to the last bit, except that any NaN equals any other."""
+    assert ours.dtype == exact.dtype and ours.shape == exact.shape
+    there = ~exact.isnan()
+    assert torch.equal(ours.isnan(), exact.isnan())
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
+    assert torch.equal(ours[there].view(kind), exact[there].view(kind))
+
+
+@interpreted
+def fp8_tiles_have_the_bits_of_their_definition():
+    """All E4M3 values and the midpoints between them, several scales, odd tiles, float16 and 37 rows."""
+    x = every_e4m3()
+    x = torch.cat((x, -x))
+    x = F.pad(F.pad(x, (0, -len(x) % 127)).view(-1, 127), (1, 0), value=448.0)
+    scaled = [factor * x for factor in (1, 0.37, 3e33, 1e-37)]
+    for given in (*scaled, odd_tiles(), torch.randn(37, 130).half(), torch.randn(2, 3, 5)):
+        codes, scale = kernels.launch_fp8_pack(given)
+        exact_codes, exact_scale = kernels.fp8_pack_ref(given)
+        same_bits(codes, exact_codes)
+        same_bits(scale, exact_scale)
+        for dtype in (torch.float32, torch.float16):
+            with np.errstate(all="ignore"):                        # ∞·0, and more than float16's largest
+                back = kernels.launch_fp8_unpack(codes, scale, dtype)
+            same_bits(back, kernels.fp8_unpack_ref(codes, scale, dtype))
+
+
+@pytest.fixture(scope="session")
+def tried_by_the_interpreter(tmp_path_factory):
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("interpreted")
+    code = f"import test_all; test_all.try_interpreted({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder
+
+
+@pytest.mark.parametrize("claim", INTERPRETED)
+def test_interpreted(claim, tried_by_the_interpreter):
+    said = (tried_by_the_interpreter / claim).read_text()
+    assert said == "", said
+
+
+def proved(code):
+    """The value of `code`, where `note` is notes/kernels.py; in its own process, as a compiler may crash."""
+    pytest.importorskip("triton")
+    code = f"import json; from notes import kernels as note; print(json.dumps({code}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions():
+    rows = proved("[[*row.values(), list(note.faults(row))] for row in "
+                  "note.prove(note.PROOFS, ('sm_80', 'sm_90', 'gfx942'))]")
+    assert len(rows) > 20 and not [row for row in rows if row[-1]]
+    assert all(row[3] >= 16 for row in rows), "registers were not read"
+
+
+def test_a_kernel_that_spills_or_lacks_matrix_instructions_is_a_fault():
+    """With one warp for 2048 columns, each thread would hold 64 of them; and PolyNorm is no matmul."""
+    spilling, wrong = proved("[list(note.faults(row)) for row in note.prove(["
+                             "note.PROOFS[1]._replace(options=dict(num_warps=1)), "
+                             "note.PROOFS[0]._replace(matmul=True)], ['sm_80'])]")
+    assert len(spilling) == 1 and "bytes spilled" in spilling[0]
+    assert wrong == ["no matrix instructions"]
 
 
 # ---- data.py -----------------------------------------------------------------------------------------------
@@ -5139,7 +5378,24 @@ def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
-NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.md") if path.stem not in ("speed", "faults"))
+def test_the_page_on_kernels_shows_its_raw_numbers(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from notes import kernels as note
+    for name in ("kernels.csv", "kernels.md"):
+        shutil.copy(HERE / "notes" / name, tmp_path)
+    page = (tmp_path / "kernels.md").read_text("utf-8")
+    (tmp_path / "kernels.md").write_text(page.replace("| ", "| stale "), "utf-8")
+    monkeypatch.setattr(note, "CSV", tmp_path / "kernels.csv")
+    with pytest.raises(SystemExit) as leave:
+        note.main(["--plot"])
+    assert leave.value.code == 0 and "0 faults" in capsys.readouterr().out
+    assert (tmp_path / "kernels.md").read_text("utf-8") == page
+    rows = list(csv.DictReader((tmp_path / "kernels.csv").read_text("utf-8").splitlines()))
+    assert {row["kernel"] for row in rows} == {proof.name for proof in note.PROOFS}
+
+
+NOTES = sorted(path.stem for path in HERE.glob("notes/[a-z]*.md")
+               if path.stem not in ("speed", "faults", "kernels"))
 
 
 def quiet_main(name, *args):

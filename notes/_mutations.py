@@ -22,6 +22,7 @@ TWO = "run_of_two_ranks_matches_the_same_definition"
 DISK = "renamed_is_on_the_disk"
 PIPE = "every_pipeline"
 WOVEN = "woven_exchanges"
+RUN = "interpreted"
 
 TABLE = {
     "kernels.py": [
@@ -29,6 +30,29 @@ TABLE = {
          "rms_norm_matches"),
         ("PolyNorm's gradient, sign of a term", "dx.addcmul_(c, x, value=-1)", "dx.addcmul_(c, x)",
          "poly_norm_matches"),
+        ("a kernel's load without its mask", "x = tl.load(x_ptr + begin + start + column, inside, 0.0)",
+         "x = tl.load(x_ptr + begin + start + column)", RUN),
+        ("a kernel's store without its mask", "tl.store(dx_ptr + at, h * slope - back, inside)",
+         "tl.store(dx_ptr + at, h * slope - back)", RUN),
+        ("a kernel's derivative of x³ without the 3", "slope = (3 * a3 * x + 2 * a2)",
+         "slope = (a3 * x + 2 * a2)", RUN),
+        ("a kernel's derivative of a norm without p", "t2 = 2 * a2 * r2 * s2 / D", "t2 = a2 * r2 * s2 / D",
+         RUN),
+        ("only the first block of a row's sums", "        sum3 += h * x * x * x\n",
+         "        sum3 = h * x * x * x\n", RUN),
+        ("a kernel's gradient of the gate without b", "p = ((a3 * x + a2) * x + a1) * x + b\n",
+         "p = ((a3 * x + a2) * x + a1) * x\n", RUN),
+        ("a kernel's sums in the order of p", "tl.store(sums_ptr + 4 * row, s3)",
+         "tl.store(sums_ptr + 4 * row, s1)", RUN),
+        ("PolyNorm's gate is left out on a CPU", "return y if gate is None else y * gate\n\n\n# ----",
+         "return y\n\n\n# ----", "poly_norm_matches"),
+        ("FP8 rounds ties up", "odd = (pattern >> 20) & 1", "odd = 1", RUN),
+        ("FP8's small values with normal exponents", "tl.where(scaled < 0.015625, multiple, code)", "code",
+         RUN),
+        ("FP8 values above 448", "bitcast=True), divisor), 448.0)", "bitcast=True), divisor), 500.0)", RUN),
+        ("FP8 loses NaN", "code | ((bits >> 24) & 0x80), 0x7F)", "code | ((bits >> 24) & 0x80), 0)", RUN),
+        ("FP8's scale of another row", "tl.load(scale_ptr + row * tiles + tile,",
+         "tl.load(scale_ptr + row + tile,", RUN),
         ("a query sees the next key", "mask = key <= query\n", "mask = key <= query + 1\n",
          "two_explicit_maps or " + ONE),
         ("a document's first token is masked", "(key >= doc_start", "(key > doc_start", ONE),
@@ -94,7 +118,7 @@ TABLE = {
         ("router's bias moves the wrong way", "(load.mean() - load).sign()", "(load - load.mean()).sign()",
          ONE),
         ("load of only the last micro-batch", "self.load += counts", "self.load = counts", ONE),
-        ("experts without router weights", "self.act(gate) * up * weight", "self.act(gate) * up",
+        ("experts without router weights", "gated(self.act, gate, up) * weight", "gated(self.act, gate, up)",
          "weighted_sum"),
         ("residual projections start too large", "init_std / math.sqrt(2 * self.config.n_layer)", "init_std",
          "weights_are_initialised"),
@@ -102,6 +126,11 @@ TABLE = {
         ("FLOPs of training", "(6 if training else 2)", "(4 if training else 2)", "flops_of"),
         ("FLOPs of latent attention", "return config.d_head + config.d_rope + config.d_value",
          "return config.d_head + config.d_value", "flops_of"),
+    ],
+    "notes/kernels.py": [
+        ("spills are not a fault", 'if row["spilled"]:', "if False:", "is_a_fault"),
+        ("matmuls without matrix instructions", 'if row["matmul"] and not row["matrix"]:', "if False:",
+         "is_a_fault"),
     ],
     "notes/corpus.py": [
         ("false statements pass", "claim(len({value(side) for side in sides}) == 1, found)", "pass",
