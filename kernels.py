@@ -978,6 +978,25 @@ def milliseconds(f, tensors):
     return bench(lambda: f(*leaves)), bench(lambda: torch.autograd.grad(f(*leaves), leaves, g))
 
 
+def ceilings():
+    """This GPU's limits, measured: {"GB/s": of a large copy, "TFLOP/s": of a product of large matrices}."""
+    big = torch.zeros(1 << 30, device="cuda", dtype=torch.bfloat16)
+    square = torch.zeros(8192, 8192, device="cuda").normal_()
+    return {"GB/s": 2 * big.nbytes / milliseconds(torch.clone, (big,))[0] / 1e6,
+            "TFLOP/s": 2 * 8192 ** 3 / milliseconds(torch.mm, (square, square))[0] / 1e9}
+
+
+def timed(row, ceiling):
+    """One operation on a GPU → for the forward, and for forward and backward: milliseconds, speed in its
+    unit, share of the ceiling, {other form: its time over ours}."""
+    forms = {"torch.compile": torch.compile(row.exact), **row.beside}
+    theirs = {name: milliseconds(f, row.tensors) for name, f in forms.items()}
+    for i, (ms, work) in enumerate(zip(milliseconds(row.ours, row.tensors), row.work)):
+        speed = work / ms / (1e6 if row.unit == "GB/s" else 1e9)
+        ratios = {name: times[i] / ms for name, times in theirs.items()}
+        yield ms, speed, speed / ceiling[row.unit], ratios
+
+
 def main():
     """Print the errors of all operations on this machine; on a GPU their speed too."""
     torch.manual_seed(0)
@@ -989,22 +1008,15 @@ def main():
     if device == "cpu" or triton is None:
         return
 
-    # This machine's ceilings: a copy, and a product of large matrices
-    big = torch.zeros(1 << 30, device=device, dtype=torch.bfloat16)
-    square = torch.zeros(8192, 8192, device=device).normal_()
-    copy = 2 * big.nbytes / milliseconds(torch.clone, (big,))[0] / 1e6
-    product = 2 * 8192 ** 3 / milliseconds(torch.mm, (square, square))[0] / 1e9
-    print(f"\n{torch.cuda.get_device_name()}: copies {copy:.0f} GB/s, multiplies {product:.0f} TFLOP/s")
+    # Speed
+    ceiling = ceilings()
+    print(f"\n{torch.cuda.get_device_name()}:", *(f"{value:.0f} {unit}" for unit, value in ceiling.items()))
     print(f"{'bfloat16':<38}{'ms':>10}{'speed':>10}{'of ceiling':>19}  times as fast as")
     for row in operations(device, large=True):
-        forms = {"torch.compile": torch.compile(row.exact), **row.beside}
-        theirs = {name: milliseconds(f, row.tensors) for name, f in forms.items()}
-        passes = zip(("", ", and backward"), row.work, milliseconds(row.ours, row.tensors))
-        for i, (what, work, ms) in enumerate(passes):
-            speed, ceiling = (work / ms / 1e6, copy) if row.unit == "GB/s" else (work / ms / 1e9, product)
-            ratios = ", ".join(f"{name} {times[i] / ms:.2f}" for name, times in theirs.items())
-            print(f"{row.name + what:<38}{ms:>10.3f}{speed:>10.0f} {row.unit:<8}{speed / ceiling:>10.2f}  "
-                  f"{ratios}", flush=True)
+        for what, (ms, speed, share, ratios) in zip(("", ", and backward"), timed(row, ceiling)):
+            others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            print(f"{row.name + what:<38}{ms:>10.3f}{speed:>10.0f} {row.unit:<8}{share:>10.2f}  {others}",
+                  flush=True)
 
 
 if __name__ == "__main__":

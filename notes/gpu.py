@@ -1,0 +1,184 @@
+"""What a GPU makes of this repository: every kernel, the optimizer, blocks of Motif-2.6B, whole runs.
+
+  python -m notes.gpu           # on a machine with a GPU; some minutes, most of them torch.compile's
+
+Without a GPU it says so and stops; `--plot` works everywhere.
+"""
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+
+import kernels
+import muonclip
+import parallel
+import train
+from data import Batch
+from model import Transformer, flops_per_token
+from notes import _note
+
+LAYERS = 4                                     # of Motif-2.6B's 32; its head and embedding are whole
+BLOCKS = replace(train.RECIPES["motif-2.6b"].model, n_layer=LAYERS)
+KINDS = {                                      # of a GPU's kernels, by words in their names
+    "attention": ("flash", "attention", "fmha"), "PolyNorm": ("poly_norm",),
+    "matmuls": ("gemm", "nvjet", "cutlass", "cublas", "xmma"), "logits": ("amax", "max_"),
+}
+
+
+def seconds(f, rounds=10):
+    """Median seconds of f() on the GPU, after two rounds to warm up."""
+    times = []
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        f()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[2:])[rounds // 2]
+
+
+def operation(name):
+    """A row of `python kernels.py`: milliseconds, share of the ceiling, speed against other forms."""
+    row = next(row for row in kernels.operations("cuda", True) if row.name == name)
+    found = {}
+    for what, (ms, speed, share, ratios) in zip(("forward", "both"), kernels.timed(row, kernels.ceilings())):
+        found |= {f"{what}_ms": ms, f"{what}_speed": speed, f"{what}_share": share}
+        found |= {f"{what}_over {other}": ratio for other, ratio in ratios.items()}
+    yield found
+
+
+def step_of_blocks(plain):
+    """Forward and backward of one window of 4,096 tokens; `plain`: without our kernels. Exact logits."""
+    if plain:
+        kernels.takes_kernels = lambda x: False
+    config = replace(train.RECIPES["motif-2.6b"], model=BLOCKS)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Transformer(BLOCKS)
+    x = torch.randint(0, BLOCKS.vocab_size, (2, 1, BLOCKS.context))
+    batch = Batch(x[0], x[1], None, None)
+    mesh = parallel.Mesh(device=torch.device("cuda"))
+    plan, = config.mesh.plans(1, 1)
+
+    def step():
+        model.zero_grad()
+        for attention in model.attentions().values():
+            attention.clear_logits()
+        parallel.execute(plan, {0: model}, batch, 1, mesh, torch.bfloat16)
+    took = seconds(step)
+
+    # Where the time goes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    spent = {}
+    for event in profile.key_averages():
+        kinds = [kind for kind, words in KINDS.items() if any(word in event.key for word in words)]
+        kind = kinds[0] if kinds else "rest"
+        spent[kind] = spent.get(kind, 0.0) + event.self_device_time_total / 1e6
+    total = sum(spent.values())
+    rate = BLOCKS.context / took
+    speed = train.matmul_speed(torch.device("cuda"), torch.bfloat16)
+    yield dict(seconds=took, tokens_per_s=rate, mfu=rate * flops_per_token(BLOCKS) / speed, busy=total / took,
+               **{f"share {kind}": value / total for kind, value in spent.items()})
+
+
+def optimizer(whose):
+    """A step of Muon over the matrices of these blocks: MuonClip, or torch.optim.Muon."""
+    with torch.device("cuda"):
+        named = {name: p for name, p in Transformer(BLOCKS).named_parameters()
+                 if p.ndim == 2 and name.startswith("layers.")}
+    for p in named.values():
+        p.grad = torch.randn_like(p)
+    if whose == "ours":
+        optim = muonclip.MuonClip(list(named.items()), muonclip.OptimConfig())
+    else:
+        optim = torch.optim.Muon(named.values(), lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    yield dict(seconds=seconds(optim.step, 5), parameters=sum(p.numel() for p in named.values()))
+
+
+def whole_run(recipe):
+    """`torchrun train.py RECIPE`, from its start to its last evaluation."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        command = [sys.executable, "train.py", recipe, f"--out={folder}/run"]
+        subprocess.run(command, cwd=_note.HERE.parent, check=True, stdout=subprocess.DEVNULL)
+        took = time.perf_counter() - began
+        last = _note.read(_note.Path(folder, "run", "log.csv"))[-1]
+    yield dict(seconds=took, tokens_per_s=last["tokens_per_s"],
+               **{name: value for name, value in last.items() if name.startswith("bpb_")})
+
+
+RUNS = {f"kernel: {row.name}": (operation, row.name) for row in kernels.operations("cpu", False)}
+RUNS |= {"blocks": (step_of_blocks, False), "blocks, torch's operations": (step_of_blocks, True),
+         "optimizer: MuonClip": (optimizer, "ours"), "optimizer: torch.optim.Muon": (optimizer, "torch's"),
+         "run: laptop": (whole_run, "laptop"), "run: laptop-k2": (whole_run, "laptop-k2")}
+
+
+def cells(quick):
+    return [(arm, 0, None) for arm in RUNS]
+
+
+def run(arm, seed, _):
+    if not torch.cuda.is_available():
+        raise SystemExit("notes.gpu: there is no GPU here")
+    f, argument = RUNS[arm]
+    torch.cuda.empty_cache()
+    takes_kernels = kernels.takes_kernels
+    try:
+        yield from f(argument)
+    finally:
+        kernels.takes_kernels = takes_kernels
+
+
+def show(rows):
+    by_arm = {row["arm"]: row for row in rows}
+
+    # A bar for each kernel and other form: how many times as fast ours is
+    figure, ((axes,),) = _note.panels(1, 1, width=9, height=5)
+    bars = []
+    lines = [("operation", "forward, ms", "of the ceiling", "and backward, ms", "of the ceiling",
+              "times as fast as")]
+    for arm, row in by_arm.items():
+        if not arm.startswith("kernel: "):
+            continue
+        name = arm.removeprefix("kernel: ")
+        ratios = []
+        for column in row:
+            what, _, other = column.partition("_over ")
+            if other:
+                way = dict(forward="forward", both="and backward")[what]
+                bars.append((f"{name}, {way}", other, row[column]))
+                ratios.append(f"{other} {row[column]:.2f}" + " with backward" * (what == "both"))
+        cells = [f"{row[key]:.3g}" if key in row else "–"
+                 for key in ("forward_ms", "forward_share", "both_ms", "both_share")]
+        lines.append((name, *cells, ", ".join(ratios)))
+    names = list(dict.fromkeys(name for name, *_ in bars))
+    others = list(dict.fromkeys(other for _, other, _ in bars))
+    for other, colour in zip(others, _note.COLOURS):
+        shift = 0.25 * others.index(other)
+        mine = [(names.index(name) + shift, ratio) for name, one, ratio in bars if one == other]
+        axes.barh([at for at, _ in mine], [ratio for _, ratio in mine], 0.25, color=colour, label=other)
+    axes.set(yticks=range(len(names)), title="times as fast as")
+    axes.set_yticklabels(names, fontsize=7)
+    axes.axvline(1.0, color="0.4", ls=":")
+    axes.invert_yaxis()
+    axes.legend()
+
+    # Steps and runs
+    steps = [("what", "seconds", "tokens/s", "MFU", "where the GPU's time goes")]
+    for arm, row in by_arm.items():
+        if arm.startswith("kernel: "):
+            continue
+        shares = [name for name in row if name.startswith("share ")]
+        spent = ", ".join(f"{name.removeprefix('share ')} {row[name]:.0%}" for name in shares)
+        rate = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "–"
+        mfu = f"{row['mfu']:.0%}" if "mfu" in row else "–"
+        steps.append((arm, f"{row['seconds']:.3g}", rate, mfu, spent))
+    return figure, [*_note.table(*lines), "", *_note.table(*steps)]
+
+
+if __name__ == "__main__":
+    _note.main("gpu", cells, run, show)
