@@ -4,6 +4,7 @@
   poly_norm        Motif's activation: a cubic of its input, each power normalised  [Motif §2.1, PolyCom]
   grouped_linear   the experts' matmul: rows sorted by expert, each times its expert's matrix
   attention        softmax(q·kᵀ) v, causal, grouped keys; and its differential forms [2410.05258 eq. 1-3]
+  flash_forward    attention on a GPU, and every head's largest logit with it       [FlashAttention 2]
   max_logits       largest q·k·scale of every head, without a T×T matrix             [Kimi K2 §2.1]
   cross_entropy    loss and gradient in chunks of tokens: only one chunk's logits exist at a time
   fp8_pack         storage in one byte an element, with a scale for every 128       [Kimi K2 §2.4.3]
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                   # on a Mac: everything runs, by torch's operations
     triton = None
 
@@ -481,10 +483,19 @@ def attention_ref(q, k, v, mask=None, scale=None):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ repeat_heads(v, H)  # (B, H, T, dv)
 
 
-class Sight(NamedTuple):
-    """What queries may attend to, where a square causal mask does not say it: see `sight`."""
-    doc_start: torch.Tensor      # (B, S) position at which each token's document begins, or None
-    mask: torch.Tensor           # the same as a dense causal_mask, built once a forward for all layers
+class Sight:
+    """What T queries may attend to, where a square causal mask does not say it: see `sight`."""
+
+    def __init__(self, T, S, doc_start=None, device=None):
+        self.T = T
+        self.S = S
+        self.doc_start = doc_start         # (B, S) position at which each token's document begins, or None
+        self.device = device
+
+    @functools.cached_property
+    def mask(self):
+        """The same as a dense causal_mask, built for the first layer that needs it, and kept for all."""
+        return causal_mask(self.T, self.S, self.doc_start, self.device)
 
 
 def sight(T, S, doc_start=None, device=None):
@@ -493,14 +504,16 @@ def sight(T, S, doc_start=None, device=None):
     None means a full window (no keys from a cache: T = S) without document boundaries."""
     if T == S and doc_start is None:
         return None
-    return Sight(doc_start, causal_mask(T, S, doc_start, device))
+    return Sight(T, S, doc_start, device)
 
 
 def attention(q, k, v, sees=None, scale=None, tau=OFF):
-    """attention_ref by torch's fused kernel → (y, logits).
+    """attention_ref by Flash or by torch's fused kernel → (y, logits).
 
     q (B, H, T, d), k (B, Hk, S, d), v (B, Hk, S, dv) → y (B, H, T, dv). sees: a Sight, or None.
     logits: the result of max_logits for `tau`, or None if `tau` is OFF."""
+    if is_for_flash(q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        return flash(q, k, v, sees, scale, tau)
     mask = None if sees is None else sees.mask
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                                        enable_gqa=q.shape[1] != k.shape[1])
@@ -530,16 +543,24 @@ def diff_attention_ref(q, k, v, lam, mask=None, maps=2, attend=attention_ref):
 def diff_attention(q, k, v, lam, sees=None, maps=2, tau=OFF, block=128):
     """diff_attention_ref → (y, logits), with its shapes; sees, tau and logits as in `attention`.
 
-    On a GPU: two calls of torch's fused kernel, which never writes its maps to memory. On a CPU: explicit
-    maps for one block of queries at a time, against the keys up to the end of that block. Blocks of 128
-    beat every other form at 64, 256 and 1,024 tokens (two fused calls, values halved or padded to the width
-    that torch's CPU kernel wants, whole maps): 1.1 to 1.5 times plain attention with as many maps."""
+    On a GPU: Flash, or two calls of torch's fused kernel, which never write their maps to memory. On a CPU:
+    explicit maps for one block of queries at a time, against the keys up to the end of that block. Blocks of
+    128 beat every other form at 64, 256 and 1,024 tokens (two fused calls, values halved or padded to the
+    width that torch's CPU kernel wants, whole maps): 1.1 to 1.5 times plain attention with as many maps."""
+    # Flash: each map on its own, as in plain attention. Both maps of a head in one program would read V once,
+    # but keep two sums (M, 256) in float32: at M = 128 all registers of a multiprocessor. At M = 64 they
+    # would read 2·(128 + 128 + 256) numbers of each key for 128 queries, instead of 2·(128 + 256).
+    if is_for_flash(q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        y, logits = flash(q, k, v, sees, None, tau, maps)
+        signal, noise = y.unflatten(1, (-1, maps)).split((maps - 1, 1), 2)    # (B, n, g or 1, T, dv)
+        return (signal - lam * noise).flatten(1, 2), logits
+
     mask = None if sees is None else sees.mask
     logits = None
     if tau is not OFF:
         logits = max_logits(q.detach(), repeat_heads(k.detach(), q.shape[1], maps), mask, tau)
 
-    # GPU: the definition over the fused kernel
+    # GPU: the definition over torch's fused kernel
     if q.device.type != "cpu":
         def fused(*args):
             return attention(*args)[0]
@@ -568,6 +589,531 @@ def diff_attention(q, k, v, lam, sees=None, maps=2, tau=OFF, block=128):
         signal, noise = probs.view(B, n, maps, stop - start, seen).split((maps - 1, 1), 2)
         out.append((signal - lam * noise).flatten(1, 2) @ v[:, :, :seen])     # (B, n·g, block, dv)
     return torch.cat(out, 2), logits
+
+
+# ---- attention on a GPU: tiles ------------------------------------------------------------------------
+#
+# attention_ref in tiles, whose scores never leave the chip. Multiply-adds for each visible pair of query and
+# key: d + dv forward, 5·d + 3·dv backward, which forms the scores twice. Memory: q, k, v, y and their
+# gradients, and two numbers a row; the definition moves T·S scores four times.
+#
+# Tensors (B, H, T, width) arrive as descriptors of their tiles, from which Hopper's copy engine loads, or as
+# (pointer, strides of B, H and T, T). Queries and keys come in two parts of D1 and D2 columns, so that a
+# width of 192 is 128 + 64 and not padded to 256. D2 = 0: there is one part, and the second of each pair is
+# not used.
+
+@jit
+def tile_at(x, b, h, start, column: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a tile of head h that begins at row `start`, and which of its rows exist."""
+    row = tl.arange(0, ROWS)[:, None]
+    tile = row * x[3] + column + tl.arange(0, COLUMNS)[None, :]
+    head = x[0] + tl.cast(b, tl.int64) * x[1] + tl.cast(h, tl.int64) * x[2]   # may be over 2³¹ elements away
+    return head + tl.cast(start, tl.int64) * x[3] + tile, row < x[4] - start
+
+
+@jit
+def load_tile(x, b, h, start, column: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """→ (ROWS, COLUMNS); rows that do not exist are 0."""
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([b, h, start, column]).reshape(ROWS, COLUMNS)
+    else:
+        at, exists = tile_at(x, b, h, start, column, ROWS, COLUMNS)
+        tile = tl.load(at, mask=exists, other=0.0)
+    return tile
+
+
+@jit
+def store_tile(x, tile, b, h, start, column: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    if isinstance(x, tl.tensor_descriptor):
+        x.store([b, h, start, column], tile.to(x.dtype).reshape(1, 1, ROWS, COLUMNS))
+    else:
+        at, exists = tile_at(x, b, h, start, column, ROWS, COLUMNS)
+        tl.store(at, tile.to(x[0].dtype.element_ty), mask=exists)
+
+
+@jit
+def load_parts(x1, x2, b, h, start, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    tile1 = load_tile(x1, b, h, start, 0, ROWS, D1)
+    tile2 = tile1
+    if D2 > 0:
+        tile2 = load_tile(x2, b, h, start, D1, ROWS, D2)
+    return tile1, tile2
+
+
+@jit
+def store_parts(x1, x2, tile1, tile2, b, h, start, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    store_tile(x1, tile1, b, h, start, 0, ROWS, D1)
+    if D2 > 0:
+        store_tile(x2, tile2, b, h, start, D1, ROWS, D2)
+
+
+@jit
+def scores(a1, a2, b1, b2, D2):
+    """a·bᵀ, summed over both parts."""
+    s = tl.dot(a1, b1.T, input_precision="ieee")
+    if D2 > 0:
+        s = tl.dot(a2, b2.T, s, input_precision="ieee")
+    return s
+
+
+@jit
+def add_product(sum1, sum2, ds, b1, b2, D2):
+    """The parts of a gradient plus ds·b."""
+    sum1 = tl.dot(ds, b1, sum1, input_precision="ieee")
+    if D2 > 0:
+        sum2 = tl.dot(ds, b2, sum2, input_precision="ieee")
+    return sum1, sum2
+
+
+@jit
+def heads_read(h, H, Hv, MAPS: tl.constexpr):
+    """The key head and the value head that query head h reads: see repeat_heads."""
+    value = h // MAPS // (H // MAPS // Hv)
+    key = value
+    if MAPS > 1:
+        key = 2 * value + h % MAPS // (MAPS - 1)
+    return key, value
+
+
+@jit
+def visible(i, j, starts, past, DOCS: tl.constexpr):
+    """Whether query i, at position past + i, sees key j."""
+    seen = j <= past + i
+    if DOCS:
+        seen = seen & (j >= starts)
+    return seen
+
+
+# (M, N, warps, stages) of each kernel, for queries and values up to the widths of a row. ∂L/∂k and ∂L/∂v
+# take a pass each ("keys" and "values") where registers cannot hold the sums of both ("both"). For Hopper,
+# the fastest on an H200; for others, and with documents, whose masks take registers too, tiles that do not
+# spill registers, by the compiler's count.
+FLASH_TILES = {
+    "hopper": {
+        (128, 128): dict(forward=(64, 64, 4, 3), queries=(64, 64, 4, 2), both=(64, 64, 4, 2),
+                         documents=dict(both=(64, 64, 4, 1))),
+        (256, 128): dict(forward=(64, 64, 4, 2), queries=(128, 64, 8, 2), both=(32, 64, 4, 2)),
+        (128, 256): dict(forward=(64, 64, 4, 2), queries=(128, 64, 8, 2),
+                         keys=(64, 128, 8, 2), values=(64, 64, 4, 2),
+                         documents=dict(keys=(32, 128, 8, 2), values=(32, 64, 4, 2))),
+        (256, 256): dict(forward=(128, 32, 8, 2), queries=(64, 64, 8, 2),
+                         keys=(32, 64, 4, 2), values=(64, 64, 8, 2))},
+    "cuda": {
+        (128, 128): dict(forward=(128, 64, 8, 2), queries=(128, 32, 8, 2), both=(64, 64, 8, 2)),
+        (256, 128): dict(forward=(128, 64, 8, 2), queries=(64, 32, 4, 2), both=(32, 32, 4, 2)),
+        (128, 256): dict(forward=(64, 32, 8, 2), queries=(64, 32, 4, 2),
+                         keys=(32, 64, 4, 2), values=(32, 64, 8, 2)),
+        (256, 256): dict(forward=(64, 32, 8, 2), queries=(32, 32, 4, 2),
+                         keys=(32, 32, 4, 2), values=(32, 64, 8, 2))},
+    "hip": {
+        (128, 128): dict(forward=(128, 64, 8, 2), queries=(64, 32, 4, 2), both=(32, 32, 4, 2)),
+        (256, 128): dict(forward=(64, 32, 4, 2), queries=(64, 32, 4, 2), both=(16, 32, 4, 2)),
+        (128, 256): dict(forward=(64, 32, 4, 2), queries=(64, 32, 4, 2),
+                         keys=(16, 64, 4, 2), values=(16, 32, 4, 2)),
+        (256, 256): dict(forward=(64, 32, 4, 2), queries=(32, 32, 4, 2),
+                         keys=(16, 32, 4, 2), values=(16, 32, 4, 2))}}
+
+
+def flash_target(device):
+    """The row of FLASH_TILES for a device. "hopper", H100 and B200: their copy engine loads the tiles."""
+    if torch.version.hip:
+        return "hip"
+    if device.type == "meta":
+        return "hopper"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return "hopper"
+    return "cuda"
+
+
+def power_of_two(width):
+    """The smallest power of two that is at least `width`, and 16, the least that a tile may have."""
+    return max(16, 2 ** math.ceil(math.log2(width)))
+
+
+def flash_plan(target, d, dv, documents):
+    """{kernel: (constants, launch options)} for queries of width d and values of width dv, with documents or
+    without."""
+    # Two parts where that is narrower than one
+    D1 = power_of_two(d)
+    D2 = 0
+    if D1 // 2 + power_of_two(max(d - D1 // 2, 1)) < D1:
+        D1 = D1 // 2
+        D2 = power_of_two(d - D1)
+    V = power_of_two(dv)
+
+    rows = FLASH_TILES[target]
+    tiles = next(rows[widths] for widths in rows if D1 + D2 <= widths[0] and V <= widths[1])
+    with_documents = tiles.get("documents", {})
+    tiles = {kernel: tile for kernel, tile in tiles.items() if kernel != "documents"}
+    if documents:
+        tiles |= with_documents
+    plan = {}
+    for kernel, (M, N, warps, stages) in tiles.items():
+        constants = dict(D1=D1, D2=D2, V=V, M=M, N=N)
+        if kernel in ("both", "keys", "values"):
+            constants.update(FOR_K=kernel != "values", FOR_V=kernel != "keys")
+        plan[kernel] = constants, dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    return plan
+
+
+def readable(x, width):
+    """x as a kernel can read it: padded with zeros to that width, and copied where rows are not adjacent
+    numbers that begin at multiples of 16 bytes."""
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    unit = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % unit == 0 for n in x.stride()[:-1])
+    if x.stride(-1) == 1 and aligned:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def in_tiles(target, rows, *tensors_and_columns):
+    """Arguments of a kernel for tensors (B, H, T, width), in tiles of so many rows. After each tensor the
+    columns of its parts; 0: a part that is not used."""
+    arguments = []
+    for x, *columns in tensors_and_columns:
+        for width in columns:
+            if target == "hopper":
+                x_in = TensorDescriptor.from_tensor(x, [1, 1, rows, width or columns[0]])
+            else:
+                x_in = (x, *x.stride()[:3], x.shape[2])
+            arguments.append(x_in)
+    return arguments
+
+
+# ---- attention on a GPU: forward ----------------------------------------------------------------------
+
+@jit
+def keys_of_phase(phase, i0, starts_ptr, T, S, DOCS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The keys, in tiles of N, that queries i0 … i0 + M − 1 visit in one phase: from, to.
+
+    Phase 0: tiles in which documents begin; 1: tiles that are seen whole, by far the most, which need no
+    mask; 2: the diagonal."""
+    past = S - T
+    last = tl.minimum(i0 + M, T) - 1
+    whole_to = (past + i0 + 1) // N * N
+    whole_from = 0
+    if DOCS:
+        whole_from = tl.cdiv(tl.load(starts_ptr + last), N) * N
+        whole_from = tl.minimum(whole_from, whole_to)
+    if phase == 0:
+        return tl.load(starts_ptr + i0) // N * N, whole_from
+    elif phase == 1:
+        return whole_from, whole_to
+    else:
+        return whole_to, past + last + 1
+
+
+@jit
+def flash_forward_kernel(
+        q1_in, q2_in, k1_in, k2_in, v_in, y_out, lse_ptr, largest_ptr, starts_ptr, starts_b,
+        H, Hv, T, S, scale, scale2, MAPS: tl.constexpr, DOCS: tl.constexpr, WANT_MAX: tl.constexpr,
+        D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """One program: M queries of one head, over tiles of N keys. p = 2^(scale2·q·k), scale2 = scale·log2(e)"""
+    # The last queries first, since they take longest
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    key, value = heads_read(h, H, Hv, MAPS)
+    starts_ptr += tl.cast(b, tl.int64) * starts_b
+    i0 = block * M
+    i = i0 + tl.arange(0, M)
+    starts = tl.load(starts_ptr + i, mask=i < T, other=0)[:, None] if DOCS else 0
+    q1, q2 = load_parts(q1_in, q2_in, b, h, i0, M, D1, D2)
+
+    # Running maximum m of q·k, and the sums of p and of p·v, both divided by 2^(scale2·m)
+    m = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    y = tl.zeros((M, V), tl.float32)
+    for phase in tl.static_range(0 if DOCS else 1, 3):
+        first, stop = keys_of_phase(phase, i0, starts_ptr, T, S, DOCS, M, N)
+        for j0 in range(first, stop, N):
+            # q·k. No query sees a key after the last
+            k1, k2 = load_parts(k1_in, k2_in, b, key, j0, N, D1, D2)
+            s = scores(q1, q2, k1, k2, D2)                                    # (M, N)
+            if phase != 1:
+                j = j0 + tl.arange(0, N)
+                s = tl.where(visible(i[:, None], j[None, :], starts, S - T, DOCS), s, float("-inf"))
+
+            # The maximum. A row that has seen nothing yet keeps −∞; subtracting 0 avoids −∞ + ∞
+            old = m
+            m = tl.maximum(old, tl.max(s, 1))
+            base = m * scale2
+            if DOCS:
+                base = tl.where(m == float("-inf"), 0.0, base)
+            p = tl.exp2(s * scale2 - base[:, None])
+
+            # Both sums, the old ones relative to the new maximum
+            keep = tl.exp2(old * scale2 - base)
+            total = total * keep + tl.sum(p, 1)
+            v = load_tile(v_in, b, value, j0, 0, N, V)                        # (N, V)
+            y = tl.dot(p.to(v.dtype), v, y * keep[:, None], input_precision="ieee")
+
+    # Results; m has seen every logit
+    store_tile(y_out, y / total[:, None], b, h, i0, 0, M, V)
+    head = tl.cast(b, tl.int64) * H + h
+    tl.store(lse_ptr + head * T + i, m * scale2 + tl.log2(total), mask=i < T)
+    if WANT_MAX:
+        largest = tl.max(tl.where(i < T, m, float("-inf")), 0) * scale
+        tl.store(largest_ptr + head * tl.num_programs(0) + block, largest)
+
+
+def flash_forward(q, k, v, doc_start=None, scale=None, want_max=True, maps=1):
+    """attention_ref → y (B, H, T, dv), lse (B, H, T) to base 2, and the largest logits (H,) or None.
+
+    q (B, H, T, d), k (B, Hk, S, d), v (B, Hv, S, dv); doc_start (B, S), not decreasing, or None; scale > 0.
+    maps: as in repeat_heads."""
+    B, H, T, d = q.shape
+    Hv, S, dv = v.shape[1:]
+    target = flash_target(q.device)
+    constants, options = flash_plan(target, d, dv, doc_start is not None)["forward"]
+    D1, D2, V, M, N = constants.values()
+    q, k, v = readable(q, D1 + D2), readable(k, D1 + D2), readable(v, V)
+    starts = q if doc_start is None else doc_start[:, -T:].to(torch.int32).contiguous()
+
+    y = q.new_empty(B, T, H, V).transpose(1, 2)                               # heads of a token are adjacent
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    largest = q.new_empty(B, H, -(-T // M), dtype=torch.float32)
+    if not q.is_meta:
+        flash_forward_kernel[triton.cdiv(T, M), H, B](
+            *in_tiles(target, M, (q, D1, D2)), *in_tiles(target, N, (k, D1, D2), (v, V)),
+            *in_tiles(target, M, (y, V)), lse, largest, starts,
+            starts.stride(0), H, Hv, T, S, scale, scale * math.log2(math.e),
+            MAPS=maps, DOCS=doc_start is not None, WANT_MAX=want_max, **constants, **options)
+    return y[..., :dv], lse, largest.amax((0, 2)) if want_max else None
+
+
+# ---- attention on a GPU: backward ---------------------------------------------------------------------
+#
+# With s_ij = scale·q_i·k_j, p_ij = exp(s_ij − lse_i), lse_i = log Σ_j exp s_ij and y_i = Σ_j p_ij·v_j, the
+# gradients for g_i = ∂L/∂y_i are
+#
+#     ∂L/∂v_j  = Σ_i p_ij·g_i                                                                          (1)
+#     ∂L/∂s_ij = p_ij·(g_i·v_j − Σ_l p_il·g_i·v_l) = p_ij·(g_i·v_j − δ_i),  δ_i = g_i·y_i              (2)
+#     ∂L/∂q_i  = scale·Σ_j ∂L/∂s_ij·k_j                                                                (3)
+#     ∂L/∂k_j  = scale·Σ_i ∂L/∂s_ij·q_i                                                                (4)
+#
+# (3) sums over keys, (1) and (4) over queries: a kernel for each kind, with a fixed order of summation, so
+# that the bits are the same every time.
+#
+
+@jit
+def queries_of_phase(phase, j0, until_ptr, T, S, DOCS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The queries, in tiles of M, that keys j0 … j0 + N − 1 visit in one phase, as above: from, to.
+
+    until (S,): for each key, how many queries belong to a document that begins no later."""
+    past = S - T
+    to = T
+    whole_to = T
+    if DOCS:
+        to = tl.load(until_ptr + tl.minimum(j0 + N, S) - 1)
+        whole_to = tl.load(until_ptr + j0) // M * M
+    whole_from = tl.cdiv(tl.maximum(j0 + N - 1 - past, 0), M) * M
+    if phase == 0:
+        return tl.maximum(whole_from, whole_to), to
+    elif phase == 1:
+        return whole_from, whole_to
+    else:
+        return tl.maximum(j0 - past, 0) // M * M, tl.minimum(whole_from, to)
+
+
+@jit
+def flash_queries_kernel(
+        q1_in, q2_in, k1_in, k2_in, v_in, y_in, g_in, dq1_out, dq2_out, lse_ptr, delta_ptr,
+        starts_ptr, starts_b, H, Hv, T, S, scale, scale2, MAPS: tl.constexpr, DOCS: tl.constexpr,
+        D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """∂L/∂q. One program: M queries of one head, as in the forward. It also writes δ."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    key, value = heads_read(h, H, Hv, MAPS)
+    starts_ptr += tl.cast(b, tl.int64) * starts_b
+    i0 = block * M
+    i = i0 + tl.arange(0, M)
+    starts = tl.load(starts_ptr + i, mask=i < T, other=0)[:, None] if DOCS else 0
+    q1, q2 = load_parts(q1_in, q2_in, b, h, i0, M, D1, D2)
+
+    # lse, +∞ for rows after the last query, so that their p is 0; and δ
+    row = (tl.cast(b, tl.int64) * H + h) * T + i
+    lse = tl.load(lse_ptr + row, mask=i < T, other=float("inf"))
+    y = load_tile(y_in, b, h, i0, 0, M, V)                                    # (M, V)
+    g = load_tile(g_in, b, h, i0, 0, M, V)
+    delta = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)                    # (M,)
+    tl.store(delta_ptr + row, delta, mask=i < T)
+
+    dq1 = tl.zeros((M, D1), tl.float32)
+    dq2 = tl.zeros((M, D2 if D2 > 0 else D1), tl.float32)
+    for phase in tl.static_range(0 if DOCS else 1, 3):
+        first, stop = keys_of_phase(phase, i0, starts_ptr, T, S, DOCS, M, N)
+        for j0 in range(first, stop, N):
+            # p
+            k1, k2 = load_parts(k1_in, k2_in, b, key, j0, N, D1, D2)
+            p = tl.exp2(scores(q1, q2, k1, k2, D2) * scale2 - lse[:, None])   # (M, N)
+            if phase != 1:
+                j = j0 + tl.arange(0, N)
+                p = tl.where(visible(i[:, None], j[None, :], starts, S - T, DOCS), p, 0.0)
+
+            # (2) and (3)
+            v = load_tile(v_in, b, value, j0, 0, N, V)                        # (N, V)
+            dp = tl.dot(g, v.T, input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq1, dq2 = add_product(dq1, dq2, ds.to(k1.dtype), k1, k2, D2)
+    store_parts(dq1_out, dq2_out, dq1 * scale, dq2 * scale, b, h, i0, M, D1, D2)
+
+
+@jit
+def flash_keys_kernel(
+        q1_in, q2_in, k1_in, k2_in, v_in, g_in, dk1_out, dk2_out, dv_out, lse_ptr, delta_ptr,
+        starts_ptr, until_ptr, starts_b, H, Hv, T, S, scale, scale2, MAPS: tl.constexpr, DOCS: tl.constexpr,
+        D1: tl.constexpr, D2: tl.constexpr, V: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+        FOR_K: tl.constexpr, FOR_V: tl.constexpr):
+    """∂L/∂k, ∂L/∂v or both. One program: N keys of one value head, over tiles of M queries."""
+    # The first keys first, since they are seen most
+    j0 = tl.program_id(0) * N
+    value = tl.program_id(1)
+    b = tl.program_id(2)
+    starts_ptr += tl.cast(b, tl.int64) * starts_b
+    until_ptr += tl.cast(b, tl.int64) * S
+    j = j0 + tl.arange(0, N)
+    v = load_tile(v_in, b, value, j0, 0, N, V)                                # (N, V)
+    dv = tl.zeros((N, V), tl.float32)
+
+    # The key heads with these values: one, or that of the signals and that of the noise
+    PAIR: tl.constexpr = 1 if MAPS == 1 else 2
+    groups = H // MAPS // Hv
+    for role in range(PAIR):
+        key = value * PAIR + role
+        k1, k2 = load_parts(k1_in, k2_in, b, key, j0, N, D1, D2)
+        dk1 = tl.zeros((N, D1), tl.float32)
+        dk2 = tl.zeros((N, D2 if D2 > 0 else D1), tl.float32)
+
+        # The query heads with these keys: from each group the signals, or the noise
+        each = 1
+        if MAPS > 2:
+            each = tl.where(role == 0, MAPS - 1, 1)
+        heads = groups * each
+        for phase in tl.static_range(0 if DOCS else 1, 3):
+            first, stop = queries_of_phase(phase, j0, until_ptr, T, S, DOCS, M, N)
+            tiles = tl.cdiv(tl.maximum(stop - first, 0), M)
+            for step in range(heads * tiles):
+                member = step // tiles
+                h = (value * groups + member // each) * MAPS + role * (MAPS - 1) + member % each
+                i0 = first + step % tiles * M
+                i = i0 + tl.arange(0, M)
+                row = (tl.cast(b, tl.int64) * H + h) * T + i
+
+                # p, transposed; 0 for rows after the last query
+                q1, q2 = load_parts(q1_in, q2_in, b, h, i0, M, D1, D2)
+                lse = tl.load(lse_ptr + row, mask=i < T, other=float("inf"))
+                p = tl.exp2(scores(k1, k2, q1, q2, D2) * scale2 - lse[None, :])      # (N, M)
+                if phase != 1:
+                    starts = tl.load(starts_ptr + i, mask=i < T, other=0) if DOCS else i
+                    p = tl.where(visible(i[None, :], j[:, None], starts[None, :], S - T, DOCS), p, 0.0)
+
+                # (1), (2) and (4)
+                g = load_tile(g_in, b, h, i0, 0, M, V)                        # (M, V)
+                if FOR_V:
+                    dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+                if FOR_K:
+                    delta = tl.load(delta_ptr + row, mask=i < T, other=0.0)
+                    dp = tl.dot(v, g.T, input_precision="ieee")
+                    ds = p * (dp - delta[None, :])
+                    dk1, dk2 = add_product(dk1, dk2, ds.to(q1.dtype), q1, q2, D2)
+        if FOR_K:
+            store_parts(dk1_out, dk2_out, dk1 * scale, dk2 * scale, b, key, j0, N, D1, D2)
+    if FOR_V:
+        store_tile(dv_out, dv, b, value, j0, 0, N, V)
+
+
+def flash_backward(q, k, v, y, lse, g, doc_start=None, scale=None, maps=1):
+    """From g = ∂L/∂y: ∂L/∂q, ∂L/∂k, ∂L/∂v.  y and lse: of flash_forward, whose other arguments these are."""
+    B, H, T, d = q.shape
+    Hv, S, dv = v.shape[1:]
+    target = flash_target(q.device)
+    plan = flash_plan(target, d, dv, doc_start is not None)
+    plan.pop("forward")
+    constants, options = plan.pop("queries")
+    D1, D2, V, M, N = constants.values()
+    q, k = readable(q, D1 + D2), readable(k, D1 + D2)
+    v, y, g = readable(v, V), readable(y, V), readable(g, V)
+    gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    if q.is_meta:
+        return gq[..., :d], gk[..., :d], gv[..., :dv]
+
+    # Where documents begin, for queries; and for keys, how many queries belong to a document that has begun
+    starts = until = q
+    if doc_start is not None:
+        starts = doc_start[:, -T:].to(torch.int32).contiguous()               # (B, T)
+        positions = torch.arange(S, device=q.device, dtype=torch.int32).repeat(B, 1)
+        until = torch.searchsorted(starts, positions, right=True, out_int32=True)   # (B, S)
+    numbers = starts.stride(0), H, Hv, T, S, scale, scale * math.log2(math.e)
+    flags = dict(MAPS=maps, DOCS=doc_start is not None)
+
+    # (3), and δ
+    flash_queries_kernel[triton.cdiv(T, M), H, B](
+        *in_tiles(target, M, (q, D1, D2)), *in_tiles(target, N, (k, D1, D2), (v, V)),
+        *in_tiles(target, M, (y, V), (g, V), (gq, D1, D2)),
+        lse, delta, starts, *numbers, **flags, **constants, **options)
+
+    # (1) and (4), in one pass or two
+    for kernel, (constants, options) in plan.items():
+        M, N = constants["M"], constants["N"]
+        flash_keys_kernel[triton.cdiv(S, N), Hv, B](
+            *in_tiles(target, M, (q, D1, D2)), *in_tiles(target, N, (k, D1, D2), (v, V)),
+            *in_tiles(target, M, (g, V)), *in_tiles(target, N, (gk, D1, D2), (gv, V)),
+            lse, delta, starts, until, *numbers, **flags, **constants, **options)
+    return gq[..., :d], gk[..., :d], gv[..., :dv]
+
+
+class Flash(torch.autograd.Function):
+    """flash_forward and flash_backward, of which the forward keeps q, k, v, y and lse."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, doc_start, scale, want_max, maps):
+        y, lse, largest = flash_forward(q, k, v, doc_start, scale, want_max, maps)
+        ctx.save_for_backward(q, k, v, y, lse, doc_start)
+        ctx.scale = scale
+        ctx.maps = maps
+        if want_max:
+            ctx.mark_non_differentiable(largest)
+        return y, largest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, _):
+        q, k, v, y, lse, doc_start = ctx.saved_tensors
+        grads = flash_backward(q, k, v, y, lse, g, doc_start, ctx.scale, ctx.maps)
+        return *grads, None, None, None, None
+
+
+def is_for_flash(device, dtype, d, dv):
+    """Whether Flash computes attention: in 16 bits, since tensor cores have no float32; on a GPU that Triton
+    knows; where a tile as wide as a head fits."""
+    if dtype not in (torch.bfloat16, torch.float16) or min(d, dv) < 16 or max(d, dv) > 256:
+        return False
+    if device.type == "cuda" and triton and not torch.version.hip:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "meta" or device.type == "cuda" and triton is not None
+
+
+def attention_path(device, dtype, d, dv):
+    """How attention is computed, in words."""
+    if is_for_flash(device, dtype, d, dv):
+        return f"attention by kernels.Flash (tiles for {flash_target(device)}), largest logits included"
+    return "attention by torch's kernel, largest logits in a second pass"
+
+
+def flash(q, k, v, sees, scale, tau, maps=1):
+    """Flash → (y, logits): see `attention`, and of `maps` repeat_heads."""
+    doc_start = None if sees is None else sees.doc_start
+    scale = scale or q.shape[-1] ** -0.5
+    wanted = tau is not OFF and tau != math.inf
+    y, largest = Flash.apply(q, k, v, doc_start, scale, wanted, maps)
+    if wanted:
+        return y, (largest, True)
+    return y, None if tau is OFF else max_logits(q, k, tau=tau)
 
 
 # ---- largest logits -----------------------------------------------------------------------------------

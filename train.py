@@ -44,7 +44,7 @@ import torch
 import parallel
 from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
                   write_atomically)
-from kernels import listed
+from kernels import attention_path, listed
 from model import (PRESETS, Local, ModelConfig, Ops, Transformer, count_parameters, count_parts,
                    flops_per_token, generate, layer_costs, read_tensors, renormalise_, write_tensors)
 from muonclip import (MuonClip, OptimConfig, add_snapshot_, averaging, describe, learning_rate,
@@ -961,6 +961,13 @@ def must_be_alike(config, resume, corpus):
                         tokenizer=corpus.tokenizer.fingerprint, torch=torch.__version__)
 
 
+def head_widths(c):
+    """The widths of a query and of a value in one head."""
+    if c.kv_rank:
+        return c.d_head + c.d_rope, c.d_value
+    return c.d_head, 2 * c.d_head if c.differential else c.d_head
+
+
 def start(config, resume, mesh, corpus, batches, status, stop, folder):
     """Build a Run: at step 0, or at the checkpoint that it resumes."""
     # Model and owners. GPUs compute in bfloat16.
@@ -977,6 +984,8 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
         status.say(f"  {line}")
     if mesh.pp.size > 1:
         status.say(f"  {pipeline_line(config, mesh.dp.size)}")
+    if dtype:
+        status.say(f"  {attention_path(mesh.device, dtype, *head_widths(config.model))}")
 
     # The weights: of a checkpoint, of `init`, or new. All ranks must have the same.
     manifest = take_up(run, resume)

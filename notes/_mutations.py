@@ -23,6 +23,7 @@ DISK = "renamed_is_on_the_disk"
 PIPE = "every_pipeline"
 WOVEN = "woven_exchanges"
 RUN = "interpreted"
+FLASH = "interpreted and flash"
 
 TABLE = {
     "kernels.py": [
@@ -58,6 +59,28 @@ TABLE = {
         ("a document's first token is masked", "(key >= doc_start", "(key > doc_start", ONE),
         ("differential attention adds its maps", "append((signal - lam * noise)",
          "append((signal + lam * noise)", "two_explicit_maps"),
+        ("Flash: the mask is off by one", "seen = j <= past + i\n", "seen = j < past + i\n", FLASH),
+        ("Flash: documents are ignored", "seen = seen & (j >= starts)", "seen = seen & (j >= 0)", FLASH),
+        ("Flash: tiles on the diagonal count as whole", "(past + i0 + 1) // N * N",
+         "(past + i0 + N) // N * N",
+         FLASH),
+        ("Flash: tiles in which documents begin count as whole", "tl.load(until_ptr + j0) // M * M",
+         "tl.load(until_ptr + j0)", FLASH),
+        ("Flash: a query's gradient without scale", "dq1 * scale, dq2 * scale", "dq1, dq2", FLASH),
+        ("Flash: a key's gradient without scale", "dk1 * scale, dk2 * scale", "dk1, dk2", FLASH),
+        ("Flash: a gradient without δ", "ds = p * (dp - delta[None, :])", "ds = p * dp", FLASH),
+        ("Flash: old sums keep their maximum", "total = total * keep + tl.sum(p, 1)",
+         "total = total + tl.sum(p, 1)", FLASH),
+        ("Flash: the maximum before the scale", 'float("-inf")), 0) * scale', 'float("-inf")), 0)', FLASH),
+        ("Flash: the maximum of rows past the end", 'tl.max(tl.where(i < T, m, float("-inf")), 0)',
+         "tl.max(m, 0)", FLASH),
+        ("Flash: another head's keys", "value = h // MAPS // (H // MAPS // Hv)", "value = h // MAPS % Hv",
+         FLASH),
+        ("Flash: the noise map reads a signal's keys", "h % MAPS // (MAPS - 1)", "0", FLASH),
+        ("Flash: a key's gradient from another head", "member // each) * MAPS", "member % each) * MAPS",
+         FLASH),
+        ("Flash: the second part of a query is left out", "s = tl.dot(a2, b2.T, s, input_precision=\"ieee\")",
+         "pass", FLASH),
         ("a bound that is too low", ".norm(dim=-1).amax(3)", ".norm(dim=-1).mean(3)", "bounds_on"),
         ("cross-entropy's gradient by chunk", "grad.div_(N) if", "grad.div_(len(target)) if",
          "cross_entropy_in_chunks"),

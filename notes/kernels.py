@@ -48,6 +48,8 @@ class Proof(NamedTuple):
     options: dict                  # warps, stages
     matmul: bool = False           # whether it must have matrix instructions
     odd: tuple = ()                # sizes that are no multiple of 16
+    targets: tuple = tuple(TARGETS)
+    spills: int = 0                # bytes of a thread that may be spilled
 
 
 def poly_norm(D, gated, odd=()):
@@ -79,16 +81,76 @@ def fp8(dtype):
                     constexprs, options, odd=("tiles",))
 
 
+# Bytes that a thread may spill where an H200 is faster so than with a tile that spills nothing
+FASTER_WITH_SPILLS = {"attention 128/256, keys": 112}
+
+
+def flash(of, targets):
+    """Flash attention's kernels with the tiles of a row of FLASH_TILES: plain, latent and differential
+    widths, without documents and with them."""
+    for d, dv, maps in ((128, 128, 1), (192, 128, 1), (128, 256, 2)):
+        for documents in (False, True):
+            for kind, (constants, options) in kernels.flash_plan(of, d, dv, documents).items():
+                kernel = dict(forward=kernels.flash_forward_kernel, queries=kernels.flash_queries_kernel)
+                kernel = kernel.get(kind, kernels.flash_keys_kernel)
+                given = dict(constants, MAPS=maps, DOCS=documents)
+                if kind == "forward":
+                    given["WANT_MAX"] = True
+                name = f"attention {d}/{dv}, {kind}" + ", documents" * documents
+                odd = ("starts_b", "H", "Hv")
+
+                # The backward at widths beyond 128 may spill a little
+                spills = 0
+                if kind != "forward" and (d, dv) != (128, 128):
+                    spills = 64
+                if of == "hopper":
+                    spills = FASTER_WITH_SPILLS.get(name, spills)
+                yield Proof(name, kernel, flash_types(kernel, given, of), given, options, True, odd, targets,
+                            spills)
+
+
+def flash_types(kernel, constants, of):
+    """{argument: its type}. Of tensors, the name says what their tiles are: queries and their like have M
+    rows, keys and values N; the parts of queries and keys have D1 and D2 columns, values and their like V."""
+    types = {}
+    for name in kernel.arg_names:
+        letter = name.removeprefix("d")[0]
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith(("_in", "_out")) and of == "hopper":
+            rows = constants["M" if letter in "qyg" else "N"]
+            columns = constants["V"]
+            if letter in "qk":
+                columns = constants["D2"] if "2" in name and constants["D2"] else constants["D1"]
+            types[name] = f"tensordesc<bf16[1,1,{rows},{columns}]>"
+        elif name.endswith(("_in", "_out")):
+            types[name] = ("*bf16", "i32", "i32", "i32", "i32")
+        elif name in ("starts_ptr", "until_ptr"):
+            types[name] = "*i32"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        else:
+            types[name] = "fp32" if name.startswith("scale") else "i32"
+    return types
+
+
 # PolyNorm's kernels are the same for all widths from 2048 on that are multiples of 16
 PROOFS = [*poly_norm(8192, True), *poly_norm(8192, False), *poly_norm(11_001, True, odd=("D",)),
-          *fp8("bf16"), *fp8("fp32")]
+          *fp8("bf16"), *fp8("fp32"),
+          *flash("cuda", ("sm_80",)), *flash("hopper", ("sm_90", "sm_100")), *flash("hip", ("gfx942",))]
 
 
 def compiled(proof, gpu):
     """What Triton makes of it. A launch notes which pointers and sizes are multiples of 16: most are, and
     memory is then read 16 bytes at a time."""
-    attrs = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(proof.signature.items())
-             if kind[0] in "*i" and name not in proof.odd}
+    attrs = {}
+    for i, (name, kind) in enumerate(proof.signature.items()):
+        places = [(i,)]
+        if isinstance(kind, tuple):            # a pointer and its strides
+            places = [(i, j) for j in range(len(kind))]
+        elif kind[0] not in "*i" or name in proof.odd:
+            continue
+        attrs |= dict.fromkeys(places, [["tt.divisibility", 16]])
     source = ASTSource(proof.kernel, proof.signature, proof.constexprs, attrs)
     return triton.compile(source, target=gpu, options={"enable_fp_fusion": True, **proof.options})
 
@@ -118,14 +180,14 @@ def measure(proof, name):
         spilled = 4 * spills
     return dict(kernel=proof.name, target=name, warps=proof.options["num_warps"], registers=registers,
                 shared=result.metadata.shared, spilled=spilled,
-                matrix=len(re.findall(target.matrix, text)), matmul=int(proof.matmul))
+                allowed=proof.spills, matrix=len(re.findall(target.matrix, text)), matmul=int(proof.matmul))
 
 
 def faults(row):
     """What is wrong with a row, in words."""
     if row["shared"] > TARGETS[row["target"]].shared:
         yield f"{row['shared']:.0f} bytes of shared memory"
-    if row["spilled"]:
+    if row["spilled"] > row["allowed"]:
         yield f"{row['spilled']:.0f} bytes spilled"
     if row["matmul"] and not row["matrix"]:
         yield "no matrix instructions"
@@ -136,7 +198,7 @@ def prove(proofs, targets=TARGETS):
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         try:
-            return [measure(proof, name) for proof in proofs for name in targets]
+            return [measure(proof, name) for proof in proofs for name in targets if name in proof.targets]
         finally:
             del os.environ["TRITON_CACHE_DIR"]
 
