@@ -107,9 +107,9 @@ def poly_norm_ref(x, w, b, eps=1e-6, gate=None):
 
     x, gate (..., D); w (3,), where w[0] belongs to x³ as in the released weights; b (1,).
 
-    Operation by operation, a GPU reads or writes 40 values for each element of x. In one pass it is 3: x and
-    gate in, y out; backward 5: x, gate and ∂L/∂y in, two gradients out. Some 20 FLOPs an element forward and
-    40 backward are nothing beside that."""
+    Operation by operation, a GPU reads or writes 40 values for each element of x. In one pass over memory it
+    is 3: x and gate in, y out; backward 5: x, gate and ∂L/∂y in, two gradients out. Some 20 FLOPs an element
+    forward and 40 backward are nothing beside that."""
     def norm(z):
         return z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + eps)
 
@@ -118,12 +118,13 @@ def poly_norm_ref(x, w, b, eps=1e-6, gate=None):
 
 
 class PolyNormFunction(torch.autograd.Function):
-    """The closed form: saves x alone, and recomputes the three r_p in the backward.
+    """The closed form: saves x and w, and recomputes the three r_p in the backward. w_p is w[3-p].
 
         r_p = (mean x^2p + eps)^-½,  n_p = r_p·x^p,  g = ∂L/∂y,  c_p = mean(g·n_p)
         ∂L/∂x = Σ_p w_p·r_p·p·x^(p-1)·(g − n_p·c_p);   ∂L/∂w_p = Σ g·n_p;   ∂L/∂b = Σ g
 
-    since n = r·z moves by dn = r·(dz − n·mean(n·dz)), and dz = p·x^(p-1)·dx for z = x^p.
+    since n = r·z moves by dn = r·(dz − n·mean(n·dz)), so that Σ g·dn = r·Σ (g − n·c)·dz with c = mean(g·n);
+    and dz = p·x^(p-1)·dx for z = x^p.
     Polynomials by Horner's rule, powers by multiplication: `pow` alone would cost more than all else."""
 
     @staticmethod
@@ -179,14 +180,19 @@ class PolyNormFunction(torch.autograd.Function):
 # g = ∂L/∂y follow ∂L/∂u = g·P(x), for which P(x) is recomputed rather than saved, and h = ∂L/∂P = g·u. From
 # there on it is the closed form above, with h in place of g and s_p = Σ h·n_p = D·c_p.
 #
-# A kernel is the code of one program; here a program does one row, and thousands of them run at once. It goes
-# over the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the
-# same: the second time, the row still lies in the cache. (Kept in registers, it would leave too few for other
-# programs, which compute while this one waits for memory.) Columns past the end of the row are masked: loaded
-# as zeros, which add nothing to a sum, and never stored.
+# A kernel is the code of one program; here a program does one row, and many of them run at once. It goes over
+# the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the same:
+# the second time, the row (in the backward those of x, u and g) still lies in the cache. Kept in registers, it
+# would leave too few for other programs, which compute while this one waits for memory.
+#
+# Tensors arrive as addresses, which count elements. `column` is a vector, and so is all that is made from it:
+# an operation acts on BLOCK columns at once. tl.load(addresses, mask, 0.0) gives zeros where the mask is False,
+# past the end of the row: these add nothing to a sum, and are never stored. What is a tl.constexpr, and whether
+# there is a gate, is decided when the kernel is compiled.
 #
 # Each program writes its share of ∂L/∂w and ∂L/∂b to a row of its own, and torch adds the rows, always in the
-# same order. If programs added to one number, the order would change from run to run, and with it the result.
+# same order, as tl.sum does within a program. If programs added to one number, the order would change from
+# run to run, and with it the result.
 
 @jit
 def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, BLOCK: tl.constexpr):
@@ -196,7 +202,7 @@ def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, B
     begin = row * D
     column = tl.arange(0, BLOCK)
 
-    # First time over the row: Σ x^2p, still a sum for each column of a block
+    # First time over the row: Σ x^2p. sum1[j] adds columns j, j + BLOCK, ...; tl.sum adds up the rest
     sum1 = tl.zeros((BLOCK,), tl.float32)
     sum2 = tl.zeros((BLOCK,), tl.float32)
     sum3 = tl.zeros((BLOCK,), tl.float32)
@@ -268,7 +274,7 @@ def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, 
     tl.store(sums_ptr + 4 * row + 2, s1)
     tl.store(sums_ptr + 4 * row + 3, tl.sum(sum0))
 
-    # Coefficients of P(x), and t_p = p·a_p·r_p·s_p/D of what the norms take back
+    # a_p, the coefficients of P(x), and t_p = p·a_p·r_p·c_p with c_p = s_p/D
     a1 = tl.load(w_ptr + 2).to(tl.float32) * r1
     a2 = tl.load(w_ptr + 1).to(tl.float32) * r2
     a3 = tl.load(w_ptr).to(tl.float32) * r3
@@ -277,17 +283,17 @@ def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, 
     t2 = 2 * a2 * r2 * s2 / D
     t3 = 3 * a3 * r3 * s3 / D
 
-    # Second time: ∂L/∂u = g·P(x), and ∂L/∂x = h·P'(x) − Σ_p t_p·x^(2p-1)
+    # Second time: ∂L/∂u = g·P(x), and ∂L/∂x = h·P'(x) − Σ_p t_p·x^(2p-1): the slope of P with the r_p held
+    # fixed, and what the r_p's own dependence on x takes back
     for start in range(0, D, BLOCK):
         inside = start + column < D
         at = begin + start + column
         x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
         h = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
         if u_ptr is not None:
-            u = tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
-            p = ((a3 * x + a2) * x + a1) * x + b
-            tl.store(du_ptr + at, h * p, inside)
-            h *= u
+            poly = ((a3 * x + a2) * x + a1) * x + b
+            tl.store(du_ptr + at, h * poly, inside)                # h is g still
+            h *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
         x2 = x * x
         slope = (3 * a3 * x + 2 * a2) * x + a1
         back = ((t3 * x2 + t2) * x2 + t1) * x
@@ -295,13 +301,16 @@ def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, 
 
 
 def poly_norm_block(D):
-    """The columns that a program takes at a time, and its warps (groups of 32 threads)."""
+    """The columns that a program takes at a time, and its warps (groups of 32 threads): 8 columns a thread,
+    or 16 bytes of bfloat16. tl.arange needs a power of two."""
     block = min(triton.next_power_of_2(D), 2048)
     return dict(BLOCK=block, num_warps=max(block // 256, 1))
 
 
 def launch_poly_norm(x, gate, w, b, eps):
-    """x and gate (..., D), the gate may be None → y (..., D), and r (N, 3) for the backward."""
+    """x and gate (..., D), the gate may be None → y (..., D), and r (N, 3) for the backward.
+
+    kernel[N,](...) runs N programs. Tensors on the meta device have no numbers: nothing runs."""
     D = x.shape[-1]
     N = x.numel() // D
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -314,7 +323,7 @@ def launch_poly_norm(x, gate, w, b, eps):
 
 
 def launch_poly_norm_backward(g, x, gate, w, b, r):
-    """∂L/∂y, and what the forward was given and returned → dx, dgate (or None), dw (3,), db (1,)."""
+    """∂L/∂y, the forward's x, gate, w and b, and its r → dx, dgate (or None), dw (3,), db (1,)."""
     D = x.shape[-1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = r.new_empty(len(r), 4)
@@ -330,10 +339,13 @@ def launch_poly_norm_backward(g, x, gate, w, b, r):
 
 
 class PolyNormKernel(torch.autograd.Function):
-    """Saves x, the gate and three numbers a row."""
+    """Saves x, the gate, w, b and three numbers a row."""
 
     @staticmethod
     def forward(ctx, x, w, b, eps, gate):
+        if gate is not None and gate.shape != x.shape:
+            raise ValueError(f"poly_norm: a gate of shape {tuple(gate.shape)} for x of {tuple(x.shape)}")
+        w, b = w.contiguous(), b.contiguous()
         y, r = launch_poly_norm(x, gate, w, b, eps)
         ctx.save_for_backward(x, gate, w, b, r)
         return y
@@ -360,7 +372,8 @@ def compiled_poly_norm():
 def poly_norm(x, w, b, eps=1e-6, compiled=False, gate=None):
     """poly_norm_ref, fast, with statistics in float32 or wider (x⁶ overflows float16).
 
-    x (..., D), w (3,), b (1,) → (..., D) in the dtype of x. gate (..., D): a factor of the result.
+    x (..., D), w (3,), b (1,) → (..., D) in the dtype of x. gate: a factor of the result, of x's shape and
+    dtype.
 
     On a GPU the kernel. On a CPU the closed form, and the gate after it: a closed form with the gate inside
     would have to recompute P(x) in its backward, and is no faster.
