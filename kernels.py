@@ -180,19 +180,19 @@ class PolyNormFunction(torch.autograd.Function):
 # g = ∂L/∂y follow ∂L/∂u = g·P(x), for which P(x) is recomputed rather than saved, and h = ∂L/∂P = g·u. From
 # there on it is the closed form above, with h in place of g and s_p = Σ h·n_p = D·c_p.
 #
-# A kernel is the code of one program; here a program does one row, and many of them run at once. It goes over
-# the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the same:
-# the second time, the row (in the backward those of x, u and g) still lies in the cache. Kept in registers, it
-# would leave too few for other programs, which compute while this one waits for memory.
+# A kernel is the code of one program; here a program does one row, and many of them run at once. It goes
+# over the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the
+# same: the second time, the row (in the backward those of x, u and g) still lies in the cache. Kept in
+# registers, it would leave too few for other programs, which compute while this one waits for memory.
 #
-# Tensors arrive as addresses, which count elements. `column` is a vector, and so is all that is made from it:
-# an operation acts on BLOCK columns at once. tl.load(addresses, mask, 0.0) gives zeros where the mask is False,
-# past the end of the row: these add nothing to a sum, and are never stored. What is a tl.constexpr, and whether
-# there is a gate, is decided when the kernel is compiled.
+# Tensors arrive as addresses, which count elements. `column` is a vector, and so is all that is made from
+# it: an operation acts on BLOCK columns at once. tl.load(addresses, mask, 0.0) gives zeros where the mask
+# is False, past the end of the row: these add nothing to a sum, and are never stored. What is a
+# tl.constexpr, and whether there is a gate, is decided when the kernel is compiled.
 #
-# Each program writes its share of ∂L/∂w and ∂L/∂b to a row of its own, and torch adds the rows, always in the
-# same order, as tl.sum does within a program. If programs added to one number, the order would change from
-# run to run, and with it the result.
+# Each program writes its share of ∂L/∂w and ∂L/∂b to a row of its own, and torch adds the rows, always in
+# the same order, as tl.sum does within a program. If programs added to one number, the order would change
+# from run to run, and with it the result.
 
 @jit
 def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, BLOCK: tl.constexpr):
