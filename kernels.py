@@ -2,6 +2,7 @@
 
   rms_norm         x / √(mean x²), with gains
   poly_norm        Motif's activation: a cubic of its input, each power normalised  [Motif §2.1, PolyCom]
+  symmetric_product, symmetric_square   x·xᵀ and alpha·a + beta·a·a, by half the operations   [Muon]
   grouped_linear   the experts' matmul: rows sorted by expert, each times its expert's matrix
   attention        softmax(q·kᵀ) v, causal, grouped keys; and its differential forms [2410.05258 eq. 1-3]
   flash_forward    attention on a GPU, and every head's largest logit with it       [FlashAttention 2]
@@ -44,6 +45,43 @@ def takes_kernels(x):
     if x.dtype == torch.float64:
         return False
     return x.is_meta or x.is_cuda and triton is not None
+
+
+def fits_descriptors(*tensors):
+    """Whether descriptors, by which kernels load tiles, take their memory, in the dtype of the first: numbers
+    begin, and so does every row, at a multiple of 16 bytes. On the meta device there is no memory."""
+    size = tensors[0].element_size()
+    if any(x.is_meta for x in tensors):
+        return False
+    return all(x.numel() and x.data_ptr() % 16 == 0 and x.shape[-1] * size % 16 == 0 for x in tensors)
+
+
+def copies_tiles(device):
+    """Whether the GPU has an engine that copies whole tiles to shared memory: NVIDIA's, from the H100 on."""
+    return (device.type == "cuda" and not torch.version.hip
+            and torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+def tiled(x, tile):
+    """The argument of a kernel that loads x by tiles. Where an engine copies them, it is x's descriptor.
+    Elsewhere Triton turns descriptors into pointers, and has to see in the kernel that rows are aligned:
+    there it is x itself, of which `described` makes the descriptor."""
+    return TensorDescriptor.from_tensor(x, tile) if copies_tiles(x.device) else x
+
+
+@jit
+def described(x, shape, strides, tile):
+    """The descriptor of x, an argument by `tiled`. What it loads from outside the shape is zero."""
+    if isinstance(x, tl.tensor_descriptor):
+        descriptor = x
+    else:
+        descriptor = tl.make_tensor_descriptor(x, shape, strides, tile)
+    return descriptor
+
+
+def stages_of(stages):
+    """The stages of a matmul's pipeline; AMD's GPUs have shared memory for two."""
+    return 2 if torch.version.hip else stages
 
 
 def accumulation_dtype(dtype):
@@ -182,8 +220,9 @@ class PolyNormFunction(torch.autograd.Function):
 #
 # A kernel is the code of one program; here a program does one row, and many of them run at once. It goes
 # over the row twice, BLOCK columns at a time: once for sums, once for results. Memory is read once all the
-# same: the second time, the row (in the backward those of x, u and g) still lies in the cache. Kept in
-# registers, it would leave too few for other programs, which compute while this one waits for memory.
+# same: the second time, the row (in the backward those of x, u and g) still lies in the cache, which is told
+# to keep it until then, and no longer. Kept in registers, it would leave too few for other programs, which
+# compute while this one waits for memory.
 #
 # Tensors arrive as addresses, which count elements. `column` is a vector, and so is all that is made from
 # it: an operation acts on BLOCK columns at once. tl.load(addresses, mask, 0.0) gives zeros where the mask
@@ -208,7 +247,7 @@ def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, B
     sum3 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         inside = start + column < D
-        x = tl.load(x_ptr + begin + start + column, inside, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + begin + start + column, inside, 0.0, eviction_policy="evict_last").to(tl.float32)
         x2 = x * x
         sum1 += x2
         sum2 += x2 * x2
@@ -230,10 +269,10 @@ def poly_norm_forward_kernel(x_ptr, u_ptr, w_ptr, b_ptr, y_ptr, r_ptr, D, eps, B
     for start in range(0, D, BLOCK):
         inside = start + column < D
         at = begin + start + column
-        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
         y = ((a3 * x + a2) * x + a1) * x + b
         if u_ptr is not None:
-            y *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+            y *= tl.load(u_ptr + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
         tl.store(y_ptr + at, y, inside)
 
 
@@ -253,10 +292,10 @@ def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, 
     for start in range(0, D, BLOCK):
         inside = start + column < D
         at = begin + start + column
-        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-        h = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, inside, 0.0, eviction_policy="evict_last").to(tl.float32)
+        h = tl.load(g_ptr + at, inside, 0.0, eviction_policy="evict_last").to(tl.float32)
         if u_ptr is not None:
-            h *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+            h *= tl.load(u_ptr + at, inside, 0.0, eviction_policy="evict_last").to(tl.float32)
         sum0 += h
         sum1 += h * x
         sum2 += h * x * x
@@ -288,12 +327,12 @@ def poly_norm_backward_kernel(g_ptr, x_ptr, u_ptr, w_ptr, b_ptr, r_ptr, dx_ptr, 
     for start in range(0, D, BLOCK):
         inside = start + column < D
         at = begin + start + column
-        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-        h = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
+        h = tl.load(g_ptr + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
         if u_ptr is not None:
             poly = ((a3 * x + a2) * x + a1) * x + b
             tl.store(du_ptr + at, h * poly, inside)                # h is g still
-            h *= tl.load(u_ptr + at, inside, 0.0).to(tl.float32)
+            h *= tl.load(u_ptr + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
         x2 = x * x
         slope = (3 * a3 * x + 2 * a2) * x + a1
         back = ((t3 * x2 + t2) * x2 + t1) * x
@@ -388,20 +427,366 @@ def poly_norm(x, w, b, eps=1e-6, compiled=False, gate=None):
     return y if gate is None else y * gate
 
 
+# ---- symmetric products -------------------------------------------------------------------------------
+
+def symmetric_product_ref(x):
+    """x·xᵀ  (..., m, n) → (..., m, m)
+
+    2m²n operations on mn numbers read and m² written. Only m(m+1)/2 of the results differ: m²n operations
+    would do. Muon alone uses it, and its update is not differentiated: there is no backward."""
+    return x @ x.mT
+
+
+def symmetric_square_ref(a, alpha, beta):
+    """alpha·a + beta·a·a of symmetric a (..., m, m). Since a = aᵀ, the product is a·aᵀ."""
+    return alpha * a + beta * (a @ a)
+
+
+@jit
+def block_of(program, rows, columns, GROUP: tl.constexpr):
+    """(row, column) of a program among rows × columns blocks, which are walked through in bands of GROUP
+    rows, each band column by column.
+
+    So programs that run at the same time read few rows and columns between them: the L2 cache keeps these.
+
+    rows = 4, columns = 3, GROUP = 2      0  2  4
+                                          1  3  5
+                                          6  8 10
+                                          7  9 11"""
+    first = program // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    inside = program % (GROUP * columns)
+    return first + inside % height, inside // height
+
+
+@jit
+def symmetric_kernel(rows, x, c, B, m, n, ratio, beta, SQUARE: tl.constexpr,
+                     BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
+    """c = beta·x·xᵀ, or beta·(x·xᵀ + ratio·x) if SQUARE (then n = m, x = xᵀ): one block on or below the
+    diagonal per program, which is stored a second time where its transpose belongs.
+
+    x (B, m, n), c (B, m, m); rows: x again, as (B·m, n), by tiles. Of these, rows of the next matrix only
+    reach results that are not stored."""
+    # Matrix and block. Above the diagonal there is nothing to do.
+    blocks = tl.cdiv(m, BLOCK)
+    matrix = tl.program_id(0) // (blocks * blocks)
+    row, column = block_of(tl.program_id(0) % (blocks * blocks), blocks, blocks, GROUP)
+    if column > row:
+        return
+    top = matrix * m
+    row *= BLOCK
+    column *= BLOCK
+
+    # What may exceed 2³¹ is added to the pointers in 64 bits
+    x += matrix.to(tl.int64) * m * n
+    c += matrix.to(tl.int64) * m * m
+    i = tl.arange(0, BLOCK)[:, None]                                               # (BLOCK, 1)
+    j = tl.arange(0, BLOCK)[None, :]                                               # (1, BLOCK)
+    inside = (i < m - row) & (j < m - column)
+
+    # Sum over n, STEP columns of x at a time. To begin with the matrix itself takes the fewest registers.
+    if SQUARE:
+        old = tl.load(x + row.to(tl.int64) * m + column + i * m + j, mask=inside, other=0.0)
+        sums = ratio * old.to(tl.float32)
+    else:
+        sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    rows = described(rows, [B * m, n], [n, 1], [BLOCK, STEP])
+    for start in range(0, n, STEP):
+        a = rows.load([top + row, start])                                          # (BLOCK, STEP)
+        b = rows.load([top + column, start])
+        sums = tl.dot(a, b.T, sums, input_precision="ieee")
+
+    # In blocks on the diagonal, (i, j) and (j, i) may be rounded differently: what is below it counts
+    block = (beta * sums).to(c.dtype.element_ty)
+    if row == column:
+        block = tl.where(i >= j, block, tl.trans(block))
+
+    # The block, and its mirror image
+    tl.store(c + row.to(tl.int64) * m + column + i * m + j, block, mask=inside)
+    tl.store(c + column.to(tl.int64) * m + row + j * m + i, block, mask=inside)
+
+
+# By bytes of a number: BLOCK, STEP, warps, stages of the pipeline
+SYMMETRIC_TILES = {2: (128, 64, 4, 3), 4: (64, 32, 8, 2)}
+
+
+def launch_symmetric(x, alpha=0.0, beta=1.0, square=False):
+    """The kernel for x (..., m, n), or (..., m, m) if square → (..., m, m), exactly symmetric. beta ≠ 0."""
+    x = x.contiguous()
+    m, n = x.shape[-2:]
+    B = x.shape[:-2].numel()
+    block, step, warps, stages = SYMMETRIC_TILES[x.element_size()]
+    rows = tiled(x.view(B * m, n), [block, step])
+    c = x.new_empty(*x.shape[:-1], m)
+    symmetric_kernel[(B * triton.cdiv(m, block) ** 2,)](
+        rows, x, c, B, m, n, alpha / beta, float(beta), square, block, step, 8,
+        num_warps=warps, num_stages=stages_of(stages), enable_fp_fusion=True)
+    return c
+
+
+def takes_symmetric(x):
+    """Whether the kernel is to compute x·xᵀ: where it has blocks enough for all of a GPU, twice or more.
+
+    Its speed over cuBLAS's on an H200, in bfloat16: 1.54 for (4096, 4096) with 528 blocks, 1.18 for
+    (4, 2048, 2048) with 544, 1.51 for (16, 2048, 2048); but 1.06 for (3072, 3072) with 300, and 0.52 for
+    (2048, 2048) with 136."""
+    blocks = -(-x.shape[-2] // 128)
+    many = x.shape[:-2].numel() * blocks * (blocks + 1) // 2 >= 500
+    return takes_kernels(x) and many and fits_descriptors(x)
+
+
+def symmetric_product(x):
+    """symmetric_product_ref; of large x on a GPU by half the operations.  x (..., m, n) → (..., m, m)"""
+    if takes_symmetric(x):
+        return launch_symmetric(x)
+    return symmetric_product_ref(x)
+
+
+def symmetric_square(a, alpha, beta):
+    """symmetric_square_ref, rounded once; of large a on a GPU by half the operations.
+
+    a (..., m, m), symmetric → (..., m, m)"""
+    if takes_symmetric(a):
+        return launch_symmetric(a, alpha, beta, square=True)
+    stack = a.reshape(-1, *a.shape[-2:])
+    return torch.baddbmm(stack, stack, stack, beta=alpha, alpha=beta).view_as(a)
+
+
 # ---- the experts' matmul ------------------------------------------------------------------------------
 
 def grouped_linear_ref(x, w, ends):
     """Rows ends[e-1]:ends[e] of x times w[e]ᵀ, for every expert e.
 
-    x (M, D), sorted by expert; w (E, O, D); ends (E,) int64, the last of them M. → (M, O)"""
+    x (M, D), sorted by expert; w (E, O, D); ends (E,) int64, the last of them M. → (M, O)
+    2·M·D·O operations; M·D + E·D·O numbers read, M·O written."""
     rows = x.tensor_split(ends[:-1].cpu())
     return torch.cat([some @ matrix.mT for some, matrix in zip(rows, w)])
 
 
-class GroupedLinear(torch.autograd.Function):
-    """The closed form:  ∂L/∂x = g·w[e],  ∂L/∂w[e] = gᵀ·x  over the rows of expert e.
+# y = x·w[e]ᵀ for the rows of expert e. With g = ∂L/∂y, for y_mo = Σ_d x_md·w_eod:
+#     ∂L/∂x_md = Σ_o g_mo·w_eod               g·w[e], the same product with w read the other way
+#     ∂L/∂w_eod = Σ_m g_mo·x_md               gᵀ·x over the rows m of expert e; zero if it has none
+# A kernel's grid is fixed before the device knows where experts end. With BLOCK rows a block, expert e with
+# rows a to b gets the slots from a // BLOCK + e up to those of the next, which begin at b // BLOCK + e + 1.
+# These are b // BLOCK − a // BLOCK + 1 slots, never fewer than the ⌈(b − a) / BLOCK⌉ blocks that e needs, and
+# M // BLOCK + E in all. At most one slot of each expert is left over; it returns at once.
 
-    Each matmul writes into its slice of the result, which saves the definition's concatenations."""
+@jit
+def rows_of(ends, e):
+    """The first row of expert e, and the row after its last."""
+    return tl.load(ends + e - 1, mask=e > 0, other=0), tl.load(ends + e)
+
+
+@jit
+def expert_of(ends, slot, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The expert of a slot: the last one whose slots begin there or before. EXPERTS: a power of two ≥ E."""
+    e = tl.arange(0, EXPERTS)
+    begin = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0) // BLOCK + e
+    return tl.sum(((begin <= slot) & (e < E)).to(tl.int32)) - 1
+
+
+@jit
+def tile_of(w, e, row, column):
+    """A tile of w[e], by a descriptor of all of w or of w[e] alone."""
+    if len(w.block_shape) == 3:
+        tile = w.load([e, row, column]).reshape(w.block_shape[1], w.block_shape[2])
+    else:
+        tile = w.load([row, column])
+    return tile
+
+
+@jit
+def grouped_kernel(x, w, y, ends, M, E, n, width, INNER: tl.constexpr, EXPERTS: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
+    """y = x·w[e]ᵀ over each expert's rows, or x·w[e] where INNER, the dimension of w that is summed over, is
+    1 and not 2; one block of y per program.
+
+    x (M, n) and w (E, O, D) by tiles, y (M, width). Tiles are zero beyond n; rows of the next expert, and
+    what lies beyond the width, only reach results that are not stored."""
+    # The block's expert and rows; slots left over return
+    slots = M // BLOCK_M + E
+    slot, column = block_of(tl.program_id(0), slots, tl.cdiv(width, BLOCK_N), GROUP)
+    e = expert_of(ends, slot, E, EXPERTS, BLOCK_M)
+    first, last = rows_of(ends, e)
+    first += (slot - (first // BLOCK_M + e)) * BLOCK_M
+    if first >= last:
+        return
+    row = first.to(tl.int32)
+    column *= BLOCK_N
+
+    # Sum over n, STEP at a time
+    x = described(x, [M, n], [n, 1], [BLOCK_M, STEP])
+    if not isinstance(w, tl.tensor_descriptor):
+        w += e.to(tl.int64) * n * width
+    if INNER == 2:
+        w = described(w, [width, n], [n, 1], [BLOCK_N, STEP])
+    else:
+        w = described(w, [n, width], [width, 1], [STEP, BLOCK_N])
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, n, STEP):
+        a = x.load([row, start])                                                   # (BLOCK_M, STEP)
+        if INNER == 2:
+            b = tile_of(w, e, column, start).T                                     # (STEP, BLOCK_N)
+        else:
+            b = tile_of(w, e, start, column)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+
+    # What may exceed 2³¹ is added to the pointer in 64 bits
+    i = tl.arange(0, BLOCK_M)[:, None]                                             # (BLOCK_M, 1)
+    j = tl.arange(0, BLOCK_N)[None, :]                                             # (1, BLOCK_N)
+    inside = (i < (last - first).to(tl.int32)) & (j < width - column)
+    tl.store(y + first * width + column + i * width + j, sums.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def grouped_weight_kernel(g, x, dw, ends, M, O, D, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+                          STEP: tl.constexpr, GROUP: tl.constexpr):
+    """dw[e] = gᵀ·x over the rows of expert e; one block of one expert per program.
+
+    g (M, O) and x (M, D) by tiles, dw (E, O, D). One program sums all rows of its block: the same bits every
+    time."""
+    # Expert and block
+    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(D, BLOCK_D)
+    e = tl.program_id(0) // (rows * columns)
+    row, column = block_of(tl.program_id(0) % (rows * columns), rows, columns, GROUP)
+    row *= BLOCK_O
+    column *= BLOCK_D
+
+    # Sum over the expert's rows, STEP at a time
+    first, last = rows_of(ends, e)
+    first, last = first.to(tl.int32), last.to(tl.int32)
+    rest = last - (last - first) % STEP
+    g = described(g, [M, O], [O, 1], [STEP, BLOCK_O])
+    x = described(x, [M, D], [D, 1], [STEP, BLOCK_D])
+    sums = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
+    for start in range(first, rest, STEP):
+        a = g.load([start, row])                                                   # (STEP, BLOCK_O)
+        b = x.load([start, column])                                                # (STEP, BLOCK_D)
+        sums = tl.dot(a.T, b, sums, input_precision="ieee")
+
+    # The rest, without rows of the next expert
+    if rest < last:
+        mine = (tl.arange(0, STEP) < last - rest)[:, None]                         # (STEP, 1)
+        a = tl.where(mine, g.load([rest, row]), 0.0)
+        b = tl.where(mine, x.load([rest, column]), 0.0)
+        sums = tl.dot(a.T, b, sums, input_precision="ieee")
+    o = row + tl.arange(0, BLOCK_O)[:, None]                                       # (BLOCK_O, 1)
+    d = column + tl.arange(0, BLOCK_D)[None, :]                                    # (1, BLOCK_D)
+    inside = (o < O) & (d < D)
+    tl.store(dw + (e.to(tl.int64) * O + o) * D + d, sums.to(dw.dtype.element_ty), mask=inside)
+
+
+# By bytes of a number: rows and columns of a block, STEP, warps, stages of the pipeline. Large, as is fastest
+# on an H200; small; and large for GPUs without an engine that copies tiles, where it spills no registers
+GROUPED_TILES = {2: ((256, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3)),
+                 4: ((64, 64, 32, 8, 2),) * 3}
+
+
+def grouped_tiles(x, E, rows, columns):
+    """Tiles for E results of rows × columns numbers, in the dtype of x: small ones where large ones would be
+    half empty, or too few for a GPU of 132 multiprocessors."""
+    large, small, without_engine = GROUPED_TILES[x.element_size()]
+    blocks = E * -(-rows // 256) * -(-columns // 128)
+    if rows <= 64 or columns <= 128 or blocks < 132:
+        return small
+    return large if copies_tiles(x.device) else without_engine
+
+
+def launch_grouped(x, w, ends, inner):
+    """The kernel for x (M, n) times w (E, O, D), summed over dimension `inner` of w: 2 is D, 1 is O."""
+    x, w = x.contiguous(), w.to(x.dtype).contiguous()
+    M, n = x.shape
+    E, width = len(w), w.shape[3 - inner]
+    block_m, block_n, step, warps, stages = grouped_tiles(x, E, M // E, width)
+    tile = [1, block_n, step] if inner == 2 else [1, step, block_n]
+    slots = M // block_m + E
+    y = x.new_empty(M, width)
+    grouped_kernel[(slots * triton.cdiv(width, block_n),)](
+        tiled(x, [block_m, step]), tiled(w, tile), y, ends, M, E, n, width, inner,
+        triton.next_power_of_2(E), block_m, block_n, step, 8,
+        num_warps=warps, num_stages=stages_of(stages), enable_fp_fusion=True)
+    return y
+
+
+def grouped_forward(x, w, ends):
+    """y (M, O) of grouped_linear_ref, by the kernel."""
+    return launch_grouped(x, w, ends, inner=2)
+
+
+def grouped_by_input(g, w, ends):
+    """∂L/∂x (M, D) from g = ∂L/∂y (M, O), by the kernel."""
+    return launch_grouped(g, w, ends, inner=1)
+
+
+def grouped_by_weight(g, x, w, ends):
+    """∂L/∂w (E, O, D) in the dtype of w, by the kernel."""
+    g, x = g.contiguous(), x.contiguous()
+    E, O, D = w.shape
+    block_o, block_d, step, warps, stages = grouped_tiles(g, E, O, D)
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    grouped_weight_kernel[(E * triton.cdiv(O, block_o) * triton.cdiv(D, block_d),)](
+        tiled(g, [step, block_o]), tiled(x, [step, block_d]), dw, ends, len(g), O, D,
+        block_o, block_d, step, 8,
+        num_warps=warps, num_stages=stages_of(stages), enable_fp_fusion=True)
+    return dw
+
+
+def fits_grouped_mm(x, w, ends):
+    """Whether torch's grouped_mm takes them on a CPU: not in float64, and rows must fill units of 16 bytes.
+
+    A layer of 16 experts of width 128 takes 1.34× a dense one's time with it, 1.57× with a loop of mm. Where
+    memory is only predicted, `ends` is no tensor (train.activations)."""
+    sizes = w.shape[1] * x.element_size(), w.shape[2] * x.element_size()
+    return (x.device.type == "cpu" and x.dtype != torch.float64 and isinstance(ends, torch.Tensor)
+            and len(x) > 0 and all(size % 16 == 0 for size in sizes))
+
+
+class GroupedLinear(torch.autograd.Function):
+    """grouped_linear_ref with the closed form of its gradients: by the kernels where they run and rows fit,
+    on a CPU by torch's grouped_mm, otherwise by a matmul for each expert, into its slice of the result."""
+
+    @staticmethod
+    def forward(ctx, x, w, ends):
+        ctx.save_for_backward(x, w)
+        ctx.ends = ends
+        if takes_kernels(x) and fits_descriptors(x, w):
+            return grouped_forward(x, w, ends)
+        return GroupedLinear.by_expert(x, w.mT, ends)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return GroupedLinear.by_input(g, w, ctx.ends), GroupedLinear.by_weight(g, x, w, ctx.ends), None
+
+    @staticmethod
+    def by_input(g, w, ends):
+        """∂L/∂x (M, D), from g = ∂L/∂y (M, O)."""
+        if takes_kernels(g) and fits_descriptors(g, w):
+            return grouped_by_input(g, w, ends)
+        return GroupedLinear.by_expert(g, w, ends)
+
+    @staticmethod
+    def by_weight(g, x, w, ends):
+        """∂L/∂w (E, O, D); zero for an expert with no token routed to it."""
+        if takes_kernels(g) and fits_descriptors(g, x):
+            return grouped_by_weight(g, x, w, ends)
+        if fits_grouped_mm(g, w, ends):
+            return F.grouped_mm(g.contiguous().mT, x, offs=ends.int()).to(w.dtype)
+        dw = torch.zeros_like(w)
+        for e, rows in GroupedLinear.spans(ends):
+            dw[e] = g[rows].mT @ x[rows]
+        return dw
+
+    @staticmethod
+    def by_expert(x, w, ends):
+        """x (M, n) times w[e] (n, width) over the rows of each expert → (M, width), by torch."""
+        if fits_grouped_mm(x, w, ends):
+            return F.grouped_mm(x.contiguous(), w.to(x.dtype), offs=ends.int())
+        y = x.new_empty(len(x), w.shape[2])
+        for e, rows in GroupedLinear.spans(ends):
+            torch.mm(x[rows], w[e].to(x.dtype), out=y[rows])
+        return y
 
     @staticmethod
     def spans(ends):
@@ -409,40 +794,9 @@ class GroupedLinear(torch.autograd.Function):
         ends = [0, *ends.tolist()]
         return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(ends, ends[1:])) if b > a]
 
-    @staticmethod
-    def forward(ctx, x, w, ends):
-        ctx.save_for_backward(x, w)
-        ctx.spans = GroupedLinear.spans(ends)
-        y = x.new_empty(len(x), w.shape[1])
-        for e, rows in ctx.spans:
-            torch.mm(x[rows], w[e].to(x.dtype).mT, out=y[rows])
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        return GroupedLinear.by_input(g, w, ctx.spans), GroupedLinear.by_weight(g, x, w, ctx.spans), None
-
-    @staticmethod
-    def by_input(g, w, spans):
-        """∂L/∂x (M, D), from g = ∂L/∂y (M, O)."""
-        dx = g.new_empty(len(g), w.shape[2])
-        for e, rows in spans:
-            torch.mm(g[rows], w[e].to(g.dtype), out=dx[rows])
-        return dx
-
-    @staticmethod
-    def by_weight(g, x, w, spans):
-        """∂L/∂w (E, O, D); zero for an expert with no token routed to it."""
-        dw = torch.zeros_like(w)
-        for e, rows in spans:
-            dw[e] = g[rows].mT @ x[rows]
-        return dw
-
 
 def grouped_linear(x, w, ends):
-    """grouped_linear_ref by the closed form.  x (M, D), w (E, O, D), ends (E,) → (M, O)"""
+    """grouped_linear_ref, fast.  x (M, D), w (E, O, D), ends (E,) → (M, O)"""
     return GroupedLinear.apply(x, w, ends)
 
 
@@ -1406,8 +1760,6 @@ def fp8_unpack_kernel(codes_ptr, scale_ptr, x_ptr, N, D, tiles, ROWS: tl.constex
     tl.store(x_ptr + row * D + column, value * scale, inside)
 
 
-
-
 FP8_ROWS = dict(ROWS=16, num_warps=4)         # rows of a program, and its warps
 
 
@@ -1494,7 +1846,10 @@ def operations(device, large):
     x = randn(N, D)
     q, k, v, wide = randn(1, H, T, d), randn(1, H, T, d), randn(1, H, T, d), randn(1, H // 2, T, 2 * d)
     linear, vocabulary, pairs = 2 * N * D * D, 2 * N * D * V, 2 * H * T * T * d
+    square = randn(2 * D, 2 * D)
     return rows + [
+        Operation("symmetric product", symmetric_product, symmetric_product_ref, (square,), "TFLOP/s",
+                  (16 * D ** 3,), {"cuBLAS": lambda x: x @ x.mT}),
         Operation("experts' matmul", lambda x, w: grouped_linear(x, w, ends),
                   lambda x, w: grouped_linear_ref(x, w, ends), (x, randn(E, D, D)), "TFLOP/s",
                   (linear, 3 * linear),
@@ -1503,7 +1858,10 @@ def operations(device, large):
                   lambda h, w: cross_entropy_ref(h, w, target)[0], (x, randn(V, D)), "TFLOP/s",
                   (3 * vocabulary, 3 * vocabulary)),
         Operation("attention", lambda q, k, v: attention(q, k, v)[0], attention_ref, (q, k, v), "TFLOP/s",
-                  (pairs, 3.5 * pairs)),
+                  (pairs, 3.5 * pairs),
+                  {"torch's": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}),
+        Operation("attention and largest logits", lambda q, k, v: attention(q, k, v, tau=None)[0],
+                  attention_ref, (q, k, v), "TFLOP/s", (pairs, 3.5 * pairs)),
         Operation("differential attention", lambda q, k, v: diff_attention(q, k, v, 0.3)[0],
                   lambda q, k, v: diff_attention_ref(q, k, v, 0.3), (q, k, wide), "TFLOP/s",
                   (1.5 * pairs, 5 * pairs))]

@@ -1204,7 +1204,7 @@ class WeightGradients:
                 if ends is None:
                     gradient = g.flatten(0, -2).mT @ h.flatten(0, -2)
                 else:
-                    gradient = GroupedLinear.by_weight(g, h, w, GroupedLinear.spans(ends))
+                    gradient = GroupedLinear.by_weight(g, h, w, ends)
 
                 # Through a view, autograd adds it up and calls the hooks
                 torch.autograd.backward(w.view_as(w), gradient.to(w.dtype))
@@ -1249,7 +1249,7 @@ class SplitLinear(torch.autograd.Function):
             if call.ends is None:
                 part = g @ w.to(g.dtype)
             else:
-                part = GroupedLinear.by_input(g, w, GroupedLinear.spans(call.ends))
+                part = GroupedLinear.by_input(g, w, call.ends)
             dh = part if dh is None else dh + part
 
         # By x and the parameters of `pre`, through h once more

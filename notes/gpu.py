@@ -50,14 +50,23 @@ def operation(name):
     yield found
 
 
+def blocks():
+    """The model, with random weights that are drawn on the GPU."""
+    with torch.device("meta"):
+        model = Transformer(BLOCKS)
+    model.to_empty(device="cuda")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.02)
+    return model
+
+
 def step_of_blocks(plain):
     """Forward and backward of one window of 4,096 tokens; `plain`: without our kernels. Exact logits."""
     if plain:
-        kernels.takes_kernels = lambda x: False
+        kernels.takes_kernels = kernels.is_for_flash = lambda *_: False
     config = replace(train.RECIPES["motif-2.6b"], model=BLOCKS)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Transformer(BLOCKS)
+    model = blocks()
     x = torch.randint(0, BLOCKS.vocab_size, (2, 1, BLOCKS.context))
     batch = Batch(x[0], x[1], None, None)
     mesh = parallel.Mesh(device=torch.device("cuda"))
@@ -87,9 +96,8 @@ def step_of_blocks(plain):
 
 def optimizer(whose):
     """A step of Muon over the matrices of these blocks: MuonClip, or torch.optim.Muon."""
-    with torch.device("cuda"):
-        named = {name: p for name, p in Transformer(BLOCKS).named_parameters()
-                 if p.ndim == 2 and name.startswith("layers.")}
+    named = {name: p for name, p in blocks().named_parameters()
+             if p.ndim == 2 and name.startswith("layers.")}
     for p in named.values():
         p.grad = torch.randn_like(p)
     if whose == "ours":
@@ -111,10 +119,10 @@ def whole_run(recipe):
                **{name: value for name, value in last.items() if name.startswith("bpb_")})
 
 
-RUNS = {f"kernel: {row.name}": (operation, row.name) for row in kernels.operations("cpu", False)}
-RUNS |= {"blocks": (step_of_blocks, False), "blocks, torch's operations": (step_of_blocks, True),
-         "optimizer: MuonClip": (optimizer, "ours"), "optimizer: torch.optim.Muon": (optimizer, "torch's"),
-         "run: laptop": (whole_run, "laptop"), "run: laptop-k2": (whole_run, "laptop-k2")}
+RUNS = {"blocks": (step_of_blocks, False), "blocks, torch's operations": (step_of_blocks, True),
+        "optimizer: MuonClip": (optimizer, "ours"), "optimizer: torch.optim.Muon": (optimizer, "torch's")}
+RUNS |= {f"kernel: {row.name}": (operation, row.name) for row in kernels.operations("cpu", False)}
+RUNS |= {"run: laptop": (whole_run, "laptop"), "run: laptop-k2": (whole_run, "laptop-k2")}
 
 
 def cells(quick):
@@ -126,11 +134,11 @@ def run(arm, seed, _):
         raise SystemExit("notes.gpu: there is no GPU here")
     f, argument = RUNS[arm]
     torch.cuda.empty_cache()
-    takes_kernels = kernels.takes_kernels
+    kept = kernels.takes_kernels, kernels.is_for_flash
     try:
         yield from f(argument)
     finally:
-        kernels.takes_kernels = takes_kernels
+        kernels.takes_kernels, kernels.is_for_flash = kept
 
 
 def show(rows):

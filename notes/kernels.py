@@ -81,6 +81,51 @@ def fp8(dtype):
                     constexprs, options, odd=("tiles",))
 
 
+def tile_type(of, dtype, *shape):
+    """The type of a tensor that is loaded by tiles: where an engine copies them, a descriptor."""
+    return f"tensordesc<{dtype}[{','.join(map(str, shape))}]>" if of == "hopper" else "*" + dtype
+
+
+def symmetric(of, targets):
+    """x·xᵀ, and the closing step of Newton–Schulz's polynomial."""
+    kernel = kernels.symmetric_kernel
+    block, step, warps, stages = kernels.SYMMETRIC_TILES[2]
+    types = dict(rows=tile_type(of, "bf16", block, step), x="*bf16", c="*bf16", ratio="fp32", beta="fp32",
+                 **dict.fromkeys(("B", "m", "n"), "i32"))
+    for name, square in (("symmetric product", False), ("symmetric square", True)):
+        constants = dict(SQUARE=square, BLOCK=block, STEP=step, GROUP=8)
+        types |= dict.fromkeys(constants, "constexpr")
+        yield Proof(name, kernel, {arg: types[arg] for arg in kernel.arg_names}, constants,
+                    tile_options(of, warps, stages), True, ("B",), targets)
+
+
+def experts(of, targets):
+    """The three products of experts of 7168 × 2048, with large tiles and small ones."""
+    large, small, without_engine = kernels.GROUPED_TILES[2]
+    for size, tiles in (("large", large if of == "hopper" else without_engine), ("small", small)):
+        block_m, block_n, step, warps, stages = tiles
+        options = tile_options(of, warps, stages)
+        numbers = dict.fromkeys(("M", "E", "n", "width", "O", "D"), "i32") | dict(ends="*i64", y="*bf16")
+        kernel = kernels.grouped_kernel
+        for name, inner, of_w in (("forward", 2, (block_n, step)), ("by input", 1, (step, block_n))):
+            constants = dict(INNER=inner, EXPERTS=32, BLOCK_M=block_m, BLOCK_N=block_n, STEP=step, GROUP=8)
+            types = numbers | dict(x=tile_type(of, "bf16", block_m, step), w=tile_type(of, "bf16", 1, *of_w))
+            types |= dict.fromkeys(constants, "constexpr")
+            yield Proof(f"experts, {name}, {size}", kernel, {arg: types[arg] for arg in kernel.arg_names},
+                        constants, options, True, ("M", "E"), targets)
+        kernel = kernels.grouped_weight_kernel
+        constants = dict(BLOCK_O=block_m, BLOCK_D=block_n, STEP=step, GROUP=8)
+        types = numbers | dict(g=tile_type(of, "bf16", step, block_m), x=tile_type(of, "bf16", step, block_n),
+                               dw="*fp32", **dict.fromkeys(constants, "constexpr"))
+        yield Proof(f"experts, by weight, {size}", kernel, {arg: types[arg] for arg in kernel.arg_names},
+                    constants, options, True, ("M", "E"), targets)
+
+
+def tile_options(of, warps, stages):
+    """AMD's GPUs have shared memory for two stages."""
+    return dict(num_warps=warps, num_stages=2 if of == "hip" else stages)
+
+
 # Bytes that a thread may spill where an H200 is faster so than with a tile that spills nothing
 FASTER_WITH_SPILLS = {"attention 128/256, keys": 112}
 
@@ -134,10 +179,14 @@ def flash_types(kernel, constants, of):
     return types
 
 
+# Tiles are loaded by Hopper's engine or by pointers, and chosen for what a chip has room for.
+FAMILIES = ("cuda", ("sm_80",)), ("hopper", ("sm_90", "sm_100")), ("hip", ("gfx942",))
+
 # PolyNorm's kernels are the same for all widths from 2048 on that are multiples of 16
 PROOFS = [*poly_norm(8192, True), *poly_norm(8192, False), *poly_norm(11_001, True, odd=("D",)),
           *fp8("bf16"), *fp8("fp32"),
-          *flash("cuda", ("sm_80",)), *flash("hopper", ("sm_90", "sm_100")), *flash("hip", ("gfx942",))]
+          *(proof for of, targets in FAMILIES for make in (symmetric, experts, flash)
+            for proof in make(of, targets))]
 
 
 def compiled(proof, gpu):
