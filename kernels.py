@@ -1065,6 +1065,13 @@ FLASH_TILES = {
                          documents=dict(keys=(32, 128, 8, 2), values=(32, 64, 4, 2))),
         (256, 256): dict(forward=(128, 32, 8, 2), queries=(64, 64, 8, 2),
                          keys=(32, 64, 4, 2), values=(64, 64, 8, 2))},
+    "blackwell": {
+        (128, 128): dict(forward=(64, 64, 4, 3), queries=(128, 64, 8, 2), both=(64, 64, 8, 2)),
+        (256, 128): dict(forward=(128, 64, 8, 2), queries=(128, 64, 8, 2), both=(32, 64, 4, 2)),
+        (128, 256): dict(forward=(128, 64, 8, 2), queries=(128, 64, 8, 2),
+                         keys=(32, 128, 8, 1), values=(64, 64, 8, 2)),
+        (256, 256): dict(forward=(128, 32, 8, 2), queries=(64, 64, 8, 2),
+                         keys=(32, 64, 4, 2), values=(64, 64, 8, 2))},
     "cuda": {
         (128, 128): dict(forward=(128, 64, 8, 2), queries=(128, 32, 8, 2), both=(64, 64, 8, 2)),
         (256, 128): dict(forward=(128, 64, 8, 2), queries=(64, 32, 4, 2), both=(32, 32, 4, 2)),
@@ -1082,13 +1089,14 @@ FLASH_TILES = {
 
 
 def flash_target(device):
-    """The row of FLASH_TILES for a device. "hopper", H100 and B200: their copy engine loads the tiles."""
+    """The row of FLASH_TILES for a device. H100 and B200 ("hopper", "blackwell") have an engine that copies
+    tiles."""
     if torch.version.hip:
         return "hip"
     if device.type == "meta":
         return "hopper"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        return "hopper"
+    if device.type == "cuda":
+        return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "cuda")
     return "cuda"
 
 
@@ -1141,7 +1149,7 @@ def in_tiles(target, rows, *tensors_and_columns):
     arguments = []
     for x, *columns in tensors_and_columns:
         for width in columns:
-            if target == "hopper":
+            if target in ("hopper", "blackwell"):
                 x_in = TensorDescriptor.from_tensor(x, [1, 1, rows, width or columns[0]])
             else:
                 x_in = (x, *x.stride()[:3], x.shape[2])

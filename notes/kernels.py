@@ -81,9 +81,12 @@ def fp8(dtype):
                     constexprs, options, odd=("tiles",))
 
 
+ENGINE = "hopper", "blackwell"     # families of chips with an engine that copies tiles
+
+
 def tile_type(of, dtype, *shape):
     """The type of a tensor that is loaded by tiles: where an engine copies them, a descriptor."""
-    return f"tensordesc<{dtype}[{','.join(map(str, shape))}]>" if of == "hopper" else "*" + dtype
+    return f"tensordesc<{dtype}[{','.join(map(str, shape))}]>" if of in ENGINE else "*" + dtype
 
 
 def symmetric(of, targets):
@@ -102,7 +105,7 @@ def symmetric(of, targets):
 def experts(of, targets):
     """The three products of experts of 7168 × 2048, with large tiles and small ones."""
     large, small, without_engine = kernels.GROUPED_TILES[2]
-    for size, tiles in (("large", large if of == "hopper" else without_engine), ("small", small)):
+    for size, tiles in (("large", large if of in ENGINE else without_engine), ("small", small)):
         block_m, block_n, step, warps, stages = tiles
         options = tile_options(of, warps, stages)
         numbers = dict.fromkeys(("M", "E", "n", "width", "O", "D"), "i32") | dict(ends="*i64", y="*bf16")
@@ -162,7 +165,7 @@ def flash_types(kernel, constants, of):
         letter = name.removeprefix("d")[0]
         if name in constants:
             types[name] = "constexpr"
-        elif name.endswith(("_in", "_out")) and of == "hopper":
+        elif name.endswith(("_in", "_out")) and of in ENGINE:
             rows = constants["M" if letter in "qyg" else "N"]
             columns = constants["V"]
             if letter in "qk":
@@ -180,7 +183,7 @@ def flash_types(kernel, constants, of):
 
 
 # Tiles are loaded by Hopper's engine or by pointers, and chosen for what a chip has room for.
-FAMILIES = ("cuda", ("sm_80",)), ("hopper", ("sm_90", "sm_100")), ("hip", ("gfx942",))
+FAMILIES = ("cuda", ("sm_80",)), ("hopper", ("sm_90",)), ("blackwell", ("sm_100",)), ("hip", ("gfx942",))
 
 # PolyNorm's kernels are the same for all widths from 2048 on that are multiples of 16
 PROOFS = [*poly_norm(8192, True), *poly_norm(8192, False), *poly_norm(11_001, True, odd=("D",)),
