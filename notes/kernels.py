@@ -256,14 +256,14 @@ def prove(proofs, targets=TARGETS):
 
 
 def table(rows):
-    """One line a kernel: for each target registers, shared memory, spills, matrix instructions."""
+    """One line a kernel: for each target warps, registers, shared memory, spills, matrix instructions."""
     cells = {}
     for row in rows:
-        cell = f"{row['registers']:.0f} · {row['shared'] / 1024:.1f} · {row['spilled']:.0f}"
+        cell = f"{row['warps']:.0f} · {row['registers']:.0f} · {row['shared'] / 1024:.1f} · {row['spilled']:.0f}"
         cell += f" · {row['matrix']:.0f}" if row["matmul"] else ""
-        cells.setdefault((row["kernel"], f"{row['warps']:.0f}"), {})[row["target"]] = cell
-    return [("kernel", "warps", *TARGETS),
-            *((*kernel, *(found.get(name, "–") for name in TARGETS)) for kernel, found in cells.items())]
+        cells.setdefault(row["kernel"], {})[row["target"]] = cell
+    return [("kernel", *TARGETS),
+            *((kernel, *(found.get(name, "–") for name in TARGETS)) for kernel, found in cells.items())]
 
 
 def main(argv):
