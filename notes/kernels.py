@@ -259,7 +259,8 @@ def table(rows):
     """One line a kernel: for each target warps, registers, shared memory, spills, matrix instructions."""
     cells = {}
     for row in rows:
-        cell = f"{row['warps']:.0f} · {row['registers']:.0f} · {row['shared'] / 1024:.1f} · {row['spilled']:.0f}"
+        cell = f"{row['warps']:.0f} · {row['registers']:.0f} · {row['shared'] / 1024:.1f}"
+        cell += f" · {row['spilled']:.0f}"
         cell += f" · {row['matrix']:.0f}" if row["matmul"] else ""
         cells.setdefault(row["kernel"], {})[row["target"]] = cell
     return [("kernel", *TARGETS),
