@@ -272,7 +272,7 @@ class Local:
 
     def dispatch(self, rows, weight):
         """Tokens (M, C) and their weights (M, 1) leave → one tensor, under way."""
-        self.weight = weight
+        self.weight = weight               # not passed at the yield: with one device nothing is cut there
         return rows
 
     def arrive(self, moving):
@@ -879,11 +879,13 @@ class Layer(nn.Module):
         return whole(self.parts(x, rope, sees, cache, kv, total))
 
     def compile_parts(self, on=True):
-        """torch.compile what lies between the yields of `parts`, or undo that. The generator itself cannot be
-        compiled."""
+        """torch.compile the matmuls and what belongs to them, which lie between the yields of `parts`, or
+        undo that. A generator cannot be compiled."""
         pieces = [(self.attention, "forward")]
         if self.sparse:
             pieces += [(self.ffn, "route"), (self.ffn, "experts")]
+            if hasattr(self.ffn, "shared"):
+                pieces.append((self.ffn.shared, "forward"))
         else:
             pieces.append((self.ffn, "forward"))
         for module, name in pieces:

@@ -448,7 +448,8 @@ def needs(act, parts):
 
 
 def parts_of(plans, chunks=0):
-    """In how many parts these plans run each of `chunks` chunks, or of more. A chunk in no plan: one."""
+    """The number of parts of each chunk in these plans: a list of at least `chunks` entries, 1 for a chunk in
+    none of them."""
     acts = [act for plan in plans for act in plan]
     parts = [1] * max(chunks, 1 + max(act.chunk for act in acts))
     for act in acts:
@@ -591,8 +592,8 @@ def in_parts(act, parts):
 
 
 def legs(act, parts):
-    """The parts of an act, in lists that end where tokens travel. The numbers of tokens are soon there: what
-    begins after them belongs to the same list."""
+    """The parts of an act, grouped between transfers of tokens. Counts end no group: they are too short to be
+    worth hiding."""
     found = [[]]
     for part in in_parts(act, parts):
         found[-1].append(part)
@@ -621,7 +622,7 @@ def weave(plan, parts, ticks):
         while plan[0].op == "W":
             woven.append(plan.popleft())
 
-        # Each list of legs, spread evenly over the tick; of two at the same place, the backward's comes first
+        # Spread the legs of each act evenly over the tick, and merge them; on a tie the backward goes first
         places = []
         for some in legs(plan.popleft(), parts), legs(act, parts):
             places += [((k + 0.5) / len(some), leg) for k, leg in enumerate(some)]
@@ -668,7 +669,7 @@ def partition(costs, n, starts=None):
 
 # ---- plans: time them, draw them ---------------------------------------------------------------------------
 
-AHEAD = 2                        # a stage posts an act's receive when it begins the second act before it
+AHEAD = 2                        # a receive is posted this many whole forwards or backwards ahead
 
 
 class Timeline(NamedTuple):
@@ -684,10 +685,12 @@ class Timeline(NamedTuple):
 
 
 def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
-    """Time the plans of all stages: cost(act) seconds an act, none for R, `message` seconds a message, and
-    exchange(act) seconds the exchange after a part `act` → Timeline. It begins when the part ends; but a
-    dispatch begins with its part, and its gradient is needed only at the end of that: there the shared expert
-    computes meanwhile.
+    """Time the plans of all stages → Timeline. In seconds: cost(act) for an act (none for R), `message` for a
+    message, exchange(act) for the exchange that a part starts.
+
+    An exchange starts when its part ends; but in the part with the shared expert the dispatch starts at the
+    beginning, and its gradient is needed only at the end of that part's backward: the shared expert overlaps
+    with both.
 
     Messages are those of `execute`: a transfer begins when the sender has the tensor, the receiver has
     posted the receive (see AHEAD), and the message before it on the same channel has arrived. A channel is
@@ -702,7 +705,7 @@ def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
     stage_of = {act: stage for stage, plan in enumerate(plans) for act in plan}
     check_order(plans, stage_of, parts)
 
-    ahead = AHEAD * max(parts)
+    ahead = [AHEAD * max(parts_of([plan])) if plan else 0 for plan in plans]
     free = [0.0] * len(plans)                      # when the stage has finished what it began
     spans, exchanges, messages = ([[] for _ in plans] for _ in range(3))
     finish = {}
@@ -719,7 +722,7 @@ def simulate(plans, cost, message=0.0, exchange=lambda act: 0.0, ranks=1):
                 return None
             if stage_of[need] != stage and (stage, need) not in arrived:
                 # A message: its receive was posted when an earlier act ended
-                at = len(spans[stage]) - ahead - 1
+                at = len(spans[stage]) - ahead[stage] - 1
                 posted = spans[stage][at][2] if at >= 0 else 0.0
                 channel = stage_of[need], stage, need.op
                 start = max(finish[need], posted, last.get(channel, 0.0))
@@ -969,7 +972,8 @@ class Messages:
 class Passage:
     """A micro-batch on its way through a chunk: its forward, then its backward, part by part. The graph is
     cut where the chunk's generator yields, so that each part has a graph of its own; and in front of x, whose
-    gradient is another chunk's. Gradients are the same to the bit as with the graph in one piece."""
+    gradient is another chunk's. Gradients are the same to the bit as with the graph in one piece, but for a
+    matrix that is used in two parts (a tied embedding): its sum has another order."""
 
     def __init__(self, x, generator, kept=None):
         self.x = x
@@ -987,7 +991,8 @@ class Passage:
             self.generator = self.entering = None
             return True
 
-        # Edges of the graph stand for tensors, which may be freed
+        # Keep gradient edges and not the tensors, so that these can be freed. The anchor makes Cut's output
+        # require a gradient.
         anchor = torch.empty(0, requires_grad=True)
         edges = []
         gradients = {}
@@ -1138,7 +1143,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             if run.y is not None:
                 roots.append(run.y)
                 gradients.append(received)
-            if isinstance(run.balance, torch.Tensor):
+            if isinstance(run.balance, torch.Tensor) and run.balance.requires_grad:
                 roots.append(run.balance * of_all)
                 gradients.append(None)
         run.y = run.balance = None
@@ -1373,7 +1378,8 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None, cut=False):
     if last:
         kept.append(meter.keep(y, "boundaries"))
     forward = meter.now.total()
-    shares = tuple((b - a) / held[-1] for a, b in itertools.pairwise(held))
+    shares = [b - a for a, b in itertools.pairwise(held)]
+    shares = tuple(share / (held[-1] or 1) for share in shares)    # a head alone may save nothing
 
     # The backward, from the loss or from a gradient that another chunk has sent
     meter.peak = meter.now.copy()

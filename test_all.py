@@ -3878,6 +3878,38 @@ def test_ranks_that_exchange_in_different_orders_are_refused():
         parallel.simulate([plan, other], lambda act: 1.0, ranks=2)
 
 
+def test_a_frozen_chunk_gets_no_gradient_although_its_balance_loss_is_a_tensor():
+    """Two chunks in one process, the first one frozen up to its routers: the other's gradients are those of
+    the whole model with the same parameters frozen."""
+    mesh = parallel.MeshConfig(chunks=2)
+    config = train.Config(model=replace(K2, n_layer=4, n_dense=0, tie=False, balance_loss=0.1), mesh=mesh)
+    chunks = {i: train.build_chunk(config, i) for i in range(2)}
+    whole = net.Transformer(config.model, seed=config.seed)
+    for p in chunks[0].parameters():
+        p.requires_grad_(False)
+    frozen = set(dict(chunks[0].named_parameters()))
+    for name, p in whole.named_parameters():
+        p.requires_grad_(name not in frozen)
+    x = tokens(3, 17)
+    batch = data.Batch(x[:, :-1], x[:, 1:], None, None)
+    parallel.execute(parallel.interleaved(1, 3, 2)[0], chunks, batch, 1, parallel.Mesh())
+    forward_backward(whole, batch, 1)
+    assert all(p.grad is None for p in chunks[0].parameters())
+    exact = dict(whole.named_parameters())
+    for name, p in chunks[1].named_parameters():
+        torch.testing.assert_close(p.grad, exact[name].grad, msg=name)
+
+
+def test_what_a_head_alone_holds_is_predicted():
+    """In nGPT the last chunk may have the head alone, whose forward saves nothing."""
+    config = train.RECIPES["laptop"]
+    model = replace(config.model, ngpt=True, n_layer=2)
+    optim = replace(config.optim, tau=0.0, weight_decay=0.0)
+    config = replace(config, model=model, optim=optim, micro=2, mesh=parallel.MeshConfig(pp=3))
+    assert [len(layers) for layers in train.chunk_ranges(config)] == [1, 1, 0]
+    assert min(train.activations(config, 3, False)) > 0
+
+
 @each_variant
 def test_a_split_backward_gives_the_same_gradients(config):
     """To the bit, for float32 weights: matmuls, their inputs' gradients and sums over micro-batches are the
