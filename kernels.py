@@ -1271,7 +1271,6 @@ def flash_forward(q, k, v, doc_start=None, scale=None, want_max=True, maps=1):
 #
 # (3) sums over keys, (1) and (4) over queries: a kernel for each kind, with a fixed order of summation, so
 # that the bits are the same every time.
-#
 
 @jit
 def queries_of_phase(phase, j0, until_ptr, T, S, DOCS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):

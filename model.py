@@ -802,7 +802,7 @@ class MoE(nn.Module):
         x (B, T, C) → (B, T, C), balance loss, *also. It yields the name of an exchange that has begun and is
         waited for when the generator goes on, and the tensors that live on: those with a gradient have to
         pass here, and `also` passes what the caller keeps. The driver returns them, or others that are equal.
-        Between two yields grad mode and autocast must not change."""
+        No grad-mode or autocast context may be open across a yield."""
         # Route, and tell the other ranks how many tokens they will get; meanwhile, a row for each pair
         h = self.norm(x)
         index, weight, balance = self.route(h)

@@ -3900,6 +3900,12 @@ def test_a_frozen_chunk_gets_no_gradient_although_its_balance_loss_is_a_tensor()
         torch.testing.assert_close(p.grad, exact[name].grad, msg=name)
 
 
+def test_a_dry_run_says_what_the_overlap_holds(capsys):
+    train.main("laptop-k2 --dry-run --micro=1 --mesh.pp=2 --mesh.ep=2 --mesh.overlap=true".split())
+    said = capsys.readouterr().out
+    assert "keep more forwards in flight: 4; 2 by stage, instead of 2; 1; that is" in said
+
+
 def test_what_a_head_alone_holds_is_predicted():
     """In nGPT the last chunk may have the head alone, whose forward saves nothing."""
     config = train.RECIPES["laptop"]
@@ -4225,9 +4231,13 @@ def memory_of_ranks(rank, folder):
         if ep == 2:
             with Alive() as alive:
                 rows = torch.randn(40, 5000, requires_grad=True)
+                tolist, syncs = torch.Tensor.tolist, []
+                torch.Tensor.tolist = lambda t: syncs.append(t) or tolist(t)
                 trip = parallel.Exchange(mesh, torch.tensor([20, 20]))
                 here = trip.arrive(trip.dispatch(rows * 1, torch.ones(40, 1)))[0]
                 home = trip.home(trip.combine(here))
+                torch.Tensor.tolist = tolist
+                assert len(syncs) == 1, "the host waits for a GPU once an exchange, for the counts"
                 del trip, here
             deadline = time.monotonic() + 10
             while alive.bytes() >= 3 * home.nbytes:                # gloo's thread may hold on a little longer

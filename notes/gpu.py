@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import torch
+from torch.nn.attention import SDPBackend
 
 import kernels
 import muonclip
@@ -48,6 +49,60 @@ def operation(name):
         found |= {f"{what}_ms": ms, f"{what}_speed": speed, f"{what}_share": share}
         found |= {f"{what}_over {other}": ratio for other, ratio in ratios.items()}
     yield found
+
+
+def beside(ours, tensors, others):
+    """Milliseconds of ours, and how many times as fast it is as the others."""
+    times = kernels.milliseconds(ours, tensors)
+    found = {f"{what}_ms": ms for what, ms in zip(("forward", "both"), times)}
+    for name, f in others.items():
+        for what, ms, theirs in zip(("forward", "both"), times, kernels.milliseconds(f, tensors)):
+            found[f"{what}_over {name}"] = theirs / ms
+    yield found
+
+
+def torchs(*backends):
+    """Causal attention by torch, with the first of these kernels that takes it."""
+    def attend(q, k, v):
+        with torch.nn.attention.sdpa_kernel(backends):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attend
+
+
+def attention_at(B, H, T, d, dv):
+    """Attention at a size where launching a kernel costs nothing beside running it."""
+    q, k, v = (torch.randn(B, H, T, width, device="cuda") for width in (d, d, dv))
+    one = {name: torchs(kernel) for name, kernel in
+           (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)) if d == dv}
+    logits = {"with the largest logits": lambda *qkv: kernels.attention(*qkv, tau=None)[0],
+              "a pass for these": lambda q, k, v: kernels.exact_max_logits(q, k)}
+    yield from beside(lambda *qkv: kernels.attention(*qkv)[0], (q, k, v),
+                      one or {"torch's choice": torchs(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)})
+    yield from beside(lambda *qkv: kernels.attention(*qkv)[0], (q, k, v), logits)
+
+
+def differential_at(B, heads, T, d):
+    """Differential attention, against two calls of torch and plain attention with as many multiply-adds."""
+    q, k = (torch.randn(B, 2 * heads, T, d, device="cuda") for _ in range(2))
+    v = torch.randn(B, heads, T, 2 * d, device="cuda")
+    torch_s = torchs(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    more = [torch.randn(B, 3 * heads, T, d, device="cuda") for _ in range(3)]
+    plain = kernels.milliseconds(lambda *qkv: kernels.attention(*qkv)[0], more)
+    found, = beside(lambda *qkv: kernels.diff_attention(*qkv, 0.3)[0], (q, k, v),
+                    {"two calls of torch": lambda q, k, v: kernels.diff_attention_ref(
+                        q, k, v, 0.3, attend=lambda q, k, v, _: torch_s(q, k, v))})
+    for what, ms in zip(("forward", "both"), plain):
+        found[f"{what}_over plain"] = ms / found[f"{what}_ms"]
+    yield found
+
+
+def experts_at(M, E, D, O):
+    """The experts' matmul with equally many rows for each, against torch's."""
+    ends = torch.arange(1, E + 1, device="cuda") * (M // E)
+    x, w = torch.randn(M, D, device="cuda"), torch.randn(E, O, D, device="cuda")
+    grouped_mm = torch.nn.functional.grouped_mm
+    yield from beside(lambda x, w: kernels.grouped_linear(x, w, ends), (x, w),
+                      {"grouped_mm": lambda x, w: grouped_mm(x, w.mT, offs=ends.int())})
 
 
 def blocks():
@@ -122,6 +177,11 @@ def whole_run(recipe):
 RUNS = {"blocks": (step_of_blocks, False), "blocks, torch's operations": (step_of_blocks, True),
         "optimizer: MuonClip": (optimizer, "ours"), "optimizer: torch.optim.Muon": (optimizer, "torch's")}
 RUNS |= {f"kernel: {row.name}": (operation, row.name) for row in kernels.operations("cpu", False)}
+RUNS |= {"large: attention, 4 × 16 heads, 4,096 tokens": (attention_at, (4, 16, 4096, 128, 128)),
+         "large: attention, 16 heads, 16,384 tokens": (attention_at, (1, 16, 16_384, 128, 128)),
+         "large: latent widths, 4 × 16 heads, 4,096 tokens": (attention_at, (4, 16, 4096, 192, 128)),
+         "large: differential, 4 × 16 maps, 4,096 tokens": (differential_at, (4, 8, 4096, 128)),
+         "large: experts, 7168 → 2048": (experts_at, (32_760, 24, 7168, 2048))}
 RUNS |= {"run: laptop": (whole_run, "laptop"), "run: laptop-k2": (whole_run, "laptop-k2")}
 
 
@@ -136,13 +196,15 @@ def run(arm, seed, _):
     torch.cuda.empty_cache()
     kept = kernels.takes_kernels, kernels.is_for_flash
     try:
-        yield from f(argument)
+        yield from f(*argument) if isinstance(argument, tuple) else f(argument)
     finally:
         kernels.takes_kernels, kernels.is_for_flash = kept
 
 
 def show(rows):
-    by_arm = {row["arm"]: row for row in rows}
+    by_arm = {}
+    for row in rows:
+        by_arm[row["arm"]] = by_arm.get(row["arm"], {}) | row
 
     # A bar for each kernel and other form: how many times as fast ours is
     figure, ((axes,),) = _note.panels(1, 1, width=9, height=5)
@@ -150,9 +212,9 @@ def show(rows):
     lines = [("operation", "forward, ms", "of the ceiling", "and backward, ms", "of the ceiling",
               "times as fast as")]
     for arm, row in by_arm.items():
-        if not arm.startswith("kernel: "):
+        if not arm.startswith(("kernel: ", "large: ")):
             continue
-        name = arm.removeprefix("kernel: ")
+        name = arm.partition(": ")[2]
         ratios = []
         for column in row:
             what, _, other = column.partition("_over ")
@@ -178,7 +240,7 @@ def show(rows):
     # Steps and runs
     steps = [("what", "seconds", "tokens/s", "MFU", "where the GPU's time goes")]
     for arm, row in by_arm.items():
-        if arm.startswith("kernel: "):
+        if arm.startswith(("kernel: ", "large: ")):
             continue
         shares = [name for name in row if name.startswith("share ")]
         spent = ", ".join(f"{name.removeprefix('share ')} {row[name]:.0%}" for name in shares)

@@ -8,9 +8,7 @@ import functools
 import json
 import os
 import re
-import socket
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from data import Batch
 from model import PRESETS, ModelConfig, Transformer, count_parts, whole
 from notes import _note
 from notes._figure import put_timelines
-from notes.schedules import Sleep
+from notes.schedules import Sleep, on_ranks
 from notes.speed import seconds_of_acts
 
 # ---- K2 on many GPUs: the assumptions ----------------------------------------------------------------------
@@ -253,7 +251,7 @@ class SlowExchanges:
         parallel.Exchange.dispatch = dispatched
 
 
-def on_a_rank(rank, pp, ep, port, path, computing):
+def on_a_rank(rank, port, path, pp, ep, computing):
     """Run woven and unwoven plans in turn; rank 0 writes {name: [(seconds, simulated seconds)]}."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(pp * ep), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port)
@@ -320,13 +318,7 @@ def clock(what):
     """{"woven" or "unwoven": [(seconds, simulated seconds)] of five runs}, on two computing or four sleeping
     ranks."""
     pp, ep = (1, 2) if what == "computing" else (2, 2)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port, path = str(free.getsockname()[1]), f"{folder}/times"
-        free.close()
-        arguments = pp, ep, port, path, what == "computing"
-        torch.multiprocessing.spawn(on_a_rank, arguments, nprocs=pp * ep)
-        return json.loads(Path(path).read_text())
+    return on_ranks(on_a_rank, pp * ep, pp, ep, what == "computing")
 
 
 # ---- the note ----------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Sleeper(nn.Module):
 SLEEP = 0.06                                   # seconds: the forward of a whole stage
 
 
-def on_a_rank(rank, p, port, path, name, computing):
+def on_a_rank(rank, port, path, p, name, computing):
     """Run the plan of `name` five times; rank 0 writes [seconds, simulated seconds] of each."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(p), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=port)
@@ -154,14 +154,20 @@ def on_a_rank(rank, p, port, path, name, computing):
     parallel.leave_mesh()
 
 
-def clock(name, computing):
-    """[(seconds, simulated seconds)] of five runs, on two computing or four sleeping ranks."""
+def on_ranks(f, world, *arguments):
+    """Run f(rank, port, path, *arguments) in `world` processes → the JSON that one of them wrote to path."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
-        port, path, p = str(free.getsockname()[1]), f"{folder}/times", 2 if computing else 4
+        port, path = str(free.getsockname()[1]), f"{folder}/times"
         free.close()
-        torch.multiprocessing.spawn(on_a_rank, (p, port, path, name, computing), nprocs=p)
+        torch.multiprocessing.spawn(f, (port, path, *arguments), nprocs=world)
         return json.loads(Path(path).read_text())
+
+
+def clock(name, computing):
+    """[(seconds, simulated seconds)] of five runs, on two computing or four sleeping ranks."""
+    p = 2 if computing else 4
+    return on_ranks(on_a_rank, p, p, name, computing)
 
 
 # ---- the note ----------------------------------------------------------------------------------------------
