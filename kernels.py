@@ -800,6 +800,13 @@ def grouped_linear(x, w, ends):
     return GroupedLinear.apply(x, w, ends)
 
 
+def linears(h, weights, ends=None):
+    """h·wᵀ for each w in weights, in the dtype of h; with `ends`, each w is a stack, as in grouped_linear."""
+    if ends is None:
+        return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
+    return tuple(grouped_linear(h, w, ends) for w in weights)
+
+
 # ---- attention ----------------------------------------------------------------------------------------
 
 def causal_mask(T, S, doc_start=None, device=None):

@@ -244,10 +244,7 @@ def linear(name, weights, pre, params, *x, ends=None):
 
     Nobody else uses h: a replacement for this function may recompute it in the backward, or store it in a
     smaller dtype or in host memory."""
-    h = pre(*x)
-    if ends is None:
-        return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
-    return tuple(kernels.grouped_linear(h, w, ends) for w in weights)
+    return kernels.linears(pre(*x), weights, ends)
 
 
 def identity(x):
@@ -255,9 +252,26 @@ def identity(x):
     return x
 
 
+def widened(x):
+    """x in float32 or wider."""
+    return x.to(kernels.accumulation_dtype(x.dtype))
+
+
 def parameters_of(*modules):
     """The parameters of those arguments that are modules; an activation may be a plain function."""
     return tuple(p for module in modules if isinstance(module, nn.Module) for p in module.parameters())
+
+
+def attention(attend, make, params, *latents):
+    """attend(q, k, v), where (q, k, v) = make(*latents) are large and the latents are small: a replacement
+    may keep these alone. params: the parameters that `make` uses."""
+    return attend(*make(*latents))
+
+
+def recompute(kind, f, params, *x):
+    """f(*x), which is cheap to compute: a replacement may drop the result after the forward, and compute it
+    again in the backward. kind: of the computation. params: the parameters that f uses."""
+    return f(*x)
 
 
 class Local:
@@ -291,6 +305,8 @@ class Local:
 class Ops(NamedTuple):
     """The operations a Transformer is handed; these defaults are those of one device."""
     linear: Callable = linear
+    attention: Callable = attention
+    recompute: Callable = recompute
     exchange: Callable = Local
 
 
@@ -594,44 +610,57 @@ class LatentAttention(Heads):
         def heads(t):
             return t.unflatten(-1, (H, -1)).transpose(1, 2)                 # (B, H, T, width)
 
-        # Latents and queries
+        # Latents; without one for the queries, the queries
+        down = self.wdq if c.q_rank else self.wuq
         gains = parameters_of(self.norm)
-        if c.q_rank:
-            cq, ckv = self.ops.linear("latents", (self.wdq, self.wdkv), self.norm, gains, x)    # (1)
-            q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, parameters_of(self.q_norm), cq)    # (2)
-        else:
-            q, ckv = self.ops.linear("latents", (self.wuq, self.wdkv), self.norm, gains, x)
-        q = q * c.sharpness if c.yarn else q
-
-        # Rotate the rotary parts
-        q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
+        cq, ckv = self.ops.linear("latents", (down, self.wdkv), self.norm, gains, x)                  # (1)
         ckv, k_rope = ckv.split((c.kv_rank, c.d_rope), -1)
-        q_rope = rotate(q_rope, *rope)                                      # (B, H, T, d_rope)
-        k_rope = rotate(k_rope[:, None], *rope)                             # (B, 1, T, d_rope)
         scale = (c.d_head + c.d_rope) ** -0.5
+
+        def queries(q):
+            if c.q_rank:
+                gains = parameters_of(self.q_norm)
+                q, = self.ops.linear("q_up", (self.wuq,), self.q_norm, gains, q)                      # (2)
+            q = q * c.sharpness if c.yarn else q
+            q_nope, q_rope = heads(q).split((c.d_head, c.d_rope), -1)
+            return q_nope, rotate(q_rope, *rope)                            # (B, H, T, d_head or d_rope)
+
+        def make(cq, ckv, k_rope):
+            """Queries, keys and values of each head."""
+            gains = parameters_of(self.kv_norm)
+            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, gains, ckv)           # (2)
+            k_rope = rotate(k_rope[:, None], *rope).expand(-1, H, -1, -1)   # (B, H, T, d_rope)
+            return torch.cat(queries(cq), -1), torch.cat((heads(k), k_rope), -1), heads(v)
+
+        def attend(q, k, v):
+            y, logits = kernels.attention(q, k, v, sees, scale, self.asks())
+            self.record(logits)
+            return y
 
         if cache is not None:
             # With a cache: one key [c_kv; k_rope] for all heads, whose value is c_kv                 (3)
+            q_nope, q_rope = queries(cq)
             ckv = self.kv_norm(ckv)[:, None]
+            k_rope = rotate(k_rope[:, None], *rope)                         # (B, 1, T, d_rope)
             ckv, k_rope = cache.put(self.layer, ckv, k_rope)                # (B, 1, S, kv_rank or d_rope)
-            wuk = self.wuk.to(q.dtype).unflatten(0, (H, -1))                # (H, d_head, kv_rank)
-            wuv = self.wuv.to(q.dtype).unflatten(0, (H, -1))                # (H, d_value, kv_rank)
+            wuk = self.wuk.to(ckv.dtype).unflatten(0, (H, -1))              # (H, d_head, kv_rank)
+            wuv = self.wuv.to(ckv.dtype).unflatten(0, (H, -1))              # (H, d_value, kv_rank)
             q = torch.cat((q_nope @ wuk, q_rope), -1)                       # (B, H, T, kv_rank + d_rope)
             k = torch.cat((ckv, k_rope), -1)
             y, _ = kernels.attention(q, k, ckv, sees, scale)
             y = y @ wuv.mT
         else:
-            # Without a cache: keys and values of each head
-            gains = parameters_of(self.kv_norm)
-            k, v = self.ops.linear("kv_up", (self.wuk, self.wuv), self.kv_norm, gains, ckv)           # (2)
-            q = torch.cat((q_nope, q_rope), -1)
-            k = torch.cat((heads(k), k_rope.expand(-1, H, -1, -1)), -1)
-            y, logits = kernels.attention(q, k, heads(v), sees, scale, self.asks())
-            self.record(logits)
+            # Without a cache: queries, keys and values of each head
+            y = self.ops.attention(attend, make, self.ups(), cq, ckv, k_rope)
 
         # Back into the residual stream
         out, = self.ops.linear("out", (self.wo,), self.join, (), y)
         return out, None
+
+    def ups(self):
+        """The parameters that lead from the latents to the heads."""
+        of_queries = (self.wuq, *parameters_of(self.q_norm)) if self.config.q_rank else ()
+        return (*of_queries, self.wuk, self.wuv, *parameters_of(self.kv_norm))
 
     def join(self, y):
         """Concatenate heads: (B, H, T, d_value) → (B, T, H·d_value)."""
@@ -727,8 +756,8 @@ class MoE(nn.Module):
         c = self.config
 
         # Scores, and the biased scores that decide the choice
-        exact = kernels.accumulation_dtype(h.dtype)
-        s = F.linear(h.to(exact), self.router.to(exact)).sigmoid().flatten(0, 1)           # (N, E)
+        s, = self.ops.linear("router", (self.router,), widened, (), h)
+        s = s.sigmoid().flatten(0, 1)                                                      # (N, E)
         choice = s.detach() + self.bias
 
         # Only the groups whose best two experts have the largest sum stay eligible
@@ -804,7 +833,7 @@ class MoE(nn.Module):
         pass here, and `also` passes what the caller keeps. The driver returns them, or others that are equal.
         No grad-mode or autocast context may be open across a yield."""
         # Route, and tell the other ranks how many tokens they will get; meanwhile, a row for each pair
-        h = self.norm(x)
+        h = self.ops.recompute("norm", self.norm, parameters_of(self.norm), x)
         index, weight, balance = self.route(h)
         order, counts = self.sort(index)
         trip = self.ops.exchange(counts)

@@ -8,6 +8,8 @@ for its rank.
                        gradients backwards. Who does what when is a plan, a plain list [Kimi K2 §2.4.2]
   expert parallelism   ranks of an ep group divide the experts; tokens are dispatched to them and their
                        outputs combined                                                 [Kimi K2 §2.4.2]
+  activations          what is kept for the backward is made again, stored in FP8, or waits in the memory
+                       of the host                                                      [Kimi K2 §2.4.3]
   ZeRO-1               each matrix has one owner, which alone keeps its optimizer state: gradients are
                        reduced to the owner, weights broadcast from it
 
@@ -28,7 +30,8 @@ import os
 import sys
 import time
 import uuid
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -36,9 +39,20 @@ from typing import Callable, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional    # imported after a process group exists, its defaults would hold it
-import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels import GroupedLinear, accumulation_dtype, grouped_linear, listed
+from kernels import (
+    GroupedLinear,
+    accumulation_dtype,
+    fp8_pack,
+    fp8_unpack,
+    linears,
+    listed,
+)
+
+RECOMPUTED = "norm", "act", "mla"        # what mesh.recompute may name: see Savings
+MIB = 1 << 20
+STORED_IN_FP8 = "expert_up", "act"       # what mesh.fp8 may name
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,9 @@ class MeshConfig:
     split: bool = False          # compute the weights' gradients where a stage would wait   [Kimi K2 §2.4.2]
     ep: int = 1                  # ranks that divide the experts among them
     overlap: bool = False        # tokens travel to experts while another micro-batch computes   [§2.4.2]
+    recompute: str = ""          # norm,act,mla: what the backward makes again instead of storing it [§2.4.3]
+    fp8: str = ""                # expert_up,act: inputs of matmuls and activations that are stored in FP8
+    offload: bool = False        # the rest waits for its backward in the memory of the host     [§2.4.3]
     timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
     def __post_init__(self):
@@ -58,6 +75,11 @@ class MeshConfig:
         for name in ("pp", "chunks", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
+        for name, known in (("recompute", RECOMPUTED), ("fp8", STORED_IN_FP8)):
+            unknown = set(filter(None, getattr(self, name).split(","))) - set(known)
+            if unknown:
+                raise ValueError(f"mesh.{name}={getattr(self, name)}: have {', '.join(known)}, not "
+                                 f"{listed(sorted(unknown))}")
         if self.schedule not in ("", *SCHEDULES):
             raise ValueError(f"mesh.schedule={self.schedule!r}: have {', '.join(SCHEDULES)}")
         if self.schedule == "1f1b" and self.chunks > 1:
@@ -973,12 +995,16 @@ class Passage:
     """A micro-batch on its way through a chunk: its forward, then its backward, part by part. The graph is
     cut where the chunk's generator yields, so that each part has a graph of its own; and in front of x, whose
     gradient is another chunk's. Gradients are the same to the bit as with the graph in one piece, but for a
-    matrix that is used in two parts (a tied embedding): its sum has another order."""
+    matrix that is used in two parts (a tied embedding): its sum has another order.
 
-    def __init__(self, x, generator, kept=None):
-        self.x = x
-        self.generator = generator
-        self.kept = kept
+    x: tokens, or what the chunk before has sent. parts(x) → the chunk's generator."""
+
+    def __init__(self, x, parts):
+        self.windows = len(x)
+        self.of_x = {}                             # 0: the gradient of x
+        if x.requires_grad:
+            x = cut(x, self.of_x, 0)
+        self.generator = parts(x)
         self.entering = None                       # what the next part is given
         self.cuts = []                             # after each part: what it passed on, and its gradients
 
@@ -991,16 +1017,14 @@ class Passage:
             self.generator = self.entering = None
             return True
 
-        # Keep gradient edges and not the tensors, so that these can be freed. The anchor makes Cut's output
-        # require a gradient.
-        anchor = torch.empty(0, requires_grad=True)
+        # Keep gradient edges and not the tensors, so that these can be freed.
         edges = []
         gradients = {}
         entering = list(live)
         for i, t in enumerate(live):
             if isinstance(t, torch.Tensor) and t.requires_grad:
                 edges.append((i, torch.autograd.graph.get_gradient_edge(t)))
-                entering[i] = Cut.apply(t.detach(), anchor, gradients, i)
+                entering[i] = cut(t, gradients, i)
         self.entering = tuple(entering)
         self.cuts.append((edges, gradients))
         return False
@@ -1015,6 +1039,11 @@ class Passage:
         edges, gradients = self.cuts.pop()
         found = [(edge, gradients[i]) for i, edge in edges if i in gradients]
         self.backward(*zip(*found) if found else ((), ()))
+
+
+def cut(t, gradients, i):
+    """t without its graph; its gradient will be put into gradients[i]. The anchor makes it require one."""
+    return Cut.apply(t.detach(), torch.empty(0, requires_grad=True), gradients, i)
 
 
 class Cut(torch.autograd.Function):
@@ -1032,7 +1061,7 @@ class Cut(torch.autograd.Function):
         return None, None, None, None
 
 
-def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=None, meter=None):
+def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=None, meter=None):
     """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
     micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
     weight × term if the batch has weights. Without gradients (torch.no_grad), the plan has forwards only.
@@ -1042,7 +1071,8 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
                                                  (b, T, chunk.width) of the chunk before
         chunk.parts(x, doc_start, dtype=dtype)   the same as a generator, if the plan runs the chunk in parts
         chunk.loss(h, targets, weight) → (loss, its terms (N,)), in the last one
-    later: the WeightGradients whose `linear` the chunks use, if any. reduce(chunk): what R does.
+        chunk.count(on)                          whether forwards record what they see: not what is recomputed
+    savings: the Savings whose operations the chunks use, if any. reduce(chunk): what R does.
     meter: a Meter of what is kept for the backward, if that is to be measured.
     → nats/token of each window (b,), in float64 on the mesh's device; zeros if the loss is on another stage.
     LostRank names the act."""
@@ -1053,10 +1083,9 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
     last = total - 1
     parts = parts_of([plan], total)
     live = {}                                      # (micro, chunk): its Passage, from forward to backward
-    keep = meter.keep if meter else lambda tensor, name: None
-    watch = meter.watch if meter else contextlib.nullcontext
-    if later:
-        later.keep = keep
+    savings = savings or Savings()
+    savings.begin(plan, chunks.values(), mesh.device, meter)
+    keep = savings.keep
     split = any(act.op == "W" for act in plan)
 
     def windows(micro_batch, tensor):
@@ -1083,28 +1112,25 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
         else:
             x = messages.receive(act).requires_grad_(torch.is_grad_enabled())
         chunk = chunks[act.chunk]
-        arguments = x, windows(act.micro, batch.doc_start)
-        if parts[act.chunk] > 1:
-            return Passage(x, chunk.parts(*arguments, dtype=dtype))
-        return Passage(x, in_one(chunk.body, *arguments, dtype=dtype))
+        body = chunk.parts if parts[act.chunk] > 1 else functools.partial(in_one, chunk.body)
+        return Passage(x, functools.partial(body, doc_start=windows(act.micro, batch.doc_start), dtype=dtype))
 
     def forward(act):
         at = act.micro, act.chunk
         if at not in live:
             live[at] = passage(act)
         run = live[at]
-        with watch():
+        with savings.watch():
             ended = run.forward()
         if not ended:
             return
 
         # The loss is left to the backward, so that no micro-batch in flight holds its logits' gradient.
         y = run.y
-        run.kept = keep(run.x, "boundaries")
         if act.chunk == last:
             if not torch.is_grad_enabled():
                 loss_of(act.micro, y)
-            run.kept = run.kept, keep(y, "boundaries")
+            run.kept = keep(y, "boundaries")
         else:
             messages.send(act, y.detach())
             run.y = None
@@ -1114,21 +1140,26 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             del live[at]
 
     def backward(act):
+        # What is recomputed has been recorded once.
         run = live[act.micro, act.chunk]
+        if "mla" in savings.recomputed:
+            chunks[act.chunk].count(False)
         if act.left == parts[act.chunk] - 1:
             begin_backward(act, run)
         else:
             run.backward_before()
+        if "mla" in savings.recomputed:
+            chunks[act.chunk].count(True)
         if act.left == 0:
             del live[act.micro, act.chunk]
             if act.chunk > 0:
-                messages.send(act, run.x.grad)
+                messages.send(act, run.of_x.pop(0))
 
     def begin_backward(act, run):
         # Roots of the backward and their gradients. A balance loss is always a mean over windows.
-        of_all = len(run.x) / share
+        of_all = run.windows / share
         if act.chunk == last:
-            with watch():
+            with savings.watch():
                 loss = loss_of(act.micro, run.y)
             if batch.weight is None:
                 roots = [(loss + run.balance) * of_all]
@@ -1139,7 +1170,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
             roots = []
             gradients = []
             received = messages.receive(act)
-            run.kept = run.kept, keep(received, "boundaries")
+            run.kept = keep(received, "boundaries")
             if run.y is not None:
                 roots.append(run.y)
                 gradients.append(received)
@@ -1156,16 +1187,16 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, later=None, reduce=Non
         at = act.micro, act.chunk
         try:
             messages.post(plan[i:i + ahead + 1])
+            savings.enter(i, act)
             if act.op == "F":
-                if later:
-                    later.at = at
                 forward(act)
             if act.op == "B":
                 backward(act)
-            if later and (act.op == "W" or act.op == "B" and act.left == 0 and not split):
-                later.compute(at)
+            if act.op == "W" or act.op == "B" and act.left == 0 and not split:
+                savings.compute(at)
             if act.op == "R":
                 reduce(act.chunk)
+            savings.leave(i)
         except LostRank as error:
             raise LostRank(f"{error} ({act})") from error
     messages.finish()
@@ -1182,96 +1213,474 @@ def in_one(body, *arguments, **options):
 # Other stages wait for the gradient of a matmul's input, but nobody waits for that of its weights. So B
 # computes only the first, and leaves the second to W.                           [2401.10241; Kimi K2 §2.4.2]
 
-class WeightGradients:
-    """The matmuls whose weights' gradients are still to be computed.
-
-    They are kept by (micro-batch, chunk) and not by thread: autograd runs a GPU's backward on another one."""
-
-    def __init__(self):
-        self.at = None                             # (micro-batch, chunk) of the forward that runs
-        self.queue = {}                       # (micro-batch, chunk): [(weights, h, gradients, ends, kept)]
-        self.keep = lambda tensor, name: None      # Meter.keep, if what is queued is to be measured
-
-    def linear(self, name, weights, pre, params, *x, ends=None):
-        """model.linear, whose backward leaves the gradients of the weights to `compute`."""
-        call = SplitCall(self, self.at, pre, len(x), params, ends)
-        return SplitLinear.apply(call, *x, *params, *weights)
-
-    def compute(self, at):
-        """Add the gradients of one micro-batch and chunk to those of the weights, as autograd would: into
-        p.grad, or with the hooks of ZeRO-1."""
-        for weights, h, gradients, ends, _ in self.queue.pop(at, ()):
-            for w, g in zip(weights, gradients):
-                if not w.requires_grad:
-                    continue
-
-                # gᵀ·h over all rows, or over those of each expert
-                if ends is None:
-                    gradient = g.flatten(0, -2).mT @ h.flatten(0, -2)
-                else:
-                    gradient = GroupedLinear.by_weight(g, h, w, ends)
-
-                # Through a view, autograd adds it up and calls the hooks
-                torch.autograd.backward(w.view_as(w), gradient.to(w.dtype))
-
-
-class SplitCall(NamedTuple):
-    """What SplitLinear is told besides tensors."""
-    later: WeightGradients
-    at: tuple
-    pre: Callable
-    inputs: int                  # number of x
-    params: tuple                # what `pre` uses
-    ends: torch.Tensor
-
-
-class SplitLinear(torch.autograd.Function):
-    """h = pre(*x), then h·wᵀ for each w. Between forward and backward only x is kept: B makes h again, for
-    the derivative of `pre`, and hands it on to W. (A hook on a parameter of `pre` is called twice: by the
-    backward of `pre` alone, and by the whole.)"""
+class SavedLinear(torch.autograd.Function):
+    """h·wᵀ for each w, as kernels.linears. Savings keep h, and weights are kept as they are, not in the dtype
+    of h. With a split backward, h and the gradients of the results are left for W."""
 
     @staticmethod
-    def forward(ctx, call, *tensors):
-        x = tensors[:call.inputs]
-        weights = tensors[call.inputs + len(call.params):]
-        ctx.call = call
-        ctx.save_for_backward(*x, *weights)
-        h = call.pre(*x)
-        if call.ends is None:
-            return tuple(F.linear(h, w.to(h.dtype)) for w in weights)
-        return tuple(grouped_linear(h, w, call.ends) for w in weights)
+    def forward(ctx, savings, fp8, ends, h, *weights):
+        ctx.savings = savings
+        ctx.at = savings.at
+        ctx.ends = ends
+        ctx.h = Tiles(savings, h) if fp8 else savings.pack(h.detach())
+        ctx.weights = weights                      # themselves: through hooks, autograd returns aliases
+        return linears(h, weights, ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        call = ctx.call
-        x = ctx.saved_tensors[:call.inputs]
-        weights = ctx.saved_tensors[call.inputs:]
+        weights = ctx.weights
+        kept, ctx.h = ctx.h, None
 
         # By h. The sum begins with the last, as autograd's does.
         dh = None
-        for w, g in reversed(list(zip(weights, gradients))):
-            if call.ends is None:
-                part = g @ w.to(g.dtype)
-            else:
-                part = GroupedLinear.by_input(g, w, call.ends)
-            dh = part if dh is None else dh + part
+        if ctx.needs_input_grad[3]:
+            for w, g in reversed(list(zip(weights, gradients))):
+                part = g @ w.to(g.dtype) if ctx.ends is None else GroupedLinear.by_input(g, w, ctx.ends)
+                dh = part if dh is None else dh + part
 
-        # By x and the parameters of `pre`, through h once more
-        inputs = [t.detach().requires_grad_(needed) for t, needed in zip(x, ctx.needs_input_grad[1:])]
-        with torch.enable_grad():
-            h = call.pre(*inputs)
-        wanted = [t for t in (*inputs, *call.params) if t.requires_grad]
+        # By the weights: in W, or now
+        if ctx.savings.split:
+            ctx.savings.leave_to_w(ctx.at, weights, kept, gradients, ctx.ends)
+            return None, None, None, dh, *(None for _ in weights)
+        h = opened(kept)
+        dw = [weight_gradient(w, g, h, ctx.ends) if w.requires_grad else None
+              for w, g in zip(weights, gradients)]
+        return None, None, None, dh, *dw
+
+
+def weight_gradient(w, g, h, ends):
+    """gᵀ·h over all rows, or over those of each expert, in the dtype of w."""
+    if ends is None:
+        return (g.flatten(0, -2).mT @ h.flatten(0, -2)).to(w.dtype)
+    return GroupedLinear.by_weight(g, h, w, ends).to(w.dtype)
+
+
+# ---- activations that fit ----------------------------------------------------------------------------------
+# Four ways to keep less memory occupied between a forward and its backward. Each works wherever something is
+# saved; where several meet, the first of them counts.                                      [Kimi K2 §2.4.3]
+#
+#   recompute   a result that is cheap to make is not stored. Whoever saves it for the backward gets a recipe
+#   fp8         E4M3 with a scale for every 128 values: 1 + 4/128 bytes a value. Nothing is computed in FP8
+#   offload     what is left waits in the memory of the host (`Host`)
+#   split       saves no memory, but decides when a matmul's input is last needed: by W instead of B
+
+class Savings:
+    """The operations `linear`, `attention` and `recompute` of a model (model.Ops), and the hooks under which
+    its forwards run. One object serves all chunks of a rank.
+
+    recomputed: norm, what is in front of a matmul: a norm, or heads side by side; and the norm of a mixture
+                act, activation × up, and what else is in front of a down-projection
+                mla, queries, keys and values of latent attention from its latents; on a CPU, where torch's
+                kernel may keep T×T maps, all of its attention
+    fp8:        expert_up, the rows that experts are sent
+                act, the inputs of activations; these are then recomputed
+    split:      leave the gradients of weights to W. It recomputes norm and act in any case."""
+
+    def __init__(self, split=False, recomputed=(), fp8=(), offload=False):
+        self.split = split
+        self.recomputed = {*recomputed, *({"act"} & {*fp8}), *(("norm", "act") if split else ())}
+        self.fp8 = {*fp8}
+        self.host = Host() if offload else None
+        self.at = None                             # (micro-batch, chunk) of the act that runs
+        self.making = False                        # while something is made again
+        self.queue = {}                       # (micro-batch, chunk): [(weights, h, gradients, ends, kept)]
+        self.made = {}              # storage: (weak reference, Recipe, number of the result, where it begins)
+        self.exempt = set()                        # storages that stay as they are: parameters and buffers
+        self.meter = None
+
+    def begin(self, plan, chunks, device, meter=None):
+        """Before a plan is run."""
+        self.meter = meter
+        self.exempt = {t.untyped_storage()._cdata for chunk in chunks
+                       for t in (*chunk.parameters(), *chunk.buffers())}
+        if self.host:
+            self.host.begin(plan, device, self.keep)
+
+    def enter(self, i, act):
+        """Before act number i."""
+        self.at = act.micro, act.chunk
+        if self.host:
+            self.host.enter(i, act)
+
+    def leave(self, i):
+        """After act number i."""
+        if self.host:
+            self.host.leave(i)
+
+    # What is kept
+
+    def watch(self):
+        """The context of a forward: autograd stores what `pack` makes of the tensors that it saves."""
+        self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
+        if self.meter or self.host or self.recomputed:
+            return torch.autograd.graph.saved_tensors_hooks(self.pack, opened)
+        return contextlib.nullcontext()
+
+    def pack(self, t):
+        """What is kept of a tensor until the backward; `opened` makes the tensor of it. The hooks see aliases
+        of what the model has, so a tensor is known by its storage."""
+        storage = t.untyped_storage()
+        if storage._cdata in self.exempt:
+            return t
+        if storage._cdata in self.made:
+            _, reference, number, start = self.made[storage._cdata]
+            recipe = reference()
+            if recipe:
+                return Result(recipe, number, t, start)
+        if self.host and self.host.takes(storage):
+            return self.host.put(t, self.meter and self.meter.name)
+        if self.meter:
+            return self.keep(t, self.meter.name)
+        return t
+
+    def keep(self, tensor, name):
+        """Count a tensor under a name, if there is a meter, until the object that is returned is freed."""
+        return Kept(tensor, self.meter, name) if self.meter else None
+
+    # Operations of a model
+
+    def linear(self, name, weights, pre, params, *x, ends=None):
+        """As model.linear."""
+        h = self.recompute("act" if name.endswith("down") else "norm", pre, params, *x)
+        if not torch.is_grad_enabled():
+            return linears(h, weights, ends)
+        return SavedLinear.apply(self, name in self.fp8, ends, h, *weights)
+
+    def attention(self, attend, make, params, *latents):
+        """As model.attention. On a GPU the kernel keeps its result and its normalisers, and does not run
+        again."""
+        if runs_attention_again(latents[0]):
+            return self.recompute("mla", lambda *latents: attend(*make(*latents)), params, *latents)
+        return attend(*self.recompute("mla", make, params, *latents))
+
+    def recompute(self, kind, f, params, *x):
+        """f(*x), which is not stored if `kind` is recomputed."""
+        if kind not in self.recomputed or self.making or not torch.is_grad_enabled():
+            return f(*x)
+        recipe = Recipe(self, f, params, x, kind in self.fp8)
+        results = Again.apply(recipe, *x, *params)
+
+        # From now on, whoever saves a result gets the recipe. A view of x needs none.
+        known = {t.untyped_storage()._cdata for t in x}
+        for number, t in enumerate(results if isinstance(results, tuple) else (results,)):
+            storage = t.untyped_storage()
+            if storage._cdata not in known:
+                entry = StorageWeakRef(storage), weakref.ref(recipe), number, t.storage_offset()
+                self.made[storage._cdata] = entry
+        return results
+
+    # The gradients that B leaves to W. They are kept by (micro-batch, chunk) and not by thread: autograd runs
+    # a GPU's backward on another one.
+
+    def leave_to_w(self, at, weights, h, gradients, ends):
+        kept = [self.keep(g, "queued") for g in gradients]
+        self.queue.setdefault(at, []).append((weights, h, gradients, ends, kept))
+
+    def compute(self, at):
+        """Add the gradients of one micro-batch and chunk to those of the weights, as autograd would: into
+        p.grad, or with the hooks of ZeRO-1."""
+        for weights, kept, gradients, ends, _ in self.queue.pop(at, ()):
+            h = opened(kept)
+            for w, g in zip(weights, gradients):
+                if w.requires_grad:
+                    # Through a view, autograd adds it up and calls the hooks
+                    torch.autograd.backward(w.view_as(w), weight_gradient(w, g, h, ends))
+
+
+def runs_attention_again(x):
+    """Whether recomputing `mla` covers all of attention: on a CPU, whose kernel may keep T×T maps."""
+    return x.device.type == "cpu"
+
+
+def opened(kept):
+    """The tensor of what `Savings.pack` has made of it."""
+    return kept if isinstance(kept, torch.Tensor) else kept.open()
+
+
+class Tiles:
+    """A tensor in FP8."""
+
+    def __init__(self, savings, t):
+        self.dtype = t.dtype
+        self.codes, self.scale = (savings.pack(part) for part in fp8_pack(t.detach()))
+
+    def open(self):
+        return fp8_unpack(opened(self.codes), opened(self.scale), self.dtype)
+
+
+class Recipe:
+    """How to make the results of f(*x) again, which is done at most once: for the matmul or attention whose
+    backward needs the results, then for the derivative of f."""
+
+    def __init__(self, savings, f, params, x, fp8):
+        self.savings = savings
+        self.f = f
+        self.params = params
+        self.needs_gradient = [t.requires_grad for t in x]
+        self.results = None                        # with their graph; after the backward without it
+
+        # A column, as the routing weights are, is no row of tiles.
+        self.x = [Tiles(savings, t) if fp8 and t.shape[-1] > 1 else savings.pack(t.detach()) for t in x]
+
+    def make(self):
+        """→ the results, a tuple"""
+        if self.results is None:
+            self.inputs = [opened(kept).detach().requires_grad_(needed)
+                           for kept, needed in zip(self.x, self.needs_gradient)]
+            self.savings.making = True
+            with torch.enable_grad(), self.savings.watch():
+                results = self.f(*self.inputs)
+            self.savings.making = False
+            self.results = results if isinstance(results, tuple) else (results,)
+            self.kept = [self.savings.keep(t, "made again") for t in self.results]
+        return self.results
+
+    def backward(self, gradients):
+        """The gradients of the results → those of x and the parameters. Afterwards only W may need the
+        results."""
+        results = self.make()
+        some = [number for number, t in enumerate(results) if t.requires_grad]
+        wanted = [t for t in (*self.inputs, *self.params) if t.requires_grad]
         found = {}
-        if wanted:
-            found = dict(zip(wanted, torch.autograd.grad(h, wanted, dh)))
-        h = h.detach()
-        kept = [call.later.keep(t, "queued") for t in (h, *gradients)]
-        call.later.queue.setdefault(call.at, []).append((weights, h, gradients, call.ends, kept))
-        return None, *(found.get(t) for t in (*inputs, *call.params)), *(None for _ in weights)
+        if some:
+            found = torch.autograd.grad([results[i] for i in some], wanted, [gradients[i] for i in some],
+                                        allow_unused=True)
+            found = dict(zip(wanted, found))
+        found = [found.get(t) for t in (*self.inputs, *self.params)]
+        self.results = tuple(t.detach() for t in results)
+        self.x = self.inputs = None
+        return found
 
 
-# ---- what is kept for the backward -------------------------------------------------------------------------
+class Result:
+    """A tensor in the storage of a Recipe's result, which begins there at `start`."""
+
+    def __init__(self, recipe, number, t, start):
+        self.recipe = recipe
+        self.number = number
+        self.shape = t.shape
+        self.stride = t.stride()
+        self.offset = t.storage_offset() - start
+
+    def open(self):
+        result = self.recipe.make()[self.number].detach()
+        return result.as_strided(self.shape, self.stride, result.storage_offset() + self.offset)
+
+
+class Again(torch.autograd.Function):
+    """f(*x) by a Recipe, whose derivative is that of the results made again. (A hook on a parameter of f is
+    called twice: by the backward of f alone, and by the whole.)"""
+
+    @staticmethod
+    def forward(ctx, recipe, *tensors):
+        ctx.recipe = recipe
+        return recipe.f(*tensors[:len(recipe.x)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        recipe, ctx.recipe = ctx.recipe, None
+        return None, *recipe.backward(gradients)
+
+
+# ---- activations that fit: in the memory of the host -------------------------------------------------------
+# While a micro-batch waits for its backward, others compute. What its forward has saved is copied out during
+# the next act, and back during the last act before its backward:
+#
+#     act       i               i + 1           ...             j − 1           j
+#               forward         copy out        in the host     copy back       backward
+#
+# A forward whose backward follows sooner keeps everything on the device, as on the last stages of 1F1B.
+
+class Absence(NamedTuple):
+    """When the activations of a micro-batch in a chunk are away, as indexes of a plan's acts."""
+    out: int                     # they are copied out after this act
+    freed: int                   # their memory on the device is free after this one
+    back: int                    # they are copied back from the beginning of this one on
+    needed: int                  # the backward begins with this one
+
+
+def absences(plan):
+    """{(micro-batch, chunk): Absence} of those whose memory is free during one act at least. If acts are
+    parts, a copy has as many acts as a chunk has parts."""
+    time = max(parts_of([plan])) if plan else 1
+    forward = {}
+    found = {}
+    for i, act in enumerate(plan):
+        at = act.micro, act.chunk
+        if act.op == "F":
+            forward[at] = i
+        if act.op == "B" and at in forward:
+            out = forward.pop(at)
+            absence = Absence(out, out + time, i - time, i)
+            if absence.freed + 1 < absence.back:
+                found[at] = absence
+    return found
+
+
+class Host:
+    """Memory of the host for what forwards save: storages as a whole, known by their identity.
+
+    On a GPU a copy runs on a stream of its own, and events order it in both directions: it begins when the
+    computation that fills its source, or still reads the memory of its target, is done; and the computation
+    waits for its end before it reads the target, or reuses the memory of the source. The buffers are pinned,
+    taken once, and reused. On a CPU the same code copies within its memory."""
+
+    SMALLEST = 1 << 16           # bytes; what is smaller stays, since a copy takes about 10 µs        [ours]
+
+    def __init__(self):
+        self.free = []                             # buffers, each with the event of its last copy
+        self.out = self.back = None                # streams
+
+    def begin(self, plan, device, keep):
+        """Before a plan is run. keep: Savings.keep."""
+        self.device = device
+        self.keep = keep
+        self.absences = absences(plan)
+        self.cargoes = {at: Cargo() for at in self.absences}
+        self.loading = None                        # the Cargo of the forward that runs
+        if device.type == "cuda" and not self.out:
+            self.out = torch.cuda.Stream(device)
+            self.back = torch.cuda.Stream(device)
+
+    def takes(self, storage):
+        """Whether a storage that is saved now will leave."""
+        return self.loading is not None and storage.nbytes() >= self.SMALLEST
+
+    def put(self, t, name):
+        """Take a tensor on → what is kept of it."""
+        storage = t.untyped_storage()
+        boxes = self.loading.boxes
+        if storage._cdata not in boxes:
+            data = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
+            boxes[storage._cdata] = Box(name, data, self.keep(data, name))
+        return Boxed(boxes[storage._cdata], t)
+
+    def enter(self, i, act):
+        """Before act number i: begin to copy back what will be needed soon; wait for what is needed now."""
+        self.loading = self.cargoes.get((act.micro, act.chunk)) if act.op == "F" else None
+        for at, absence in self.absences.items():
+            if absence.back == i:
+                self.fetch(self.cargoes[at])
+            if absence.needed == i:
+                self.wait(self.cargoes.pop(at).copied)
+
+    def leave(self, i):
+        """After act number i: free what has been copied out meanwhile; begin to copy out what it has saved."""
+        self.loading = None
+        for at, absence in self.absences.items():
+            if absence.freed == i:
+                self.wait(self.cargoes[at].copied)
+                self.cargoes[at].leaving = ()
+            if absence.out == i:
+                self.send(self.cargoes[at])
+
+    def send(self, cargo):
+        """Begin to copy out."""
+        boxes = cargo.boxes.values()
+        cargo.buffer = self.take(sum(box.data.numel() for box in boxes))
+        start = 0
+        for box in boxes:
+            stop = start + box.data.numel()
+            box.place = cargo.buffer.memory[start:stop]
+            start = stop
+        pairs = [(box.place, box.data) for box in boxes]
+        cargo.copied = self.copy(self.out, pairs, cargo.buffer.copied)
+
+        # The memory on the device is held until the copy is done.
+        cargo.leaving = [(box.data, box.kept) for box in boxes]
+        for box in boxes:
+            box.data = box.kept = None
+
+    def fetch(self, cargo):
+        """Begin to copy back."""
+        boxes = cargo.boxes.values()
+        for box in boxes:
+            box.data = torch.empty(box.place.numel(), dtype=torch.uint8, device=self.device)
+            box.kept = self.keep(box.data, box.name)
+        pairs = [(box.data, box.place) for box in boxes]
+        cargo.copied = cargo.buffer.copied = self.copy(self.back, pairs, cargo.copied)
+        cargo.boxes = {}
+        self.free.append(cargo.buffer)
+
+    def copy(self, stream, pairs, after):
+        """Copy (target, source) pairs, after the event `after` → the event of their end. None: on a CPU."""
+        if stream is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return None
+
+        # What the computation has queued so far. Within the stream's context, this would be the stream itself.
+        queued = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(stream):
+            stream.wait_event(queued)
+            if after:
+                stream.wait_event(after)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return stream.record_event()
+
+    def wait(self, event):
+        """Let the computation wait for a copy; the host does not wait."""
+        if event:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def take(self, size):
+        """A buffer of at least `size` bytes: of the free ones, the smallest that is large enough."""
+        fitting = [buffer for buffer in self.free if buffer.memory.numel() >= size]
+        if fitting:
+            buffer = min(fitting, key=lambda buffer: buffer.memory.numel())
+            self.free.remove(buffer)
+            return buffer
+
+        # A new one in place of one that is too small, with room for a few more tokens
+        if self.free:
+            self.free.remove(max(self.free, key=lambda buffer: buffer.memory.numel()))
+        size = -(-(size + size // 8) // MIB) * MIB
+        pinned = self.device.type == "cuda"
+        return Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of the host."""
+    memory: torch.Tensor             # bytes
+    copied: object = None            # the event at the end of its last copy
+
+
+@dataclass(eq=False)
+class Box:
+    """A storage that leaves and comes back."""
+    name: str                        # that a Meter counts it under
+    data: torch.Tensor = None        # its bytes on the device; None while it is away
+    kept: object = None              # what a Meter counts of them
+    place: torch.Tensor = None       # its bytes on the host
+
+
+@dataclass(eq=False)
+class Cargo:
+    """What the forward of a micro-batch in a chunk has saved."""
+    boxes: dict = field(default_factory=dict)      # storage: Box
+    buffer: Buffer = None
+    leaving: list = ()                             # memory on the device that is copied out
+    copied: object = None                          # the event at the end of the last copy
+
+
+class Boxed:
+    """A tensor in the storage of a Box."""
+
+    def __init__(self, box, t):
+        self.box = box
+        self.dtype = t.dtype
+        self.where = t.storage_offset(), t.shape, t.stride()
+
+    def open(self):
+        data = self.box.data
+        return torch.empty(0, dtype=self.dtype, device=data.device).set_(data.untyped_storage(), *self.where)
+
+
+# ---- what is kept, measured and predicted ------------------------------------------------------------------
 
 class Kept:
     """A tensor that a Meter counts as long as this object lives."""
@@ -1282,19 +1691,22 @@ class Kept:
         self.meter = meter
         meter.add(self.storage, name)
 
+    def open(self):
+        return self.tensor
+
     def __del__(self):
         self.meter.remove(self.storage)
 
 
 class Meter:
-    """Bytes kept for the backward, by name: `now`, and at the `peak`. A storage counts once, under the name
-    that kept it first, however many views of it are kept; parameters and buffers do not count.
+    """Bytes on the device that are kept for the backward, by name: `now`, and at the `peak`. A storage counts
+    once, under the name that kept it first, however many views of it are kept.
 
     The names: of a matmul, for what autograd saves in it; "other", for what it saves elsewhere; "boundaries"
-    between chunks; "receives" that are posted; "sends" that may not be done; "queued" for W."""
+    between chunks; "receives" that are posted; "sends" that may not be done; "made again" by a backward;
+    "queued" for W."""
 
-    def __init__(self, chunks):
-        self.chunks = chunks
+    def __init__(self):
         self.entries = {}                          # storage: [times kept, bytes, name]
         self.now = collections.Counter()
         self.peak = collections.Counter()
@@ -1316,24 +1728,6 @@ class Meter:
             self.now[entry[2]] -= entry[1]
             del self.entries[storage._cdata]
 
-    def keep(self, tensor, name):
-        """Count a tensor until the object that is returned is freed."""
-        return Kept(tensor, self, name)
-
-    def watch(self):
-        """A context in which everything that autograd saves is counted."""
-        exempt = {t.untyped_storage()._cdata for chunk in self.chunks
-                  for t in (*chunk.parameters(), *chunk.buffers())}
-
-        def pack(t):
-            if t.untyped_storage()._cdata in exempt:
-                return t
-            return Kept(t, self, self.name)
-
-        def unpack(kept):
-            return kept.tensor if isinstance(kept, Kept) else kept
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
     def naming(self, linear):
         """The operation `linear`, whose name is that of what is saved in it."""
         def named(name, *args, **options):
@@ -1350,33 +1744,34 @@ class Held(NamedTuple):
     forward: int                 # from its forward on, the boundary before it included
     more: int                    # in its backward, at most, in addition
     queued: int                  # from its backward until its W
+    leaves: int                  # of `forward`: what may wait in the memory of the host
     shares: tuple = (1.0,)       # of `forward`: what each part of the chunk holds
 
 
-def held_by(chunk, x, targets, weight_gradients, last, dtype=None, cut=False):
+def held_by(chunk, x, targets, savings, last, dtype=None, cut=False):
     """Forward and backward of a chunk alone, under a meter → Held. Its tensors need no storage.
 
-    x: tokens, or what comes from the chunk before. weight_gradients: those of its linear, or None. cut: run
-    the chunk in parts."""
+    x: tokens, or what comes from the chunk before. savings: those of its operations. cut: run the chunk in
+    parts."""
     # The forward
-    meter = Meter([chunk])
-    if weight_gradients:
-        weight_gradients.keep = meter.keep
-        weight_gradients.at = "here"
+    meter = Meter()
+    savings.begin([], [chunk], x.device, meter)
+    body = chunk.parts if cut else functools.partial(in_one, chunk.body)
     if x.is_floating_point():
         x.requires_grad_()
-    run = Passage(x, chunk.parts(x, dtype=dtype) if cut else in_one(chunk.body, x, dtype=dtype))
+    run = Passage(x, functools.partial(body, dtype=dtype))
     held = [0]
     ended = False
     while not ended:
-        with meter.watch():
+        with savings.watch():
             ended = run.forward()
         held.append(meter.now.total())
+    leaves = sum(size for _, size, _ in meter.entries.values() if size >= Host.SMALLEST)
     y, balance = run.y, run.balance
-    del run.y, run.balance
-    kept = [meter.keep(x, "boundaries")]
+    del run.y, run.balance, x
+    kept = []
     if last:
-        kept.append(meter.keep(y, "boundaries"))
+        kept.append(savings.keep(y, "boundaries"))
     forward = meter.now.total()
     shares = [b - a for a, b in itertools.pairwise(held)]
     shares = tuple(share / (held[-1] or 1) for share in shares)    # a head alone may save nothing
@@ -1384,11 +1779,11 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None, cut=False):
     # The backward, from the loss or from a gradient that another chunk has sent
     meter.peak = meter.now.copy()
     if last:
-        with meter.watch():
+        with savings.watch():
             loss, _ = chunk.loss(y, targets)
         roots = [loss]
     else:
-        kept.append(meter.keep(torch.empty_like(y), "boundaries"))
+        kept.append(savings.keep(torch.empty_like(y), "boundaries"))
         roots = [y.sum()]
     if isinstance(balance, torch.Tensor):
         roots.append(balance)
@@ -1398,17 +1793,28 @@ def held_by(chunk, x, targets, weight_gradients, last, dtype=None, cut=False):
     more = meter.peak.total() - forward
     kept.clear()
     roots.clear()
-    return Held(forward, more, meter.now.total(), shares)
+    queued = meter.now.total()
+    savings.queue.clear()
+    return Held(forward, more, queued, leaves, shares)
 
 
-def predicted_peak(plan, held, boundary, mesh_size, sends_stay):
-    """The most bytes that a plan keeps for its backwards, from held(act) → Held and boundary(act) → bytes of
-    a boundary tensor. sends_stay: with gloo, which says only at the end of a step that a send is done."""
+def predicted_peak(plan, held, boundary, mesh_size, sends_stay, offload=False):
+    """The most bytes that a plan keeps for its backwards → (on the device, on the host), from held(act) → Held
+    and boundary(act) → bytes of a boundary tensor. sends_stay: with gloo, which says only at the end of a
+    step that a send is done."""
     chunks = mesh_size * len({act.chunk for act in plan})
     parts = parts_of([plan], chunks)
     ahead = AHEAD * max(parts)
-    live = sent = most = 0
+    away = absences(plan).values() if offload else ()
+    live = sent = most = host = most_host = 0
     for i, act in enumerate(plan):
+        # What comes back from the host
+        for absence in away:
+            if absence.back == i:
+                live += held(plan[absence.out]).leaves
+            if absence.needed == i:
+                host -= held(plan[absence.out]).leaves
+
         # Receives that are posted; the act's own has become part of what is held.
         posted = 0
         if mesh_size > 1:
@@ -1428,12 +1834,20 @@ def predicted_peak(plan, held, boundary, mesh_size, sends_stay):
         if act.op == "W":
             live -= one.queued
 
+        # What goes to the host
+        for absence in away:
+            if absence.out == i:
+                host += one.leaves
+            if absence.freed == i:
+                live -= held(plan[absence.out]).leaves
+        most_host = max(most_host, host)
+
         # What is sent, and stays with gloo
         ends = act.left == 0
         sends = ends and (act.op == "F" and act.chunk < chunks - 1 or act.op == "B" and act.chunk > 0)
         if sends and mesh_size > 1 and sends_stay:
             sent += boundary(act)
-    return most
+    return most, most_host
 
 
 # ---- expert parallelism ------------------------------------------------------------------------------------

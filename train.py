@@ -120,6 +120,14 @@ class Config:
             (not self.compile or not self.mesh.split,
              "compile=true: not with mesh.split=true; a compiled backward would leave its weights' gradients "
              "for later only once, while it is traced"),
+            (not self.compile or not (self.mesh.recompute or self.mesh.fp8 or self.mesh.offload),
+             "compile=true: not with mesh.recompute, mesh.fp8 or mesh.offload; a compiled layer decides on "
+             "its own what it keeps for the backward"),
+            ("mla" not in self.mesh.recompute or self.model.kv_rank,
+             f"mesh.recompute={self.mesh.recompute}: the model has no latent attention that mla could "
+             "recompute"),
+            ("expert_up" not in self.mesh.fp8 or self.model.n_expert,
+             f"mesh.fp8={self.mesh.fp8}: the model has no experts whose inputs expert_up could store"),
             (self.tokens >= self.step_tokens,
              f"tokens={self.tokens} is less than one step: {self.batch} windows of {self.model.context} "
              f"= {self.step_tokens} tokens"),
@@ -866,7 +874,7 @@ class Run:
     facts: dict                        # for every manifest: configuration, hashes of data and tokenizer
     dtype: torch.dtype = None          # of the computation; None = that of the weights
     folder: RunFolder = None           # log and figure, on rank 0 of a run that is written
-    later: parallel.WeightGradients = None         # with a split backward
+    savings: parallel.Savings = None   # how what the backward needs is kept; None = by autograd
     mean: dict = field(default_factory=dict)       # {name: mean} of this period's snapshots so far
     history: list = field(default_factory=list)    # rows of the log
     step: int = 0                      # steps done
@@ -951,6 +959,12 @@ def check_mesh(config, world):
     """Raise ValueError unless `world` ranks can be laid out as config.mesh says."""
     c = config.model
     config.mesh.check(world, config.batch, c.n_expert, math.ceil(c.n_layer / c.share_kv))
+    if config.mesh.offload:
+        plans = plans_of(config, config.batch * config.mesh.pp // world, config.micro)
+        if not any(map(parallel.absences, plans)):
+            raise ValueError("mesh.offload=true: in this plan every backward follows its forward so soon that "
+                             "nothing could wait on the host; it takes more stages (mesh.pp), chunks "
+                             "(mesh.chunks) or micro-batches (a smaller micro)")
 
 
 def must_be_alike(config, resume, corpus):
@@ -972,11 +986,11 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     """Build a Run: at step 0, or at the checkpoint that it resumes."""
     # Model and owners. GPUs compute in bfloat16.
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else None
-    later = parallel.WeightGradients() if config.mesh.split else None
-    chunks = build(config, mesh, dtype, later)
+    savings = savings_of(config)
+    chunks = build(config, mesh, dtype, savings)
     owners = owners_of(config, chunks, mesh)
     facts = dict(config=asdict(config), data=corpus.fingerprint, tokenizer=corpus.tokenizer.fingerprint)
-    run = Run(config, mesh, corpus, batches, chunks, owners, status, stop, facts, dtype, folder, later)
+    run = Run(config, mesh, corpus, batches, chunks, owners, status, stop, facts, dtype, folder, savings)
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
                f"{config.total_steps} steps of {config.batch} × {config.model.context} tokens on "
                f"{mesh.world.size} × {mesh.device.type}")
@@ -1122,7 +1136,7 @@ def train_step(run):
     exact = clear_records(run)
     batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
     plan = plans_of(config, len(batch.x), config.micro)[mesh.pp.rank]
-    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.later,
+    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.savings,
                             owners.begin_reduce)
     seen = share_what_was_seen(run, batch, nats)
 
@@ -1387,18 +1401,29 @@ def last_good(run):
 
 # ---- the model of a rank ------------------------------------------------------------------------------
 
-def build(config, mesh, dtype=None, later=None):
-    """{index: chunk of layers} of this rank's stage, with this rank's experts; with a split backward if
-    `later` (parallel.WeightGradients) is given.
+def savings_of(config):
+    """The Savings that config.mesh asks for, or None."""
+    mesh = config.mesh
+    if not (mesh.split or mesh.recompute or mesh.fp8 or mesh.offload):
+        return None
+    return parallel.Savings(mesh.split, mesh.recompute.split(","), mesh.fp8.split(","), mesh.offload)
+
+
+def ops_of(savings, exchange):
+    """The operations of a model whose activations are kept by `savings`, or by autograd."""
+    if savings is None:
+        return Ops(exchange=exchange)
+    return Ops(savings.linear, savings.attention, savings.recompute, exchange)
+
+
+def build(config, mesh, dtype=None, savings=None):
+    """{index: chunk of layers} of this rank's stage, with this rank's experts; with the operations of
+    `savings` (parallel.Savings), if given.
 
     Where a stage has several ranks its matrices, except routers, are stored in `dtype` (if given), since
     their owners keep float32 masters. A single rank has no other copy, and keeps float32."""
     c, ep = config.model, mesh.ep
-    ops = Ops()
-    if ep.size > 1:
-        ops = ops._replace(exchange=functools.partial(parallel.Exchange, mesh))
-    if later:
-        ops = ops._replace(linear=later.linear)
+    ops = ops_of(savings, functools.partial(parallel.Exchange, mesh) if ep.size > 1 else Local)
 
     # An ep rank holds one contiguous range of the experts.
     experts = range(ep.rank * c.n_expert // ep.size, (ep.rank + 1) * c.n_expert // ep.size)
@@ -1553,8 +1578,8 @@ class Routed(NamedTuple):
 
 
 def activations(config, world, gpu, counts=None):
-    """The most bytes kept for the backward on each stage, predicted: the chunks run once, without storage,
-    under a parallel.Meter, and each stage's plan adds them up.
+    """The most bytes kept for the backward on each stage, predicted: [(on the device, on the host)]. The
+    chunks run once, without storage, under a parallel.Meter, and each stage's plan adds them up.
 
     gpu: as on GPUs, in bfloat16 and with their kernels; else as on this CPU. counts: how many tokens each
     expert of a rank gets in one micro-batch, by default equally many on all ranks."""
@@ -1594,10 +1619,9 @@ def activations(config, world, gpu, counts=None):
         def home(self, moving):
             return moving[:1].expand(self.sent, -1)
 
-    later = parallel.WeightGradients() if mesh.split else None
-    ops = Ops(exchange=Here if mesh.ep == 1 else Away)
-    if later:
-        ops = ops._replace(linear=later.linear)
+    savings = savings_of(config)
+    ops = ops_of(savings, Here if mesh.ep == 1 else Away)
+    savings = savings or parallel.Savings()
 
     def held(layers, last, b):
         """What a range of layers holds of a micro-batch of b windows. In a long context it is a polynomial of
@@ -1614,7 +1638,7 @@ def activations(config, world, gpu, counts=None):
 
     def summed(weights, known, layers):
         """The weighted sum of several Held. Its shares are the last one's, for all parts of `layers`."""
-        sizes = [sum(w * value for w, value in zip(weights, values)) for values in list(zip(*known))[:3]]
+        sizes = [sum(w * value for w, value in zip(weights, values)) for values in list(zip(*known))[:-1]]
         n = count_parts(c, layers) if mesh.overlap else 1
         until = np.cumsum([0.0, *known[-1].shares])
         until = np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(until)), until)
@@ -1630,7 +1654,7 @@ def activations(config, world, gpu, counts=None):
         x = targets
         if layers.start > 0:
             x = torch.zeros(b, T, c.d_model, dtype=width)
-        return parallel.held_by(chunk, x, targets, later, last, dtype, mesh.overlap)
+        return parallel.held_by(chunk, x, targets, savings, last, dtype, mesh.overlap)
 
     # What every chunk holds, for micro-batches of every size: chunks that are alike are measured once, and of
     # many layers the first few tell about the rest.
@@ -1662,7 +1686,7 @@ def activations(config, world, gpu, counts=None):
         return min(config.micro, share - act.micro * config.micro)
     of_window = c.context * c.d_model * width.itemsize
     return [parallel.predicted_peak(plan, lambda act: found[act.chunk, windows(act)],
-                                    lambda act: windows(act) * of_window, mesh.pp, not gpu)
+                                    lambda act: windows(act) * of_window, mesh.pp, not gpu, mesh.offload)
             for plan in plans_of(config, share, config.micro)]
 
 
@@ -1675,7 +1699,7 @@ def memory_report(config, world):
     print(f"GB a rank on {world} (pp {mesh.pp}, ep {mesh.ep}, dp {dp}), predicted; activations {where}:")
     stages = memory(config, world)
     kept = activations(config, world, gpu)
-    for parts, size in zip(stages, kept):
+    for parts, (size, _) in zip(stages, kept):
         parts["activations"] = size
 
     # A row for each stage
@@ -1688,9 +1712,12 @@ def memory_report(config, world):
         print(f"{stage:>7}{sum(parts.values()) / 1e9:>10.3g}", *sizes, f" {layers}")
     if mesh.pp > 1:
         print(f"  {pipeline_line(config, dp)}")
+    if mesh.offload:
+        print(f"  in the memory of the host: {listed([f'{size / 1e9:.3g}' for _, size in kept], 32)} GB of "
+              "activations by stage")
     if mesh.overlap:
         plain = replace(config, mesh=replace(mesh, overlap=False))
-        more = [a - b for a, b in zip(kept, activations(plain, world, gpu))]
+        more = [a[0] - b[0] for a, b in zip(kept, activations(plain, world, gpu))]
         before, after = ([parallel.peak(plan) for plan in plans_of(c, config.batch // dp, config.micro)]
                          for c in (plain, config))
         print(f"  overlapped exchanges keep more forwards in flight: {listed(after, 32)} by stage, instead "

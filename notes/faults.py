@@ -61,7 +61,8 @@ EXPERTS = replace(MODEL, n_layer=4, differential=False, act="silu", tie=False, q
 MIXED = dict(model=EXPERTS)
 LAYOUTS = (1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)           # dp, ep
 MESHES = [(1, "pp=1"), (2, "ep=2"), (4, "ep=4"), (2, "pp=2"), (4, "pp=4"), (4, "pp=2 ep=2"),
-          (4, "pp=2 chunks=2"), (4, "pp=2 chunks=2 ep=2")]         # ranks, options of the mesh
+          (4, "pp=2 chunks=2"), (4, "pp=2 chunks=2 ep=2"),         # ranks, options of the mesh
+          (2, "pp=2 chunks=2 recompute=norm,act,mla fp8=expert_up,act offload=true")]
 PERIOD = dict(average_every=8 * 8 * 32, average_of=4)              # averages after 8, 16 and 24 of 30 steps
 OPTIONS = *(f"--{key}={value}" for key, value in PERIOD.items()), "--eval_every=30"
 

@@ -92,7 +92,7 @@ class Sleep(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """A chunk that only sleeps; as `later`, its W sleeps too. seconds: {op: seconds}"""
+    """A chunk that only sleeps. seconds: {op: seconds}"""
     width = 8
 
     def __init__(self, seconds):
@@ -106,6 +106,14 @@ class Sleeper(nn.Module):
     def loss(self, h, targets, weight=None):
         terms = h.sum(-1).flatten()
         return terms.mean(), terms
+
+
+class SleepingW(parallel.Savings):
+    """A split backward whose W only sleeps."""
+
+    def __init__(self, seconds):
+        super().__init__(split=True)
+        self.seconds = seconds
 
     def compute(self, at):
         time.sleep(self.seconds["W"])
@@ -124,15 +132,15 @@ def on_a_rank(rank, port, path, p, name, computing):
     shape = (32, 128, Block.width) if computing else (8, 1, Sleeper.width)
     batch = Batch(*torch.randn(2, *shape), None, None)
     seconds = {op: SLEEP * t for op, t in op_times(plans, v).items()}
-    later = None
+    savings = None
     if "W" in seconds:
-        later = parallel.WeightGradients() if computing else Sleeper(seconds)
+        savings = parallel.Savings(split=True) if computing else SleepingW(seconds)
     blocks = {}
     for i in range(rank, p * v, p):
         if not computing:
             blocks[i] = Sleeper(seconds)
         else:
-            blocks[i] = SplitBlock(later) if later else Block()
+            blocks[i] = SplitBlock(savings) if savings else Block()
     if not computing:                                              # so that chunk 0 has a backward
         batch.x.requires_grad_()
     found = []
@@ -140,7 +148,7 @@ def on_a_rank(rank, port, path, p, name, computing):
         parallel.barrier(mesh)
         began = time.perf_counter()
         acts = seconds_of_acts(lambda: parallel.execute(plans[rank], blocks, batch, shape[0] // 8, mesh,
-                                                        later=later, reduce=str), plans[rank])
+                                                        savings=savings, reduce=str), plans[rank])
         parallel.barrier(mesh)
         took = time.perf_counter() - began
         everyone = parallel.gather(acts, mesh)

@@ -297,14 +297,14 @@ class Block(nn.Module):
 class SplitBlock(Block):
     """A Block whose matrices get their gradients in W."""
 
-    def __init__(self, later):
+    def __init__(self, savings):
         super().__init__()
-        self.later = later
+        self.savings = savings
 
     def body(self, x, doc_start=None, dtype=None):
         first, gelu, second = self.net
-        h, = self.later.linear("up", (first.weight,), identity, (), x)
-        y, = self.later.linear("down", (second.weight,), gelu, (), h + first.bias)
+        h, = self.savings.linear("up", (first.weight,), identity, (), x)
+        y, = self.savings.linear("down", (second.weight,), gelu, (), h + first.bias)
         return y + second.bias, 0.0
 
 
@@ -385,16 +385,16 @@ def on_a_stage(rank, port, path):
             schedule.step(target=y)
 
     # Ours with a split backward; torch's ScheduleInterleavedZeroBubble stops here with an error
-    later = parallel.WeightGradients()
+    savings = parallel.Savings(split=True)
     split_plans = parallel.split_backwards(plans)
-    shared = {i: SplitBlock(later) for i in blocks}
+    shared = {i: SplitBlock(savings) for i in blocks}
     for i, block in shared.items():
         block.net = blocks[i].net
 
     def split():
         for block in blocks.values():
             block.zero_grad()
-        parallel.execute(split_plans[rank], shared, batch, 4, mesh, None, later, str)
+        parallel.execute(split_plans[rank], shared, batch, 4, mesh, None, savings, str)
 
     # They compute the same gradients.
     gradients = []
