@@ -1342,10 +1342,12 @@ class Savings:
 
     def linear(self, name, weights, pre, params, *x, ends=None):
         """As model.linear."""
-        h = self.recompute("act" if name.endswith("down") else "norm", pre, params, *x)
+        fp8 = name in self.fp8                     # expert_up: the rows themselves are the matmul's input
+        kind = "act" if name.endswith("down") else "norm"
+        h = pre(*x) if fp8 else self.recompute(kind, pre, params, *x)
         if not torch.is_grad_enabled():
             return linears(h, weights, ends)
-        return SavedLinear.apply(self, name in self.fp8, ends, h, *weights)
+        return SavedLinear.apply(self, fp8, ends, h, *weights)
 
     def attention(self, attend, make, params, *latents):
         """As model.attention. On a GPU the kernel keeps its result and its normalisers, and does not run
@@ -1537,12 +1539,21 @@ class Host:
         """Before a plan is run. keep: Savings.keep."""
         self.device = device
         self.keep = keep
-        self.absences = absences(plan)
-        self.cargoes = {at: Cargo() for at in self.absences}
         self.loading = None                        # the Cargo of the forward that runs
         if device.type == "cuda" and not self.out:
             self.out = torch.cuda.Stream(device)
             self.back = torch.cuda.Stream(device)
+
+        # What is done before and after which act
+        self.cargoes = {}
+        self.before = collections.defaultdict(list)
+        self.after = collections.defaultdict(list)
+        for at, absence in absences(plan).items():
+            cargo = self.cargoes[at] = Cargo()
+            self.after[absence.out].append((self.send, cargo))
+            self.after[absence.freed].append((self.release, cargo))
+            self.before[absence.back].append((self.fetch, cargo))
+            self.before[absence.needed].append((self.wait, cargo))
 
     def takes(self, storage):
         """Whether a storage that is saved now will leave."""
@@ -1558,23 +1569,16 @@ class Host:
         return Boxed(boxes[storage._cdata], t)
 
     def enter(self, i, act):
-        """Before act number i: begin to copy back what will be needed soon; wait for what is needed now."""
+        """Before act number i."""
         self.loading = self.cargoes.get((act.micro, act.chunk)) if act.op == "F" else None
-        for at, absence in self.absences.items():
-            if absence.back == i:
-                self.fetch(self.cargoes[at])
-            if absence.needed == i:
-                self.wait(self.cargoes.pop(at).copied)
+        for do, cargo in self.before[i]:
+            do(cargo)
 
     def leave(self, i):
-        """After act number i: free what has been copied out meanwhile; begin to copy out what it has saved."""
+        """After act number i."""
         self.loading = None
-        for at, absence in self.absences.items():
-            if absence.freed == i:
-                self.wait(self.cargoes[at].copied)
-                self.cargoes[at].leaving = ()
-            if absence.out == i:
-                self.send(self.cargoes[at])
+        for do, cargo in self.after[i]:
+            do(cargo)
 
     def send(self, cargo):
         """Begin to copy out."""
@@ -1588,7 +1592,7 @@ class Host:
         pairs = [(box.place, box.data) for box in boxes]
         cargo.copied = self.copy(self.out, pairs, cargo.buffer.copied)
 
-        # The memory on the device is held until the copy is done.
+        # The memory on the device is held until `release`.
         cargo.leaving = [(box.data, box.kept) for box in boxes]
         for box in boxes:
             box.data = box.kept = None
@@ -1621,10 +1625,15 @@ class Host:
                 target.copy_(source, non_blocking=True)
             return stream.record_event()
 
-    def wait(self, event):
-        """Let the computation wait for a copy; the host does not wait."""
-        if event:
-            torch.cuda.current_stream(self.device).wait_event(event)
+    def wait(self, cargo):
+        """Let the computation wait for the last copy; the host itself does not wait."""
+        if cargo.copied:
+            torch.cuda.current_stream(self.device).wait_event(cargo.copied)
+
+    def release(self, cargo):
+        """Free the memory on the device, once it is copied."""
+        self.wait(cargo)
+        cargo.leaving = ()
 
     def take(self, size):
         """A buffer of at least `size` bytes: of the free ones, the smallest that is large enough."""
@@ -1805,15 +1814,23 @@ def predicted_peak(plan, held, boundary, mesh_size, sends_stay, offload=False):
     chunks = mesh_size * len({act.chunk for act in plan})
     parts = parts_of([plan], chunks)
     ahead = AHEAD * max(parts)
-    away = absences(plan).values() if offload else ()
     live = sent = most = host = most_host = 0
+
+    # Bytes that come back from the host before an act, and have left for it after one
+    back = collections.Counter()
+    left = collections.Counter()
+    on_host = collections.Counter()
+    for absence in absences(plan).values() if offload else ():
+        leaves = held(plan[absence.out]).leaves
+        back[absence.back] += leaves
+        left[absence.freed] += leaves
+        on_host[absence.out] += leaves
+        on_host[absence.needed] -= leaves
+
     for i, act in enumerate(plan):
-        # What comes back from the host
-        for absence in away:
-            if absence.back == i:
-                live += held(plan[absence.out]).leaves
-            if absence.needed == i:
-                host -= held(plan[absence.out]).leaves
+        live += back[i]
+        host += on_host[i]
+        most_host = max(most_host, host)
 
         # Receives that are posted; the act's own has become part of what is held.
         posted = 0
@@ -1834,13 +1851,7 @@ def predicted_peak(plan, held, boundary, mesh_size, sends_stay, offload=False):
         if act.op == "W":
             live -= one.queued
 
-        # What goes to the host
-        for absence in away:
-            if absence.out == i:
-                host += one.leaves
-            if absence.freed == i:
-                live -= held(plan[absence.out]).leaves
-        most_host = max(most_host, host)
+        live -= left[i]
 
         # What is sent, and stays with gloo
         ends = act.left == 0

@@ -19,10 +19,11 @@ import parallel
 import train
 from data import Batch
 from model import Transformer, flops_per_token
-from notes import _note
+from notes import _note, activation_memory
 
 LAYERS = 4                                     # of Motif-2.6B's 32; its head and embedding are whole
 BLOCKS = replace(train.RECIPES["motif-2.6b"].model, n_layer=LAYERS)
+K2 = replace(train.RECIPES["kimi-k2"].model, n_layer=3, n_expert=16, vocab_size=16_384, context=4096)
 KINDS = {                                      # of a GPU's kernels, by words in their names
     "attention": ("flash", "attention", "fmha"), "PolyNorm": ("poly_norm",),
     "matmuls": ("gemm", "nvjet", "cutlass", "cublas", "xmma"), "logits": ("amax", "max_"),
@@ -149,6 +150,71 @@ def step_of_blocks(plain):
                **{f"share {kind}": value / total for kind, value in spent.items()})
 
 
+def activations(name):
+    """What a step of three layers of Kimi K2 keeps for its backward, with some savings: eight windows of 4,096
+    tokens in flight, 16 experts, weights in bfloat16."""
+    config = replace(train.RECIPES["kimi-k2"], model=K2, batch=2 * activation_memory.IN_FLIGHT, micro=1)
+    config = activation_memory.with_savings(config, name)
+    with torch.device("meta"):
+        model = Transformer(K2)
+    for what, p in model.named_parameters():
+        if train.may_be_narrow(what, p):
+            p.data = p.data.bfloat16()
+    model.to_empty(device="cuda")
+    for what, tensor in model.state_dict().items():
+        torch.nn.init.normal_(tensor, 0.0, 0.006)
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    step, savings = activation_memory.step(model, config, device, torch.bfloat16)
+    meter = parallel.Meter()
+    step(meter)
+    took = seconds(step, 3)
+
+    # The allocator's peak, beside weights and gradients; and the meter's, and its prediction for two ranks
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    held = sum(2 * p.nbytes for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated() - held
+    (predicted, _), = train.activations(config, 2, True)
+    found = dict(seconds=took, peak=peak, meter=meter.peak.total(), predicted=predicted,
+                 host=activation_memory.bytes_on_host(savings))
+    if savings and savings.host:
+        found |= copies(step)
+    yield found
+
+
+def copies(step):
+    """How long a step copies out and back, and how much of that while kernels run; in seconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spans = {"kernels": [], "out": [], "back": []}
+    for event in profile.events():
+        kind = {"Memcpy DtoH": "out", "Memcpy HtoD": "back"}.get(event.name[:11], "kernels")
+        if not event.name.startswith(("Memset", "Memcpy DtoD")):
+            spans[kind].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+    busy = merged(spans["kernels"])
+    found = dict(busy=sum(stop - start for start, stop in busy))
+    for kind in ("out", "back"):
+        some = merged(spans[kind])
+        found[kind] = sum(stop - start for start, stop in some)
+        found[f"{kind}_hidden"] = sum(max(0.0, min(stop, b) - max(start, a)) for start, stop in some
+                                      for a, b in busy)
+    return found
+
+
+def merged(spans):
+    """Overlapping (start, stop) joined, in order."""
+    found = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(stop, found[-1][1])
+        else:
+            found.append([start, stop])
+    return found
+
+
 def optimizer(whose):
     """A step of Muon over the matrices of these blocks: MuonClip, or torch.optim.Muon."""
     named = {name: p for name, p in blocks().named_parameters()
@@ -182,6 +248,7 @@ RUNS |= {"large: attention, 4 × 16 heads, 4,096 tokens": (attention_at, (4, 16,
          "large: latent widths, 4 × 16 heads, 4,096 tokens": (attention_at, (4, 16, 4096, 192, 128)),
          "large: differential, 4 × 16 maps, 4,096 tokens": (differential_at, (4, 8, 4096, 128)),
          "large: experts, 7168 → 2048": (experts_at, (32_760, 24, 7168, 2048))}
+RUNS |= {f"activations: {name}": (activations, name) for name in activation_memory.SAVINGS}
 RUNS |= {"run: laptop": (whole_run, "laptop"), "run: laptop-k2": (whole_run, "laptop-k2")}
 
 
@@ -240,14 +307,29 @@ def show(rows):
     # Steps and runs
     steps = [("what", "seconds", "tokens/s", "MFU", "where the GPU's time goes")]
     for arm, row in by_arm.items():
-        if arm.startswith(("kernel: ", "large: ")):
+        if arm.startswith(("kernel: ", "large: ", "activations: ")):
             continue
         shares = [name for name in row if name.startswith("share ")]
         spent = ", ".join(f"{name.removeprefix('share ')} {row[name]:.0%}" for name in shares)
         rate = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "–"
         mfu = f"{row['mfu']:.0%}" if "mfu" in row else "–"
         steps.append((arm, f"{row['seconds']:.3g}", rate, mfu, spent))
-    return figure, [*_note.table(*lines), "", *_note.table(*steps)]
+
+    # Activations
+    kept = [("three layers of Kimi K2", "GB by allocator", "by meter", "predicted over meter", "GB on the host",
+             "seconds", "copied out, back: seconds, of which hidden")]
+    for name in activation_memory.SAVINGS:
+        row = by_arm.get(f"activations: {name}")
+        if not row:
+            continue
+        copied = "–"
+        if "out" in row:
+            copied = ", ".join(f"{row[kind]:.2f} {row[f'{kind}_hidden'] / row[kind]:.0%}"
+                               for kind in ("out", "back"))
+        kept.append((name, f"{row['peak'] / 1e9:.1f}", f"{row['meter'] / 1e9:.1f}",
+                     f"{row['predicted'] / row['meter']:.3f}", f"{row['host'] / 1e9:.1f}",
+                     f"{row['seconds']:.2f}", copied))
+    return figure, [*_note.table(*lines), "", *_note.table(*steps), "", *_note.table(*kept)]
 
 
 if __name__ == "__main__":
