@@ -51,7 +51,7 @@ def step(model, config, device, dtype=None):
                 module.ops = train.ops_of(savings, Local)
         for attention in model.attentions().values():
             attention.clear_logits()
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)                         # so that they are there all the time
         parallel.execute(plan, {0: model}, batch, 1, mesh, dtype, savings, str, meter)
     return run, savings
 

@@ -65,7 +65,7 @@ def beside(ours, tensors, others):
 def torchs(*backends):
     """Causal attention by torch, with the first of these kernels that takes it."""
     def attend(q, k, v):
-        with torch.nn.attention.sdpa_kernel(backends):
+        with torch.nn.attention.sdpa_kernel(list(backends)):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return attend
 
@@ -75,8 +75,13 @@ def attention_at(B, H, T, d, dv):
     q, k, v = (torch.randn(B, H, T, width, device="cuda") for width in (d, d, dv))
     one = {name: torchs(kernel) for name, kernel in
            (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)) if d == dv}
+
+    def in_a_pass(q, k, v):
+        kernels.exact_max_logits(q.detach(), k.detach())
+        return kernels.attention(q, k, v)[0]
+
     logits = {"with the largest logits": lambda *qkv: kernels.attention(*qkv, tau=None)[0],
-              "a pass for these": lambda q, k, v: kernels.exact_max_logits(q, k)}
+              "with a pass for these": in_a_pass}
     yield from beside(lambda *qkv: kernels.attention(*qkv)[0], (q, k, v),
                       one or {"torch's choice": torchs(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)})
     yield from beside(lambda *qkv: kernels.attention(*qkv)[0], (q, k, v), logits)
