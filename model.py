@@ -715,26 +715,44 @@ class FeedForward(nn.Module):
         return out
 
 
-class SumRows(torch.autograd.Function):
+def sum_rows(rows, token, N):
     """The sum of the rows of each token, of which each has equally many: rows (N·k, C), token (N·k,) → (N, C).
 
-    For its backward torch's index_add keeps the rows, of which it needs no more than the shape: a third of
-    what a layer of Kimi K2 keeps with all the savings of parallel.py. On a GPU it also adds in a random
-    order, rounding every time: sorting the rows by token first is 4 times as fast (8 rows of 7,168 numbers
-    for each of 4,096 tokens, H200), and gives the same numbers every time."""
+    On a GPU torch's index_add adds in a random order, rounding every time. Sorting the rows by token first is
+    4 times as fast (8 rows of 7,168 numbers for each of 4,096 tokens, H200), and always gives the same."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(N, rows.shape[1]).index_add_(0, token, rows)
+    return rows.index_select(0, token.argsort(stable=True)).view(N, -1, rows.shape[1]).sum(1)
+
+
+class Spread(torch.autograd.Function):
+    """A row for each pair (token, expert): h (N, C), token (N·k,) → (N·k, C). Backward: sum_rows."""
 
     @staticmethod
-    def forward(ctx, rows, token, N):
+    def forward(ctx, h, token):
         ctx.save_for_backward(token)
-        if rows.device.type == "cpu":
-            return rows.new_zeros(N, rows.shape[1]).index_add_(0, token, rows)
-        return rows.index_select(0, token.argsort(stable=True)).view(N, -1, rows.shape[1]).sum(1)
+        ctx.N = len(h)
+        return h.index_select(0, token)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        token, = ctx.saved_tensors
-        return g.index_select(0, token), None, None
+        return sum_rows(g, *ctx.saved_tensors, ctx.N), None
+
+
+class Collect(torch.autograd.Function):
+    """sum_rows, keeping only the tokens for its backward. index_add also keeps the rows, of which it needs no
+    more than the shape: a third of what a layer of Kimi K2 keeps with all the savings of parallel.py."""
+
+    @staticmethod
+    def forward(ctx, rows, token, N):
+        ctx.save_for_backward(token)
+        return sum_rows(rows, token, N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g.index_select(0, *ctx.saved_tensors), None, None
 
 
 class MoE(nn.Module):
@@ -844,7 +862,7 @@ class MoE(nn.Module):
 
     def combine(self, rows, token, N):
         """Sum the rows of each token: rows (N·k, C), token (N·k,) → (N, C)."""
-        return SumRows.apply(rows, token, N)
+        return Collect.apply(rows, token, N)
 
     def parts(self, x, *also):
         """`forward`, cut where tokens are under way: a generator of the parts of a layer.
@@ -859,7 +877,7 @@ class MoE(nn.Module):
         order, counts = self.sort(index)
         trip = self.ops.exchange(counts)
         token = order // index.shape[1]                                        # of each row: (N·k,)
-        rows = h.flatten(0, 1).index_select(0, token)                          # (N·k, C)
+        rows = Spread.apply(h.flatten(0, 1), token)                            # (N·k, C)
         weight = weight.flatten()[order, None].to(h.dtype)                     # (N·k, 1)
         h, rows, weight, balance, *also = yield "counts", (h, rows, weight, balance, *also)
 

@@ -23,6 +23,9 @@ from notes import _note, activation_memory
 
 LAYERS = 4                                     # of Motif-2.6B's 32; its head and embedding are whole
 BLOCKS = replace(train.RECIPES["motif-2.6b"].model, n_layer=LAYERS)
+TORCHS = {"torch.compile": "torch.compile", "cuBLAS": "cuBLAS", "grouped_mm": "grouped_mm", "cuDNN": "cuDNN",
+          "flash": "FlashAttention 2", "torch's": "torch's choice", "torch's choice": "torch's choice",
+          "two calls of torch": "torch's choice"}                  # their names in the figure
 K2 = replace(train.RECIPES["kimi-k2"].model, n_layer=3, n_expert=16, vocab_size=16_384, context=4096)
 KINDS = {                                      # of a GPU's kernels, by words in their names
     "attention": ("flash", "attention", "fmha"), "PolyNorm": ("poly_norm",),
@@ -197,7 +200,8 @@ def copies(step):
     spans = {"kernels": [], "out": [], "back": []}
     for event in profile.events():
         kind = {"Memcpy DtoH": "out", "Memcpy HtoD": "back"}.get(event.name[:11], "kernels")
-        if not event.name.startswith(("Memset", "Memcpy DtoD")):
+        waits = event.name.endswith(("Sync", "Wait Event"))        # listed as if they were work
+        if event.device_type == torch.autograd.DeviceType.CUDA and not waits:
             spans[kind].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
     busy = merged(spans["kernels"])
     found = dict(busy=sum(stop - start for start, stop in busy))
@@ -292,17 +296,20 @@ def show(rows):
             what, _, other = column.partition("_over ")
             if other:
                 way = dict(forward="forward", both="and backward")[what]
-                bars.append((f"{name}, {way}", other, row[column]))
+                if other in TORCHS:
+                    bars.append((f"{name}, {way}", TORCHS[other], row[column]))
                 ratios.append(f"{other} {row[column]:.2f}" + " with backward" * (what == "both"))
         cells = [f"{row[key]:.3g}" if key in row else "–"
                  for key in ("forward_ms", "forward_share", "both_ms", "both_share")]
         lines.append((name, *cells, ", ".join(ratios)))
     names = list(dict.fromkeys(name for name, *_ in bars))
-    others = list(dict.fromkeys(other for _, other, _ in bars))
-    for other, colour in zip(others, _note.COLOURS):
-        shift = 0.25 * others.index(other)
-        mine = [(names.index(name) + shift, ratio) for name, one, ratio in bars if one == other]
-        axes.barh([at for at, _ in mine], [ratio for _, ratio in mine], 0.25, color=colour, label=other)
+    colours = dict(zip(dict.fromkeys(other for _, other, _ in bars), _note.COLOURS))
+    for i, name in enumerate(names):
+        some = [(other, ratio) for one, other, ratio in bars if one == name]
+        for j, (other, ratio) in enumerate(some):
+            axes.barh(i + (j + 0.5) / len(some) * 0.8 - 0.4, ratio, 0.8 / len(some), color=colours[other])
+    for other, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=other)                 # for the legend
     axes.set(yticks=range(len(names)), title="times as fast as")
     axes.set_yticklabels(names, fontsize=7)
     axes.axvline(1.0, color="0.4", ls=":")
