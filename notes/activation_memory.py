@@ -124,6 +124,7 @@ def of_k2(name, windows):
 
 def cells(quick):
     config = train.RECIPES["laptop-k2"]
+    config = replace(config, tokens=config.tokens // 2)
     losses = {"loss: stored whole": config,
               "loss: stored in FP8": replace(config, mesh=parallel.MeshConfig(**FP8))}
     if quick:
