@@ -1796,13 +1796,13 @@ def prepare_outside(config, **options):
 
 def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
     """Killed at any moment, alone or with its workers, and resumed: equal to the byte."""
-    config, _ = large_text(tmp_path, 6, 3000)
+    config, _ = large_text(tmp_path, 6, 2000)
     whole, began = prepare_outside(config), time.time()
     assert whole.wait(60) == 0, whole.stderr.read()
     took, expected = time.time() - began, shard_files(config)
     killed = replace(config, cache=str(tmp_path / "killed"))
     rng = random.Random(2)
-    for i in range(4):
+    for i in range(3):
         process = prepare_outside(killed)
         time.sleep(took * rng.uniform(.3, 1))
         (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
