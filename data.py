@@ -13,21 +13,27 @@
 Letters:  N windows  D domains  W windows of a domain  b windows of a rank's batch  T context in tokens
           V vocabulary size
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
+          python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
+          python data.py sources                       what is known of published sets, and what to download
 """
+from __future__ import annotations     # Batch names torch, which is imported only where it is used
+
 import contextlib
 import fcntl
 import functools
-import gzip
 import hashlib
 import heapq
 import inspect
+import itertools
 import json
+import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -35,7 +41,9 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
-import torch
+
+from sources import (Source, columns, find_source, kind_of, parse_budget, parse_where, reading, reasons,
+                     records, rows_of_file, show_sets, text_of)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -44,19 +52,27 @@ import torch
 class DataConfig:
     domains: str = "prose:0.70:0.20,code:0.20:0.50,math:0.10:0.30"  # NAME:START_WEIGHT:END_WEIGHT,...
                                  # from prose to code and math, as in Motif's schedule; the numbers:  [ours]
-    files: str = ""              # NAME=PATH,...  UTF-8 text, .jsonl, .json, each also as .gz, or a folder
-                                 # of them; no comma in a path. If `domains` has none of these names, they
-                                 # replace it, with equal weights
-    skip_bad: bool = False       # leave out records without a string `text` instead of stopping
+    mixture: str = ""            # "motif": its eight domains in place of `domains`
+    files: str = ""              # NAME=PATH,...  UTF-8 text, .jsonl, .json, .csv, each also as .gz or .zst,
+                                 # .parquet, or a folder of them; SET:PATH reads a published set, see `python
+                                 # data.py sources`. No comma in a path. If `domains` has none of these names,
+                                 # they replace it, with equal weights
+    column: str = "text"         # the column or field of a record that holds the text
+    where: str = ""              # FIELD>=VALUE,...  rows that are read; NAME:FIELD.. is for one domain
+    budget: str = ""             # 100MB | 5000documents: how much of each domain of files is read
+    skip_bad: bool = False       # leave out records without a string text instead of stopping
     tokenizer: str = "bpe"       # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
                                  # | the path of a tokenizer.json, from a run or a Hugging Face folder
     horizon: int = 0             # tokens over which the weights move; afterwards the end weights hold. A
                                  # separate number, so stopping early does not change the batches before
     doc_mask: bool = False       # attention may not cross documents; pre-training lets it         [ours]
     cache: str = "cache"         # folder of trained tokenizers and token shards
+    verify: bool = False         # also compare the digests of the shards of large text at the start
 
 
 EMBEDDED = "prose", "code", "math"
+MIXTURES = {"motif": "web:.68:.33,multilingual:.07:0,korean:.01:.30,academic:.06:.03,"      # [Motif Table 2]
+                     "specialized:.05:.01,code:.10:.18,math:.02:.10,reasoning:.01:.05"}
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -75,8 +91,10 @@ def parse_domains(config):
         paths[name] = path
 
     # The schedule: (name, start weight, end weight) of each domain.
+    if config.mixture not in ("", *MIXTURES):
+        raise ValueError(f"mixture: {config.mixture!r} is unknown; known: {', '.join(MIXTURES)}")
     rows = []
-    for item in filter(None, config.domains.split(",")):
+    for item in filter(None, MIXTURES.get(config.mixture, config.domains).split(",")):
         name, *weights = item.split(":")
         try:
             start, end = (float(w) for w in weights)
@@ -85,7 +103,7 @@ def parse_domains(config):
         if not (start >= 0 and end >= 0):
             raise ValueError(f"domains: {item!r} has a weight that is not >= 0")
         rows.append((name, start, end))
-    if paths and not any(name in paths for name, _, _ in rows):
+    if paths and not config.mixture and not any(name in paths for name, _, _ in rows):
         rows = [(name, 1 / len(paths), 1 / len(paths)) for name in paths]
 
     # Names become parts of file names in the cache.
@@ -103,11 +121,16 @@ def parse_domains(config):
             raise ValueError("domain 'shakespeare' needs its text: --data.files=shakespeare=PATH; "
                              f"Tiny Shakespeare (1.1 MB) is at {SHAKESPEARE}")
         if name not in paths and name not in EMBEDDED:
-            raise ValueError(f"domains: {name!r} has no text; known: {', '.join(EMBEDDED)}; "
-                             f"your own: --data.files={name}=PATH")
+            missing = [name for name in names if name not in (*paths, *EMBEDDED)]
+            raise ValueError(f"domains: {', '.join(map(repr, missing))} without text; known: "
+                             f"{', '.join(EMBEDDED)}; your own: --data.files={name}=PATH")
     for name in paths:
         if name not in names:
             raise ValueError(f"files: {name!r} is not in domains ({', '.join(names)})")
+    for condition in parse_where(config.where):
+        if condition.domain not in ("", *paths):
+            raise ValueError(f"where: {condition.domain!r} is not in files ({', '.join(paths)})")
+    parse_budget(config.budget)
 
     # The weights of each end of the schedule sum to 1.
     start = np.array([weight for _, weight, _ in rows])          # (D,)
@@ -120,40 +143,30 @@ def parse_domains(config):
 
 # ---- documents of a domain, and their split ----------------------------------------------------------------
 
-def documents(name, path=None, skip_bad=False):
-    """All documents of a domain, duplicates included: a list of strings.
+def documents(name, path=None, config=DataConfig()):
+    """All documents of a domain that fits into memory, duplicates included: a list of strings.
 
     No `path`: an embedded domain. Otherwise the user's text, gzipped or not: a text file is one document;
-    a .jsonl or .json file has one per record, in its field `text`; a folder stands for all .txt, .md, .jsonl
-    and .json files below it. Prints what was read and what was left out. Raises ValueError, naming the file
-    and the position in it; with `skip_bad`, bad records are counted and left out instead."""
+    a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder stands for all
+    such files below it. Prints what was read and what was left out. Raises ValueError, naming the file and
+    the position in it; with `skip_bad`, bad records are counted and left out instead."""
     if path is None:
         return embedded().documents(name)
-    files, left_out = own_files(name, path)
+    source, left_out = find_source(name, path, config)
     found = []
     read = 0                                                     # files that hold text
-    for file in files:
-        with reading(name):
-            raw = file.read_bytes()
-        if file.name.lower().endswith(".gz"):
-            raw = unpack(file, raw)
-
-        # A folder of texts may contain JSON that is no text, such as package.json.
-        if kind_of(file) == "text":
-            texts = [read_text(file, raw)]
-        elif file != Path(path) and kind_of(file) == "json" and not holds_text(file, raw):
-            left_out["without a `text`"].append(file)
-            continue
-        else:
-            texts = read_records(file, raw, skip_bad)
-
-        # Blank documents do not count.
-        texts = [text for text in texts if text.strip()]
+    total = Counter()
+    for file in source.files:
+        counts = Counter()
+        texts = [row.text for row in rows_of_file(source, file, counts)]
+        if counts["bad"]:
+            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
         if texts:
             found += texts
             read += 1
         else:
-            left_out["empty"].append(file)
+            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
+        total += counts
     if not found:
         raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
 
@@ -161,159 +174,13 @@ def documents(name, path=None, skip_bad=False):
     size = sum(len(text.encode()) for text in found)
     line = (f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} "
             f"document{'s' * (len(found) != 1)}, {size:,} bytes")
-    reasons = []
-    for why, skipped in left_out.items():
-        examples = [file.name for file in skipped[:3]] + ["..."] * (len(skipped) > 3)
-        reasons.append(f"{len(skipped)} {why} ({', '.join(examples)})")
-    if reasons:
-        line += f"; left out: {', '.join(reasons)}"
-    print(line)
+    print(line + columns(source) + reasons(left_out, total))
     return found
 
 
-def own_files(name, path):
-    """The files of a user's domain → (sorted paths, {reason: files and folders left out}).
-
-    Raises ValueError if there is nothing to read."""
-    root = Path(path)
-    left_out = defaultdict(list)
-    if not root.is_dir():
-        if root.exists() and not root.is_file():
-            raise ValueError(f"files: {name}={path} is a pipe or a device, which gives its text only "
-                             "once: save that in a file")
-        return [root], left_out
-
-    # os.walk skips folders that it cannot list, unless its error handler raises.
-    def unreadable(error):
-        raise error
-
-    files = []
-    seen = set()                                                 # real paths: a link may lead back up
-    with reading(name):
-        for folder, folders, filenames in os.walk(root, onerror=unreadable, followlinks=True):
-            seen.add(os.path.realpath(folder))
-
-            # What is removed from `folders` is not walked.
-            for part in sorted(folders):
-                child = Path(folder, part)
-                if part.startswith("."):
-                    left_out["hidden"].append(child)
-                    folders.remove(part)
-                elif os.path.realpath(child) in seen:
-                    left_out["read already"].append(child)
-                    folders.remove(part)
-            folders.sort()
-
-            # The files of this folder.
-            for filename in sorted(filenames):
-                file = Path(folder, filename)
-                if file.name.startswith("."):
-                    left_out["hidden"].append(file)
-                elif not file.name.lower().removesuffix(".gz").endswith(KINDS):
-                    left_out["of another kind"].append(file)
-                elif not file.is_file():
-                    left_out["neither file nor folder"].append(file)
-                else:
-                    files.append(file)
-    if not files:
-        raise ValueError(f"files: {name}={path}: no {', '.join(KINDS)} in this folder, nor one of these "
-                         "with .gz")
-    return sorted(files), left_out
-
-
-@contextlib.contextmanager
-def reading(name):
-    """Raise an OSError of the body as a ValueError that names the domain and the file."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text "
-                         "file, a .jsonl, or a folder of them") from None
-
-
-KINDS = ".txt", ".md", ".jsonl", ".json"
-
-
-def kind_of(file):
-    """How a file is parsed, judged by its name: "text", "jsonl" or "json"."""
-    suffix = file.name.lower().removesuffix(".gz").rpartition(".")[2]
-    return suffix if suffix in ("jsonl", "json") else "text"
-
-
-def unpack(file, raw):
-    """gzip bytes → bytes. Raises ValueError if they are damaged."""
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"files: {file} is a damaged gzip file: {error}") from None
-
-
-def read_text(file, raw):
-    """UTF-8 bytes → str. Raises ValueError with the position of the first invalid byte."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"files: {file} is not UTF-8 at byte {error.start}; convert it") from None
-
-
-def records(file, raw):
-    """The records of a .json or .jsonl file: [(position, parsed JSON or an unparsed line of bytes)].
-
-    A .json file is an array of records or a single one; if it does not parse as a whole, it is read as
-    .jsonl. Blank lines are skipped."""
-    if kind_of(file) == "json":
-        with contextlib.suppress(ValueError, RecursionError):
-            whole = json.loads(raw)
-            if not isinstance(whole, list):
-                whole = [whole]
-            return [(f"record {number}", record) for number, record in enumerate(whole, 1)]
-    lines = enumerate(raw.split(b"\n"), 1)
-    return [(f"line {number}", line) for number, line in lines if line.strip()]
-
-
-def text_of(record):
-    """The field `text` of a record, as a string. Raises one of BAD_RECORD if there is none."""
-    if isinstance(record, bytes):
-        record = json.loads(record)
-    text = record["text"]
-
-    # JSON may hold a lone surrogate, which has no encoding in UTF-8.
-    text.encode()
-    return text
-
-
-BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
-
-
-def holds_text(file, raw):
-    """Whether any record has a field `text`."""
-    for _, record in records(file, raw):
-        with contextlib.suppress(*BAD_RECORD):
-            text_of(record)
-            return True
-    return False
-
-
-def read_records(file, raw, skip_bad):
-    """The field `text` of every record. Raises ValueError at a bad one; `skip_bad` leaves it out."""
-    # Collect the texts; bad records stop the run or are counted.
-    found = []
-    bad = 0
-    every = records(file, raw)
-    for position, record in every:
-        try:
-            found.append(text_of(record))
-        except BAD_RECORD as error:
-            if not skip_bad:
-                why = "no JSON object with a string `text`"
-                if isinstance(error, UnicodeError):
-                    why = "no text in UTF-8"
-                raise ValueError(f"files: {file}, {position}: {why}; mend it, "
-                                 "or --data.skip_bad=true") from None
-            bad += 1
-    if bad:
-        print(f"{file}: {bad} bad records of {len(every)} left out")
-    return found
+def is_validation(hashed, val=0.05):
+    """Whether the sha256 of a document, in hexadecimal, is in the lowest fraction `val` of the range."""
+    return int(hashed[:8], 16) <= val * 2 ** 32
 
 
 def split_documents(docs, val=0.05):
@@ -348,17 +215,18 @@ def split_documents(docs, val=0.05):
     return [part for part in train if part], [part for part in held_out if part]
 
 
-def text_key(record, name, path=None, skip_bad=False):
+def text_key(record, name, path=None, config=DataConfig()):
     """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
 
     Computing it does not extract the text. record: see `digest`."""
     if path:
-        steps = documents, records, text_of, read_records, split_documents
-        files, _ = own_files(name, path)
+        steps = documents, rows_of_file, records, text_of, split_documents
+        source, _ = find_source(name, path, config)
         with reading(name):
-            parts = [f"{kind_of(file)} {file.suffix.lower() == '.gz'} {digest(file, record)}"
-                     for file in files]
-        return sha256(str(skip_bad), *parts, *map(inspect.getsource, steps))
+            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {digest(Path(file), record)}"
+                     for file in source.files]
+        how = str((config.skip_bad, config.column, source.kind, source.where))
+        return sha256(how, *parts, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
 
@@ -418,6 +286,7 @@ def sha256(*parts):
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 BLANKS = re.compile(r"(\s{4096})")       # runs of blanks are cut: tiktoken fails on a million in a row
+MANY_BLANKS = re.compile(r"\s{8}")       # such a run shows as 8 blanks in every 512th character
 LONGEST = 128                   # characters; BPE training cuts longer words into pieces of this length
 EOT = "<|endoftext|>"
 SPECIALS = EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"   # the last ids of every vocabulary
@@ -535,7 +404,7 @@ class Tokenizer:
     def encode(self, text):
         """str → ids, uint32 array"""
         parts = [text]
-        if BLANKS.search(text):
+        if MANY_BLANKS.search(text[::512]):
             parts = BLANKS.split(text)
         ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(ids)
@@ -605,11 +474,12 @@ def known_encoding(name):
 # ---- the cache: written once, verified on every load, shared by processes ----------------------------------
 
 @contextlib.contextmanager
-def atomic(path, mode="wb", **how):
+def atomic(path, mode="wb", alone=False, **how):
     """Yield a file that replaces `path` once it is complete and on disk.
 
-    A reader sees all of it or the previous content, even after a crash. how: options of `open`."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
+    A reader sees all of it or the previous content, even after a crash. alone: no other process writes it
+    now, so that the temporary file has one name. how: options of `open`."""
+    tmp = Path(f"{path}.tmp" if alone else f"{path}.{os.getpid()}.tmp")
     try:
         with open(tmp, mode, **how) as file:
             yield file
@@ -703,11 +573,13 @@ def cached_domain(folder, name, key, tokenizer, texts, verified):
     return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
 
 
-def intact(about, paths, dtype, verified):
-    """The facts in the JSON file `about` if the shards `paths` agree with them, else None.
+def intact(about, paths, dtype, verified, more=()):
+    """The facts in the JSON file `about`, also those named in `more`, if the shards `paths` agree with them,
+    else None.
 
-    Prints a line if anything is damaged. Shards in `verified` whose stamp is unchanged are not hashed."""
-    facts = read_json(about, "tokens", "bytes", "documents", "sha256")
+    Prints a line if anything is damaged. Shards in `verified` whose stamp is unchanged are not hashed; if it
+    is None, no shard is."""
+    facts = read_json(about, "tokens", "bytes", "documents", "sha256", *more)
     if not facts:
         return None
 
@@ -720,7 +592,7 @@ def intact(about, paths, dtype, verified):
     # The shards: first the size, then the digest.
     for path, n, expected in zip(paths, facts["tokens"], facts["sha256"]):
         size = path.stat().st_size if path.exists() else 0
-        known = path.exists() and verified.get(path.name) == stamp(path)
+        known = verified is None or path.exists() and verified.get(path.name) == stamp(path)
         damaged = size != n * dtype.itemsize
         if not damaged and not known:
             damaged = sha256(np.memmap(path, dtype, "r")) != expected
@@ -752,6 +624,504 @@ def write_shards(about, paths, dtype, tokenizer, docs):
     return facts
 
 
+# ---- large text: one shard for each file, made by worker processes -----------------------------------------
+
+READER = 1                       # raise it when reading or splitting changes: it is part of the shards' key
+BATCH = 1_000_000                # bytes of text that are encoded at a time
+BPE_SAMPLE = 64_000_000          # bytes of text that BPE is trained on if a domain is large
+
+
+class Plan(NamedTuple):
+    """How the shards of a large domain are made. Worker processes get it as JSON."""
+    source: Source
+    folder: str                  # of the shards, and of tokenizer.json
+    width: int                   # bytes of a token: 2 or 4
+    budget: str
+    verify: str                  # the launch whose processes verify the digests, or ""
+
+
+class Shards:
+    """The tokens of one side of a domain: arrays in files, mapped into memory when they are first used."""
+
+    def __init__(self, paths, counts, dtype):
+        self.paths = paths
+        self.counts = counts                                     # tokens of each
+        self.dtype = dtype
+        self.arrays = {}
+
+    def __len__(self):
+        return sum(self.counts)
+
+    def part(self, i):
+        """The tokens of shard i."""
+        if i not in self.arrays:
+            self.arrays[i] = np.zeros(0, self.dtype)
+            if self.counts[i]:
+                self.arrays[i] = np.memmap(self.paths[i], self.dtype, "r")
+        return self.arrays[i]
+
+    def __getitem__(self, cut):
+        """The first tokens, [:n]: shards are read one after another."""
+        found = [np.zeros(0, self.dtype)]
+        left = len(range(len(self))[cut])
+        for i in range(len(self.paths)):
+            found.append(self.part(i)[:left])
+            left -= len(found[-1])
+            if not left:
+                break
+        return np.concatenate(found)
+
+
+class Windows:
+    """Windows of T + 1 tokens, T apart, numbered through the shards of a side. None crosses a shard's end."""
+
+    def __init__(self, ids, T):
+        self.ids = ids
+        self.T = T
+        counts = ids.counts if isinstance(ids, Shards) else [len(ids)]
+        self.ends = np.cumsum([max(0, (n - 1) // T) for n in counts])                      # (shards,)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __call__(self, k):
+        """Window k → (the shard's tokens, the offset of the window in them)"""
+        i = int(np.searchsorted(self.ends, k, side="right"))
+        before = self.ends[i - 1] if i else 0
+        ids = self.ids.part(i) if isinstance(self.ids, Shards) else self.ids
+        return ids, int(k - before) * self.T
+
+
+def stem(source, file):
+    """The name of a file's shards: the end of its path below the root, made unique by a digest."""
+    below = os.path.relpath(file, source.root)
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(file).name)[-60:]
+    return f"{readable}-{sha256(below)[:12]}"
+
+
+def shard_paths(plan, file):
+    """(manifest, [train tokens, validation tokens], documents) of a file's shards."""
+    start = f"{plan.folder}/{stem(plan.source, file)}"
+    return Path(f"{start}.json"), [Path(f"{start}-train.bin"), Path(f"{start}-val.bin")], \
+        Path(f"{start}-rows.bin")
+
+
+def shard_of(plan, file, limit, settled=True):
+    """The manifest of a file's shards, if they are whole and were made with this limit; else None.
+
+    settled: also require that the source is unchanged, and that this launch has verified the digests."""
+    about, paths, table = shard_paths(plan, file)
+    dtype = np.dtype(f"<u{plan.width}")
+    facts = intact(about, paths, dtype, None, ("limit", "spent", "source", "counts", "verified"))
+    if not facts or facts["limit"] != limit or not table.exists():
+        return None
+    if table.stat().st_size != 24 * facts["documents"]:
+        return None
+    if settled and (facts["source"][:2] != stamp(file) or plan.verify and facts["verified"] != plan.verify):
+        return None
+    return facts
+
+
+def settle(plan, file, limit, tokenizer, threads, tell):
+    """Make the shards of a file, unless those there prove right. The caller holds the claim on them."""
+    facts = shard_of(plan, file, limit)
+    if facts:
+        return facts
+    about, paths, _ = shard_paths(plan, file)
+    facts = shard_of(plan, file, limit, settled=False)
+    if facts:
+        # They are whole: compare the digests of a source with another time, and of what is to be verified.
+        record = {str(Path(file).absolute()): facts["source"]}
+        same = digest(Path(file), record) == facts["source"][2]
+        if same and plan.verify:
+            same = [tokens_digest(path) for path in paths] == facts["sha256"]
+        if same:
+            now = record.get(str(Path(file).absolute()), [stamp(file)[0], 0, facts["source"][2]])
+            write_atomically(about, json.dumps(dict(facts, source=now, verified=plan.verify)).encode())
+            return facts
+        print(f"{about}: the source or the shards are not those it was written for, building it again",
+              file=sys.stderr)
+    return build_shards(plan, file, limit, tokenizer, threads, tell)
+
+
+def build_shards(plan, file, limit, tokenizer, threads, tell):
+    """Tokenize a file into its shards, then write their manifest → the manifest.
+
+    limit: bytes or documents that may still be read, or None. tell(text=.., tokens=.., at=..) is called with
+    the progress. Memory does not depend on the size of the file, but for 8 bytes a document."""
+    about, paths, table = shard_paths(plan, file)
+    record = {}
+    before = stamp(file)
+    hashed = digest(Path(file), record)
+    source = record.get(str(Path(file).absolute()), [before[0], 0, hashed])
+    counts = Counter()
+    dtype = np.dtype(f"<u{plan.width}")
+    tokens, sizes, documents, spent = [0, 0], [0, 0], 0, [0]
+
+    # Write the tokens as they come: without a manifest they do not count. The claim allows temporary files
+    # of a fixed name, so that those of a process that was killed are overwritten.
+    about.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(atomic(path, alone=True)) for path in paths]
+        rows_file = stack.enter_context(atomic(table, alone=True))
+        chosen = chosen_documents(plan, file, limit, counts, spent)
+        for table, ids in encoded(chosen, tokenizer, threads, dtype):      # (n, 4): row, side, tokens, bytes
+            for side in (0, 1):
+                mine = table[:, 1] == side
+                lengths = table[mine, 2]
+                sizes[side] += int(table[mine, 3].sum())
+                table[mine, 2] = tokens[side] + np.cumsum(lengths) - lengths       # where each begins
+                tokens[side] += len(ids[side])
+                sides[side].write(ids[side])
+            rows_file.write(np.ascontiguousarray(table[:, :3], "<i8"))
+            documents += len(table)
+            tell(text=int(table[:, 3].sum()), tokens=len(ids[0]) + len(ids[1]), at=counts["at"])
+    if stamp(file) != before:
+        raise ValueError(f"files: {file} has changed while it was read: start again when it is complete")
+
+    # The manifest comes last.
+    facts = dict(tokens=tokens, bytes=sizes, documents=documents, sha256=[tokens_digest(p) for p in paths],
+                 limit=limit, spent=spent[0], source=source, verified=plan.verify, file=str(file),
+                 options=dict(column=plan.source.column, where=plan.source.where, set=plan.source.kind,
+                              bucket=Path(file).parent.name if plan.source.kind == "txt360" else ""),
+                 counts={why: n for why, n in counts.items() if why != "at"})
+    write_atomically(about, json.dumps(facts).encode())
+    return facts
+
+
+def chosen_documents(plan, file, limit, counts, spent):
+    """(row, side, text) of each document of a file that is kept: side 0 is training, 1 validation.
+
+    As in split_documents, its hash decides the side, so that copies in other files have the same; a
+    repetition within the file is left out. Bounds for few documents are not needed here."""
+    seen = Seen()
+    of_bytes = parse_budget(plan.budget)[1]
+    for row in rows_of_file(plan.source, file, counts):
+        hashed = sha256(row.text)
+        if not seen.add(int(hashed[:16], 16)):
+            counts["repeated in their file"] += 1
+            continue
+        yield row.number, int(is_validation(hashed)), row.text
+        spent[0] += len(row.text.encode()) if of_bytes else 1
+        if limit is not None and spent[0] >= limit:
+            return
+
+
+class Seen:
+    """A set of 64-bit hashes at 8 bytes each: a sorted array, and a set of the last ones."""
+
+    def __init__(self, room=1 << 18):
+        self.old = np.zeros(0, np.uint64)
+        self.new = set()
+        self.room = room
+
+    def add(self, value):
+        """Add a hash → whether it is new."""
+        if value in self.new:
+            return False
+        at = np.searchsorted(self.old, np.uint64(value))
+        if at < len(self.old) and self.old[at] == np.uint64(value):
+            return False
+        self.new.add(value)
+        if len(self.new) >= self.room:
+            new = np.fromiter(self.new, np.uint64, len(self.new))
+            self.old = np.sort(np.concatenate([self.old, new]))
+            self.new.clear()
+        return True
+
+
+def encoded(chosen, tokenizer, threads, dtype):
+    """(row, side, text) → for each batch a table of (row, side, tokens, bytes of text), and tokens of each
+    side, with an eot after every document, in the same order.
+
+    Threads run in parallel here: tiktoken releases the interpreter lock. Few batches wait at a time."""
+    end = [tokenizer.eot]
+
+    def encode(batch):
+        ids = [[np.zeros(0, dtype)], [np.zeros(0, dtype)]]
+        table = []
+        for number, side, text in batch:
+            here = tokenizer.encode(text)
+            ids[side] += here, end
+            table.append((number, side, len(here) + 1, len(text.encode())))
+        return np.array(table, np.int64), [np.concatenate(part).astype(dtype) for part in ids]
+
+    batches = batches_of_text(chosen)
+    if threads == 1:
+        yield from map(encode, batches)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > threads + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batches_of_text(chosen):
+    """Lists of documents, each with BATCH characters or a little more."""
+    batch = []
+    size = 0
+    for document in chosen:
+        batch.append(document)
+        size += len(document[2])
+        if size >= BATCH:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
+def tokens_digest(path):
+    """What `sha256` gives for the array in a file, read in blocks."""
+    h = hashlib.sha256(b"%d:" % os.stat(path).st_size)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()
+
+
+@contextlib.contextmanager
+def claimed(plan, file, wait):
+    """Yield whether the shards of a file are now this process's to make. The kernel ends the claim of a
+    process that dies. Different files are different bytes of the same lock file."""
+    byte = int(sha256(stem(plan.source, file))[:12], 16)
+    with open(Path(plan.folder, "claims"), "w") as claims:
+        try:
+            fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        yield True
+
+
+def in_order(plan, get):
+    """[manifest] of the files in order, as far as the budget goes. get(file, limit) gives one, or None."""
+    found = []
+    left = parse_budget(plan.budget)[0]
+    for file in plan.source.files:
+        limit = None if left == math.inf else left
+        facts = get(file, limit)
+        found.append(facts)
+        if limit is not None:
+            if facts is None:
+                break
+            left -= facts["spent"]
+            if left <= 0:
+                break
+    return found
+
+
+def work(plan, threads, tell, alive=lambda: None):
+    """Make the shards that nobody else is making; then wait for those of others, or make them after all."""
+    tokenizer = load_tokenizer(Path(plan.folder, "tokenizer.json"))
+
+    def make(file, limit, wait):
+        alive()
+        facts = shard_of(plan, file, limit)
+        if facts:
+            return facts
+        with claimed(plan, file, wait) as mine:
+            return settle(plan, file, limit, tokenizer, threads,
+                          lambda **seen: (alive(), tell(file=file, **seen))) if mine else None
+
+    # A budget needs to know what the files before have spent, so one after another.
+    for wait in (False, True):
+        in_order(plan, lambda file, limit: make(file, limit, wait or limit is not None))
+
+
+def work_as_told():
+    """The main function of a worker process: the plan comes in as JSON, the progress goes out as lines of
+    JSON. It ends with its parent."""
+    told = json.load(sys.stdin)
+    plan = Plan(**told["plan"])
+    plan = plan._replace(source=Source(**plan.source))
+
+    # Standard output is the pipe to the parent, for messages alone; each is written at once, so that lines of
+    # different workers do not mix. Terminated, it removes its temporary files.
+    pipe = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    parent = os.getppid()
+    unsaid = Counter()
+    last = [0.0]
+
+    def alive():
+        if os.getppid() != parent:
+            raise SystemExit(1)
+
+    def say(**message):
+        os.write(pipe, json.dumps(message).encode() + b"\n")
+
+    def tell(file, text, tokens, at):
+        unsaid.update(text=text, tokens=tokens)
+        if time.time() - last[0] > 0.5:
+            last[0] = time.time()
+            say(**unsaid, file=stem(plan.source, file), at=at)
+            unsaid.clear()
+
+    try:
+        work(plan, told["threads"], tell, alive)
+    except (ValueError, OSError, MemoryError) as error:
+        said = str(error) or type(error).__name__
+        if isinstance(error, OSError):
+            said = f"{plan.folder}: {said}; shards that are complete are kept"
+        say(error=said[:500])
+        raise SystemExit(1) from None
+
+
+def run_workers(plan, workers, sizes):
+    """Run worker processes and print their progress. Raises ValueError if one fails.
+
+    They are started afresh, without torch: about 100 MB each, and safe beside threads of this process.
+    sizes {stem: bytes of the file}: those to be made."""
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    count = 1 if plan.budget else min(workers or cores, len(sizes))
+    told = json.dumps(dict(plan=plan._replace(source=plan.source._asdict())._asdict(),
+                           threads=max(1, cores // count)))
+    out, into = os.pipe()
+    processes = []
+    with open(out) as messages:
+        try:
+            for _ in range(count):
+                process = subprocess.Popen([sys.executable, Path(__file__).resolve(), "work"], text=True,
+                                           stdin=subprocess.PIPE, stdout=into)
+                processes.append(process)
+                with process.stdin:
+                    process.stdin.write(told)
+            os.close(into)
+            progress(plan, messages, sizes)
+            status = max(abs(process.wait()) for process in processes)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+    if status:
+        raise ValueError(f"{plan.folder}: a worker process ended with status {status}; start again to go on: "
+                         "shards that are complete are kept")
+
+
+def progress(plan, messages, sizes):
+    """Print how far the workers are, every five seconds, until they have all ended."""
+    began = said = time.time()
+    total = Counter()
+    budget, of_bytes = parse_budget(plan.budget)
+    done = {}                                                    # bytes read of each file
+    for message in map(json.loads, messages):
+        if "error" in message:
+            raise ValueError(message["error"])
+        total.update(text=message.get("text", 0), tokens=message.get("tokens", 0))
+        done[message["file"]] = message["at"]
+        now = time.time()
+        if now - said < 5 or os.environ.get("RANK", "0") != "0":
+            continue
+        said = now
+
+        # The share of the bytes on the disk, or of the budget, that has been read.
+        finished = [name for name in sizes if Path(plan.folder, f"{name}.json").exists()]
+        read = sum(sizes[name] if name in finished else done.get(name, 0) for name in sizes)
+        share = read / sum(sizes.values())
+        if of_bytes and budget < math.inf:
+            share = total["text"] / budget
+        seconds = now - began
+        left = seconds / max(share, 1e-6) - seconds
+        print(f"{plan.source.name}: {len(finished):,} of {len(sizes):,} files, "
+              f"{total['text'] / seconds / 1e6:.1f} MB/s, {total['tokens'] / seconds / 1e6:.2f}M tokens/s, "
+              f"{left // 60:.0f}:{left % 60:02.0f} min left", flush=True)
+
+
+def large_domain(config, source, left_out, tokenizer, verify, workers):
+    """The Domain of a large source: its shards are looked at, and made if they are missing."""
+    # The folder's name stands for everything that its shards depend on, except the files themselves.
+    root = Path(source.root).absolute()
+    key = sha256(tokenizer.fingerprint, str((READER, str(root), source.kind, source.where, source.column,
+                                             source.skip_bad, config.budget)))
+    folder = Path(config.cache, f"{source.name}-{key[:16]}")
+    width = 2 if tokenizer.n_vocab <= 65536 else 4
+    plan = Plan(source, str(folder), width, config.budget, verify)
+
+    # Make what is missing.
+    found = in_order(plan, functools.partial(shard_of, plan))
+    if None in found:
+        began = time.time()
+        loud = os.environ.get("RANK", "0") == "0"
+        if loud:
+            print(f"{source.name}={source.root}: {len(source.files):,} files{columns(source)}"
+                  f"{reasons(left_out, {})}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / "tokenizer.json")
+        missing = [file for file, facts in itertools.zip_longest(source.files, found) if facts is None]
+        run_workers(plan, workers, {stem(source, file): os.stat(file).st_size for file in missing})
+        found = in_order(plan, functools.partial(shard_of, plan, settled=False))
+        if None in found:
+            raise ValueError(f"{folder}: shards are missing although they were made: start again")
+        if loud:
+            print(summary(plan, found, time.time() - began), flush=True)
+    if not sum(facts["documents"] for facts in found):
+        counts = sum((Counter(facts["counts"]) for facts in found), Counter())
+        raise ValueError(f"files: {source.name}={source.root} is empty{reasons({}, counts)}; give text")
+
+    # A single shard is an array, as the domains in memory have it.
+    sides = []
+    dtype = np.dtype(f"<u{width}")
+    for side in (0, 1):
+        paths = [shard_paths(plan, file)[1][side] for file in source.files[:len(found)]]
+        shards = Shards(paths, [facts["tokens"][side] for facts in found], dtype)
+        sides.append(shards.part(0) if len(found) == 1 else shards)
+    digests = [one for facts in found for one in facts["sha256"]]
+    sizes = [sum(facts["bytes"][side] for facts in found) for side in (0, 1)]
+    return Domain(*sides, *sizes, sum(facts["documents"] for facts in found), digests)
+
+
+def summary(plan, found, seconds):
+    """A line about the shards of a large domain, when they are complete."""
+    counts = sum((Counter(facts["counts"]) for facts in found), Counter())
+    train, val = (sum(facts["bytes"][side] for facts in found) for side in (0, 1))
+    tokens = sum(sum(facts["tokens"]) for facts in found)
+    return (f"{plan.folder}: {len(found):,} shards, {(train + val) / 1e6:.1f} MB, {tokens:,} tokens, "
+            f"of which {val / max(1, train + val):.1%} are validation, {seconds:.1f} s{reasons({}, counts)}")
+
+
+def sample_of_mixture(config, large, names, weights, texts):
+    """The documents that BPE is trained on if a domain is large: about BPE_SAMPLE bytes of training text,
+    each domain with its mean weight. A large one gives them from up to 16 files, spread evenly over all,
+    or from the first ones if there is a budget. large {name: Source}; texts(name): a small domain's."""
+    found = []
+    for name, share in zip(names, weights / weights.sum() * BPE_SAMPLE):
+        files = large[name].files if name in large else [""]
+        if not config.budget:
+            files = files[::max(1, len(files) // 16)][:16]
+        size = 0
+        for i, file in enumerate(files):
+            goal = share if config.budget else share * (i + 1) / len(files)
+            if size >= goal:
+                continue
+            if name in large:
+                here = (row.text for row in rows_of_file(large[name], file, Counter()))
+                here = (text for text in here if not is_validation(sha256(text)))
+            else:
+                here = texts(name)
+            for text in here:
+                found.append(text)
+                size += len(text.encode())
+                if size >= goal:
+                    break
+        print(f"bpe: trained on {size / 1e6:.1f} MB of {name}", flush=True)
+    return found
+
+
+def large_key(source, config):
+    """Cache key of a large source's text: names and sizes of its files, and how they are read."""
+    files = [f"{os.path.relpath(file, source.root)} {os.stat(file).st_size}" for file in source.files]
+    how = (READER, source.kind, source.where, source.column, source.skip_bad, config.budget)
+    return sha256(str(how), *files)
+
+
+# ---- a corpus: tokenizer and domains -----------------------------------------------------------------------
+
 class Corpus(NamedTuple):
     tokenizer: Tokenizer
     domains: dict                # name → Domain
@@ -771,13 +1141,16 @@ def tokenizer_of(config, vocab_size, keys, texts):
     return known_encoding(config.tokenizer)
 
 
-def prepare(config, vocab_size, launch=""):
+def prepare(config, vocab_size, launch="", workers=0):
     """DataConfig and the model's vocab_size → Corpus, built on the first call, later loaded from the cache.
 
     A text file whose stamp is unchanged is not read again. Of the processes with the same non-empty
     `launch`, the first verifies the digests of the shards; the others trust it for shards whose stamp is
-    unchanged. Raises ValueError, saying what to correct."""
+    unchanged. Shards of large text are only verified if config.verify, by all processes of a launch together.
+    Raises ValueError, saying what to correct."""
     names, start, end, paths = parse_domains(config)
+    found = {name: find_source(name, path, config) for name, path in paths.items()}
+    large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):
         # Digests of text files, from earlier calls.
         sources = Path(config.cache, "sources.json")
@@ -797,20 +1170,28 @@ def prepare(config, vocab_size, launch=""):
         # Texts are extracted only if something has to be built from them, and at most once.
         @functools.cache
         def split(name):
-            return split_documents(documents(name, paths.get(name), config.skip_bad))
+            return split_documents(documents(name, paths.get(name), config))
 
         def training_texts():
-            return [doc for name in names for doc in split(name)[0]]
+            if not large:
+                return [doc for name in names for doc in split(name)[0]]
+            return sample_of_mixture(config, large, names, start + end, lambda name: split(name)[0])
 
         # The tokenizer comes first: shards depend on it.
-        keys = {name: text_key(record, name, paths.get(name), config.skip_bad) for name in names}
+        keys = {}
+        for name in names:
+            if name in large:
+                keys[name] = large_key(large[name], config)
+            else:
+                keys[name] = text_key(record, name, paths.get(name), config)
         tokenizer = tokenizer_of(config, vocab_size, keys.values(), training_texts)
         if vocab_size < tokenizer.n_vocab:
             raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
-        domains = {}
+        domains = dict.fromkeys(names)
         for name in names:
-            texts = functools.partial(split, name)
-            domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
+            if name not in large:
+                texts = functools.partial(split, name)
+                domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
 
         # Save what the next call can reuse.
         if record != before:
@@ -818,11 +1199,45 @@ def prepare(config, vocab_size, launch=""):
         if launch:
             write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
 
+    # Large text has a lock for each file: the ranks of a launch make and verify its shards together.
+    verify = ""
+    if config.verify:
+        verify = launch or f"{os.getpid()} {time.time()}"
+    for name in large:
+        domains[name] = large_domain(config, *found[name], tokenizer, verify, workers)
+
     # The fingerprint covers names, tokens and tokenizer.
     digests = []
     for name, domain in domains.items():
         digests += [name, *domain.sha256]
     return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
+
+
+def origin(corpus, config, name, side, at):
+    """Where the document with token `at` of a domain of files comes from: (file, number of the row).
+
+    side: "train" or "val". Large text has a table of it; text held in memory is read again."""
+    ids = getattr(corpus.domains[name], side)
+    if isinstance(ids, Shards):
+        ends = np.cumsum(ids.counts)
+        i = int(np.searchsorted(ends, at, side="right"))
+        start = str(ids.paths[i]).removesuffix(f"-{side}.bin")
+        table = np.fromfile(f"{start}-rows.bin", "<i8").reshape(-1, 3)     # row, side, first token
+        table = table[table[:, 1] == (side == "val")]
+        first = np.searchsorted(table[:, 2], at - (ends[i] - ids.counts[i]), side="right") - 1
+        return json.loads(Path(f"{start}.json").read_bytes())["file"], int(table[first, 0])
+
+    # The document's text, from the eot before it to its own; a document that was cut begins or ends with it.
+    eots = np.flatnonzero(ids[:at] == corpus.tokenizer.eot)
+    start = eots[-1] + 1 if len(eots) else 0
+    length = int(np.argmax(ids[start:] == corpus.tokenizer.eot))
+    text = corpus.tokenizer.decode(ids[start:start + length].tolist())
+    source, _ = find_source(name, parse_domains(config)[3][name], config)
+    for file in source.files:
+        for row in rows_of_file(source, file, Counter()):
+            if row.text.startswith(text) or row.text.endswith(text):
+                return row.file, row.number
+    raise ValueError(f"files: {name} has changed since it was tokenized")
 
 
 # ---- mixture: which domain the n-th window comes from ------------------------------------------------------
@@ -926,6 +1341,7 @@ def document_starts(x, eot):
 
 def take_windows(sources, starts, T):
     """b token arrays and the offset of a window in each → x, y (b, T) int64"""
+    import torch
     rows = np.stack([ids[a:a + T + 1] for ids, a in zip(sources, starts)]).astype(np.int64)
     return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
 
@@ -933,7 +1349,8 @@ def take_windows(sources, starts, T):
 class Batches:
     """batch(step), a pure function of (seed, step).  batch: windows in the global batch of a step.
 
-    Window k of a domain is tokens [kT, kT + T + 1). An epoch visits each window once, in its own order."""
+    Window k of a domain is tokens [kT, kT + T + 1); with several shards, of the shard that holds it. An epoch
+    visits each window once, in its own order."""
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus = corpus
@@ -943,13 +1360,14 @@ class Batches:
         self.context = context
 
         # Every domain needs at least one window of training and of validation text.
-        for name, domain in corpus.domains.items():
-            for part, ids in (("train", domain.train), ("validation", domain.val)):
-                if len(ids) <= context:
-                    raise ValueError(f"domain {name!r}: {len(ids)} {part} tokens, "
-                                     f"less than a window: context {context} + 1")
-        windows = [(len(domain.train) - 1) // context for domain in corpus.domains.values()]
-        self.windows = np.array(windows)                                                   # (D,)
+        self.train = [Windows(domain.train, context) for domain in corpus.domains.values()]
+        self.held_out = {name: Windows(domain.val, context) for name, domain in corpus.domains.items()}
+        for name, train in zip(corpus.domains, self.train):
+            for part, windows in (("train", train), ("validation", self.held_out[name])):
+                if not len(windows):
+                    raise ValueError(f"domain {name!r}: {len(windows.ids)} {part} tokens, in no shard "
+                                     f"as many as a window: context {context} + 1")
+        self.windows = np.array([len(windows) for windows in self.train])                  # (D,)
         self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context)
 
     def __call__(self, step, rank=0, world=1):
@@ -958,6 +1376,7 @@ class Batches:
         Raises ValueError if the batch is not divisible by the number of ranks."""
         if self.batch % world:
             raise ValueError(f"{self.batch} windows a batch, not divisible by {world}")
+        import torch
         b, T = self.batch // world, self.context
 
         # The mixture gives each window its domain and its index j among that domain's windows.
@@ -972,14 +1391,14 @@ class Batches:
         k = permute(j % W, W, key)                                                         # (b,)
 
         # Cut the windows from the shards.
-        train = [d.train for d in self.corpus.domains.values()]
-        x, y = take_windows([train[i] for i in domain], k * T, T)
+        x, y = take_windows(*zip(*[self.train[i](window) for i, window in zip(domain, k)]), T)
         return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
 
     def doc_start(self, x):
         """`document_starts` of x (b, T) if the configuration asks for document masking, else None."""
         if not self.config.doc_mask:
             return None
+        import torch
         return torch.from_numpy(document_starts(x.numpy(), self.corpus.tokenizer.eot))
 
     def epochs(self, step):
@@ -989,10 +1408,9 @@ class Batches:
 
     def val(self, name, limit=0):
         """(x, y, doc_start or None), (n, T) int64: `limit` evenly spaced validation windows; 0: all"""
-        ids, T = self.corpus.domains[name].val, self.context
-        total = (len(ids) - 1) // T
-        n = min(limit, total) or total
-        x, y = take_windows([ids] * n, np.arange(n) * total // n * T, T)
+        windows = self.held_out[name]
+        n = min(limit, len(windows)) or len(windows)
+        x, y = take_windows(*zip(*map(windows, np.arange(n) * len(windows) // n)), self.context)
         return x, y, self.doc_start(x)
 
 
@@ -1027,9 +1445,8 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-def stats(config, vocab_size):
-    """Print a table with a row for each domain, and the fingerprints of tokenizer and data."""
-    corpus = prepare(config, vocab_size)
+def stats(corpus):
+    """Print a table with a row for each domain."""
     print(f"{'domain':12}{'documents':>10}{'MB':>8}{'tokens':>12}{'val':>10}{'bytes/token':>13}"
           f"{'windows':>14}{'bigram bits/byte':>18}")
     for (name, d), s, e in zip(corpus.domains.items(), corpus.start, corpus.end):
@@ -1038,7 +1455,6 @@ def stats(config, vocab_size):
         bits = bigram_bits(d.train, d.val, corpus.tokenizer)
         print(f"{name:12}{d.documents:10,}{size / 1e6:8.2f}{tokens:12,}{len(d.val):10,}"
               f"{size / tokens:13.2f}{f'{s:.0%} → {e:.0%}':>14}{bits:18.3f}")
-    print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
 
 
 def main(argv):
@@ -1047,27 +1463,38 @@ def main(argv):
         print(__doc__)
         return
     command, *options = argv or ["(none)"]
-    if command != "stats":
-        raise SystemExit(f"unknown command {command!r}; known: stats")
+    if command == "work":
+        work_as_told()
+        return
+    if command == "sources":
+        show_sets()
+        return
+    if command not in ("stats", "prepare"):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, sources")
 
-    # Options: --vocab, and the text and boolean fields of DataConfig, with or without "data." in front.
+    # Options: --vocab and --workers, and the text and boolean fields of DataConfig, with or without "data."
+    # in front.
     config = DataConfig()
-    vocab_size = 4096
+    numbers = dict(vocab=4096, workers=0)
     known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
     for option in options:
         name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
-        if name == "vocab" and value.isdecimal():
-            vocab_size = int(value)
+        if name in numbers and value.isdecimal():
+            numbers[name] = int(value)
         elif name in known:
             if isinstance(known[name], bool):
                 value = value.lower() == "true"
             config = replace(config, **{name: value})
         else:
-            raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
+            raise SystemExit(f"unknown option {option!r}; known: --vocab=N --workers=N "
+                             f"--{'= --'.join(known)}=")
 
     # Report errors in the input as one line, without a traceback.
     try:
-        stats(config, vocab_size)
+        corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
+        if command == "stats":
+            stats(corpus)
+        print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None
 

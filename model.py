@@ -1523,7 +1523,8 @@ ROOMS = """
 The files, and which of the others each imports:
 
   kernels.py   operations: definition, fast path   -
-  data.py      text, tokens, batches               -
+  sources.py   files, rows                         -
+  data.py      text, tokens, batches               sources
   model.py     the network                         kernels
   muonclip.py  Muon, AdamW, QK-Clip                kernels
   parallel.py  pipeline, experts, ZeRO-1           kernels

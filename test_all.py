@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +49,7 @@ import kernels
 import model as net
 import muonclip
 import parallel
+import sources
 import train
 from notes import _figure, _note, faults, huggingface
 from notes import corpus as embedded
@@ -136,14 +139,15 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
 def test_the_drawing_of_the_files_is_true():
     """`python model.py` says who imports whom, and who calls whom in a step: imports are those of the files;
     every function exists; those of train_step are called by it, in that order."""
-    files = ("kernels", "data", "model", "muonclip", "parallel", "train")
+    files = ("kernels", "sources", "data", "model", "muonclip", "parallel", "train")
     for name in files:
         tree = ast.parse((HERE / f"{name}.py").read_text("utf-8"))
         imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         imported |= {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         line = re.search(rf"^  {name}\.py .*   (\S.*)$", net.ROOMS, re.M)[1]
         assert line == (", ".join(sorted(imported & set(files))) or "-"), name
-    modules = dict(kernels=kernels, data=data, model=net, muonclip=muonclip, parallel=parallel, train=train)
+    modules = dict(kernels=kernels, sources=sources, data=data, model=net, muonclip=muonclip,
+                   parallel=parallel, train=train)
     called = re.findall(r"\b(kernels|data|model|muonclip|parallel|train)\.((?!py\b)\w+(?:\.\w+)?)", net.ROOMS)
     assert len(called) > 12
     for module, path in called:
@@ -1261,8 +1265,9 @@ def test_the_cache_knows_how_a_file_was_read(tmp_path):
     assert documents("a.txt") == 2, "one document, whose last tenth is validation"
     assert documents("a.jsonl") == documents("a.json") == 300
     assert documents("b.jsonl.gz", gzip.compress(lines)) == 300
-    with pytest.raises(ValueError, match="b.jsonl, line 1"):
-        documents("b.jsonl", gzip.compress(lines))
+    assert documents("b.jsonl", gzip.compress(lines)) == 300, "what is packed is known by its first bytes"
+    with pytest.raises(ValueError, match="c.jsonl.gz is a damaged gzip file"):
+        documents("c.jsonl.gz", lines)
 
 
 def test_reading_a_folder_reports_what_is_read_and_what_is_skipped(tmp_path, capsys):
@@ -1425,6 +1430,537 @@ def test_several_processes_can_prepare_at_once(tmp_path):
     assert len({fingerprint for fingerprint, _ in found}) == 1
     assert sorted(out == "" for _, out in found) == [False, True, True]
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def write_rows(path, rows, **options):
+    """Rows in the format that the name says. A test that needs a missing package is skipped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        importlib.import_module("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), path, **options)
+        return
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw)
+    if path.suffix in (".zst", ".zstd"):
+        raw = pytest.importorskip("backports.zstd").compress(raw)
+    path.write_bytes(raw)
+
+
+def numbered(start, n=3, **fields):
+    return [dict(fields, text=f"document {start + i}", number=start + i) for i in range(n)]
+
+
+def texts_of(path, **options):
+    found = sources.rows("x", str(path), data.DataConfig(**options))
+    return sorted(int(row.text.split()[-1]) for row in found)
+
+
+@pytest.mark.parametrize("kind, kept, left_out", [
+    ("fineweb2", "kor_Hang/train/1.parquet jpn_Jpan/train/1.parquet",
+     "kor_Hang/test/1.parquet kor_Hang_removed/train/1.parquet kor_Hang_removed/test/1.parquet README.md"),
+    ("finemath", "finemath-3plus/1.parquet infiwebmath-4plus/1.parquet", "finemath-4plus/1.parquet"),
+    ("finemath", "finemath-4plus/1.parquet", ""),
+    ("dclm", "global/local/1.jsonl.zstd global/local/2.jsonl.zst", "filtered/1.parquet sizes.json"),
+    ("dclm", "filtered/1.parquet", ""),
+    ("txt360", "data/common-crawl/d/1-1/1.jsonl.gz data/stackexchange/1-1/1.jsonl",
+     "TxT360_BestOfWeb/1.jsonl.gz TxT360_QA/1.jsonl.gz a.parquet"),
+    ("txt360", "TxT360_BestOfWeb/1.jsonl.gz", "TxT360_QA/1.jsonl.gz"),
+    ("fineweb-edu", "data/CC-MAIN-2013-20/1.parquet", "sample/10BT/1.parquet"),
+    ("fineweb-edu", "sample/350BT/1.parquet", "sample/10BT/1.parquet sample/100BT/1.parquet")])
+def test_the_traps_of_published_sets_are_left_out(tmp_path, kind, kept, left_out):
+    for path in (kept + " " + left_out).split():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    source, others = sources.find_source("x", f"{kind}:{tmp_path}", data.DataConfig())
+    below = lambda files: {os.path.relpath(file, tmp_path) for file in files}
+    assert below(source.files) == set(kept.split())
+    assert set().union(*map(below, others.values())) == set(left_out.split())
+
+
+def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
+    rows = [dict(text=f"문서 {i}", id="<urn>", dump="CC-MAIN-2014-10", url="u", date="d", file_path="f",
+                 language="kor", language_score=.9 + i / 100, language_script="Hang",
+                 minhash_cluster_size=1 + i, top_langs='{"kor_Hang_score": 0.9}') for i in range(4)]
+    root = tmp_path / "data"
+    for i, folder in enumerate(("kor_Hang/train", "kor_Hang/test", "kor_Hang_removed/train")):
+        write_rows(root / folder / "000_00000.parquet",
+                   [dict(row, text=f"{i} {row['text']}") for row in rows])
+    config = data.DataConfig(where="quality>=0.92,x:language_script=Hang")
+    found = list(sources.rows("x", f"fineweb2:{root}", config))
+    assert [(row.text, row.number) for row in found] == [("0 문서 2", 3), ("0 문서 3", 4)]
+    said = capsys.readouterr().out
+    for part in ("1 of FineWeb2's test split", "1 rejected by FineWeb2's own filters (000_00000.parquet)",
+                 "2 rows not quality>=0.92", "text from `text` (there are: text, id, dump, "):
+        assert part in said, (part, said)
+    for path in ("kor_Hang_removed", "kor_Hang_removed/train", "kor_Hang_removed/train/000_00000.parquet",
+                 "kor_Hang/test"):
+        with pytest.raises(ValueError, match="nothing but files (rejected|of FineWeb2's test)"):
+            list(sources.rows("x", f"fineweb2:{root / path}", data.DataConfig()))
+    assert len(list(sources.rows("x", str(root), data.DataConfig()))) == 12
+    assert "this looks like fineweb2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no field 'int_score'; it has: text, id, .*top_langs"):
+        list(sources.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
+
+
+def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
+    """4plus is contained in 3plus. The two families differ in columns and widths."""
+    pa = pytest.importorskip("pyarrow")
+    wide = dict(url="u", fetch_time=1, content_mime_type="text/html", warc_filename="w", warc_record_offset=1,
+                warc_record_length=2, token_count=3, char_count=4, metadata="{}", score=4.1, int_score=4,
+                crawl="c", snapshot_type="s", language="en", language_score=.9)
+    narrow = {name: wide[name] for name in ("url", "metadata", "score", "int_score", "token_count",
+                                            "char_count")}
+    for folder, rows in (("finemath-3plus", numbered(0, **wide)), ("finemath-4plus", numbered(0, 1, **wide)),
+                         ("infiwebmath-4plus", numbered(10, **narrow))):
+        path = tmp_path / folder / "train-00000-of-00064.parquet"
+        write_rows(path, rows)
+        if folder.startswith("fine"):
+            table = importlib.import_module("pyarrow.parquet").read_table(path)
+            at = table.schema.get_field_index("token_count")
+            table = table.set_column(at, "token_count", table["token_count"].cast(pa.int32()))
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+    assert texts_of(f"finemath:{tmp_path}", where="int_score>=4") == [0, 1, 2, 10, 11, 12]
+    assert "1 contained in 3plus" in capsys.readouterr().out
+    assert texts_of(f"finemath:{tmp_path}/finemath-4plus") == [0]
+
+
+def test_dclm_is_read_although_its_structs_do_not_unify(tmp_path, capsys):
+    """Some rows have WARC fields that others lack; the suffix is .zstd; the parquet copy is left out."""
+    prob = sources.SETS["dclm"].quality
+    rows = numbered(0, 6, language_id_whole_page_fasttext=dict(en=.9), warcinfo="a: b\r\nc: d",
+                    previous_word_count=9, bff_contained_ngram_count_before_dedupe=0)
+    for i, row in enumerate(rows):
+        row |= {"metadata": {"WARC-Type": "response"}, prob: i / 10}
+        if i % 2:
+            row["metadata"] = dict(row["metadata"], **{"WARC-Truncated": "length"})
+    shard = tmp_path / "global-shard_01_of_10/local-shard_0_of_10/shard_00000000_processed.jsonl.zstd"
+    write_rows(shard, rows)
+    (tmp_path / "filtered").mkdir()
+    (tmp_path / "filtered/part.parquet").write_bytes(b"PAR1, not read")
+    where = "quality>0.2,language_id_whole_page_fasttext.en>=0.9"
+    assert texts_of(f"dclm:{tmp_path}", where=where) == [3, 4, 5]
+    said = capsys.readouterr().out
+    assert "3 rows not quality>0.2" in said and "1 a copy of the .jsonl.zstd (part.parquet)" in said
+    assert texts_of(f"dclm:{shard}") == [*range(6)]
+    raw = shard.read_bytes()
+    for cut in (raw[:-1], raw[:len(raw) // 2], raw[:5]):
+        shard.write_bytes(cut)
+        with pytest.raises(ValueError, match="shard_00000000_processed.jsonl.zstd is a damaged zstd file"):
+            texts_of(f"dclm:{tmp_path}")
+    shard.write_bytes(raw + raw)
+    assert texts_of(f"dclm:{tmp_path}") == sorted([*range(6)] * 2), "every frame is read"
+
+
+def test_txt360_keeps_its_buckets_and_leaves_out_its_copies(tmp_path, capsys):
+    web = tmp_path / "data/common-crawl/CC-MAIN-2013-20"
+    for start, bucket in ((0, "1-1"), (10, "2-5"), (20, "101-1000")):
+        rows = numbered(start, 2, meta={"dup_signals": {"dup_details": {f"2013-{start}": None}}})
+        write_rows(web / bucket / "chunk_000_0000.jsonl.gz", rows)
+    write_rows(tmp_path / "data/stackexchange/1-1/0_2289.jsonl", numbered(30, 2, meta={}))
+    write_rows(tmp_path / "TxT360_BestOfWeb/1-1/chunk.jsonl.gz", numbered(0, 2, meta={}))
+    write_rows(tmp_path / "TxT360_QA/1-1/chunk.jsonl.gz", numbered(0, 2, meta={}))
+    (tmp_path / "README.md").write_text("not text to train on")
+    assert texts_of(f"txt360:{tmp_path}") == [0, 1, 10, 11, 20, 21, 30, 31]
+    said = capsys.readouterr().out
+    assert "2 a copy of other documents here" in said and "1 of another kind (README.md)" in said
+    assert texts_of(f"txt360:{tmp_path}", where="bucket!=1-1") == [10, 11, 20, 21]
+    assert texts_of(f"txt360:{tmp_path}/TxT360_QA") == [0, 1], "a copy alone is no copy"
+
+
+def test_fineweb_edu_reads_one_of_its_samples(tmp_path):
+    for i, folder in enumerate(("sample/10BT", "sample/100BT", "data/CC-MAIN-2024-10")):
+        write_rows(tmp_path / folder / "000_00000.parquet", numbered(10 * i, score=3.1, int_score=3))
+    assert texts_of(f"fineweb-edu:{tmp_path}") == [20, 21, 22]
+    assert texts_of(f"fineweb-edu:{tmp_path}/sample") == [10, 11, 12]
+    assert texts_of(f"fineweb-edu:{tmp_path}/sample/10BT", where="int_score>=3,int_score<4") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("item, expected", [
+    ("number>=2", [2, 3]), ("number>2", [3]), ("number<=1", [0, 1]), ("number<1", [0]), ("number=2", [2]),
+    ("number==2", [2]), ("number!=2", [0, 1, 3]), ("a.b>1", [2, 3]), ("kind=even", [0, 2]), ("ok=TRUE", [0]),
+    ("kind>even", [1, 3]), (" number >= 1 , number < 3 ", [1, 2]), ("x:number=1,other:number=2", [1]),
+    ("maybe=1", [0])])
+def test_conditions_choose_rows(tmp_path, item, expected):
+    rows = [dict(text=f"document {i}", number=i, a=dict(b=i), kind=("even", "odd")[i % 2], ok=i == 0,
+                 maybe=None if i else 1) for i in range(4)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert texts_of(tmp_path / "a.jsonl", where=item) == expected
+
+
+@pytest.mark.parametrize("item, says", [
+    ("number", "'number' is not FIELD>=VALUE"), ("number>=", "'number>=' is not"), ("number=>1", "is not"),
+    ("__import__('os')>1", "is not"), ("score>1", "no field 'score'; it has: text, number"),
+    ("number>many", "'number' is a number in .*a.jsonl"), ("text.x=1", "no field 'text.x'")])
+def test_a_condition_that_makes_no_sense_is_refused(tmp_path, item, says):
+    write_rows(tmp_path / "a.jsonl", [dict(text="document 1", number=1)])
+    with pytest.raises(ValueError, match=says):
+        texts_of(tmp_path / "a.jsonl", where=item)
+
+
+def csv_file(*rows):
+    return "\n".join(["id,text", *rows, ""]).encode()
+
+
+@pytest.mark.parametrize("name, raw, says", [
+    ("a.csv", csv_file('1,"two\nlines, 1"', "2,document 2"), [1, 2]),
+    ("a.csv", b"\xef\xbb\xbf" + csv_file("1,document 1"), [1]),
+    ("a.csv.gz", gzip.compress(csv_file("1,document 1")), [1]),
+    ("a.csv", csv_file("1,document 1", "2"), "a.csv, row 2: no string in the column `text`"),
+    ("a.csv", csv_file("1,document 1", "2,b,c"), "a.csv, row 2: no string"),
+    ("a.csv", csv_file("1,document 1") + b"2,\xe9\n", "a.csv, row 2: no text in UTF-8"),
+    ("a.csv", csv_file("1,document 1", '2,"cut sho'), "a.csv, row 2: unexpected end of data"),
+    ("a.csv", b"id,body\n1,x\n", "no column 'text'; it has: id, body; name one with --data.column"),
+    ("a.csv", b"", "no column 'text'; it has: none"),
+    ("a.jsonl", gzip.compress(b'{"text": "document 7"}\n'), [7]),
+    ("a.jsonl", b'{"text": "document 1"}\n{"text": null}\n', "a.jsonl, line 2: no JSON object with a string"),
+    ("a.jsonl", b'{"body": "x", "id": 3}\n', "line 1: no JSON object with a string `text`, only body, id;"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "document 1"}\n' * 999)[:-9], "a.jsonl.gz is a damaged gzip"),
+    ("a.jsonl.gz", b"", "a.jsonl.gz is a damaged gzip file"),
+    ("a.jsonl.zst", b'{"text": "x"}\n', "a.jsonl.zst is a damaged zstd file"),
+    ("a.parquet", b"<html>404</html>", "a.parquet is a damaged parquet file")])
+def test_tables_and_damaged_files(tmp_path, name, raw, says):
+    """Either the numbers of the documents, or a line that names the file and the row."""
+    (tmp_path / name).write_bytes(raw)
+    if isinstance(says, list):
+        assert texts_of(tmp_path / name) == says
+        return
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        texts_of(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    parquet, path = importlib.import_module("pyarrow.parquet"), tmp_path / "a.parquet"
+    some = [b"document 1", None, b"\xff", b"document 4", b" "]
+    for kind in (pa.binary(), pa.large_binary()):
+        parquet.write_table(pa.table(dict(text=pa.array(some, kind))), path)
+        with pytest.raises(ValueError, match="a.parquet, row 2: no string in the column `text`"):
+            texts_of(path)
+        assert texts_of(path, skip_bad=True) == [1, 4]
+        assert "2 rows bad, 1 row blank" in capsys.readouterr().out
+    words = pa.array(["document 1", "document 1", "document 2"])
+    for column in (words.dictionary_encode(), words.cast(pa.large_string())):
+        parquet.write_table(pa.table(dict(text=column)), path)
+        assert texts_of(path) == [1, 1, 2]
+    raw = path.read_bytes()
+    for cut in (raw[:-1], raw[:40]):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match="a.parquet is a damaged parquet file"):
+            texts_of(path)
+    parquet.write_table(pa.table(dict(text=[1, 2], tags=[["a"], ["b"]])), path)
+    for column, says in (("text", "column 'text' is int64"), ("tags", "column 'tags' is list"),
+                         ("body", "no column 'body'; it has: text, tags")):
+        with pytest.raises(ValueError, match=says):
+            texts_of(path, column=column)
+    path.rename(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="int64"): texts_of(tmp_path / "b.txt")
+
+
+def test_a_folder_of_different_tables_is_refused(tmp_path, capsys):
+    write_rows(tmp_path / "a.jsonl", numbered(1, 2))
+    (tmp_path / "README.md").write_text("words 5")
+    assert texts_of(tmp_path) == [1, 2, 5], "prose beside .jsonl has always been read"
+    (tmp_path / "b.csv").write_bytes(csv_file("1,document 3"))
+    with pytest.raises(ValueError, match="mixes .csv and .jsonl: give each a name of its own"):
+        texts_of(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    assert texts_of(tmp_path) == [3] and "1 beside the data (README.md)" in capsys.readouterr().out
+    (tmp_path / "b.csv").rename(tmp_path / "c.jsonl.zst")
+    source, _ = sources.find_source("x", str(tmp_path), data.DataConfig())
+    assert source.files == [f"{tmp_path}/c.jsonl.zst"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet", "backports", "compression"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, raw, says in (("a.parquet", b"PAR1", "pip install pyarrow"),
+                            ("a.jsonl", b"\x28\xb5\x2f\xfd", "pip install backports.zstd"),
+                            ("b.jsonl.zst", b"\x50\x2a\x4d\x18", "pip install backports.zstd")):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{name} is .*: {says}"): texts_of(tmp_path / name)
+
+
+def test_motifs_mixture_asks_for_its_eight_domains():
+    config = data.DataConfig(mixture="motif", files="web=w,korean=k")
+    missing = "'multilingual', 'academic', 'specialized', 'reasoning' without text"
+    with pytest.raises(ValueError, match=missing):
+        data.parse_domains(config)
+    names = "web multilingual korean academic specialized code math reasoning".split()
+    files = ",".join(f"{name}=p" for name in names)
+    found = data.parse_domains(replace(config, files=files))
+    assert found[0] == names and [w.tolist() for w in found[1:3]] == list(map(list, MOTIF_MIXTURE))
+    with pytest.raises(ValueError, match="'mortif' is unknown; known: motif"):
+        data.parse_domains(replace(config, mixture="mortif"))
+
+
+# Large text: LARGE is lowered, so that a few hundred kilobytes are streamed.
+
+def large_text(tmp_path, files=4, n=300, repeat=True):
+    """A folder of jsonl files → (configuration, {file name: its documents})"""
+    rng, docs = random.Random(files), {}
+    for f in range(files):
+        words = lambda: " ".join(f"{rng.random():.6f}" for _ in range(rng.randrange(1, 40)))
+        docs[f"{f}.jsonl"] = [f"{f} {i} {words()}" for i in range(n)]
+        lines = [json.dumps(dict(text=doc)) for doc in docs[f"{f}.jsonl"]]
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / f"mine/{f}.jsonl").write_text("\n".join(lines + lines[:repeat]) + "\n\n")
+        os.utime(tmp_path / f"mine/{f}.jsonl", (1e9, 1e9))
+    config = data.DataConfig(files=f"mine={tmp_path}/mine", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    return config, docs
+
+
+def shard_files(config):
+    return {path.name: path.read_bytes() for path in Path(config.cache).rglob("*.jsonl-*")}
+
+
+def test_a_large_file_gives_the_tokens_of_a_small_one(tmp_path, monkeypatch):
+    """A domain of one shard has the windows and the digests that it has when it is held in memory."""
+    config, _ = large_text(tmp_path, 1, 2000)
+    small = data.prepare(config, 261)
+    monkeypatch.setattr(sources, "LARGE", 0)
+    large = data.prepare(replace(config, cache=str(tmp_path / "other")), 261)
+    assert large.fingerprint == small.fingerprint and len(list(tmp_path.glob("other/mine-*/*.bin"))) == 3
+    x = [data.Batches(corpus, config, 0, 8, 64)(3).x for corpus in (small, large)]
+    assert torch.equal(*x)
+
+
+def test_documents_held_in_memory_know_their_rows_too(tmp_path):
+    config, docs = large_text(tmp_path, 3, 40)
+    corpus = data.prepare(config, 261)
+    for side in ("train", "val"):
+        ids = getattr(corpus.domains["mine"], side)
+        for at in range(0, len(ids), 997):
+            file, row = data.origin(corpus, config, "mine", side, at)
+            text = corpus.tokenizer.decode(ids[:at + 1]).split(data.EOT)
+            assert docs[Path(file).name][row - 1].startswith(text[-1] or text[-2])
+
+
+def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
+    """One shard for each file, in order; every document is on the side of its hash and knows its row."""
+    monkeypatch.setattr(sources, "LARGE", 0)
+    config, docs = large_text(tmp_path)
+    found = data.prepare(config, 261, workers=1)
+    said = capsys.readouterr().out
+    assert "4 rows repeated in their file" in said and "4 shards" in said, said
+    other = replace(config, cache=str(tmp_path / "other"))
+    assert data.prepare(other, 261, workers=3).fingerprint == found.fingerprint
+    assert shard_files(config) == shard_files(other) and not list(tmp_path.rglob("*.tmp"))
+    domain, eot = found.domains["mine"], found.tokenizer.eot
+    assert domain.documents == 1200 and domain.train_bytes + domain.val_bytes == sum(
+        len(doc) for part in docs.values() for doc in part)
+    for side, shards in enumerate((domain.train, domain.val)):
+        for i, (name, part) in enumerate(docs.items()):
+            ids = shards.part(i)
+            texts = found.tokenizer.decode(ids).split(data.EOT)[:-1]
+            assert texts == [doc for doc in part if data.is_validation(data.sha256(doc)) == side]
+            for at in (0, len(ids) // 2, len(ids) - 1):
+                before = sum(shards.counts[:i])
+                file, row = data.origin(found, config, "mine", ("train", "val")[side], before + at)
+                assert file.endswith(name) and part[row - 1] == texts[(ids[:at] == eot).sum()]
+
+
+def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
+    """Each is seen once an epoch; none crosses a shard's end; the global batch does not depend on ranks."""
+    monkeypatch.setattr(sources, "LARGE", 0)
+    config, _ = large_text(tmp_path, 3, 40)
+    (tmp_path / "mine/1b.jsonl").write_text('{"text": "short"}')
+    corpus = data.prepare(config, 261)
+    T, domain = 64, corpus.domains["mine"]
+    batches = data.Batches(corpus, config, 5, 4, T)
+    expected = [tuple(domain.train.part(i)[k:k + T + 1].tolist()) for i in range(4)
+                for k in range(0, len(domain.train.part(i)) - T, T)]
+    W = len(expected)
+    assert batches.windows.tolist() == [W] and len(set(expected)) == W > 50
+    seen = [tuple(row.tolist()) for s in range(W // 2 + 1) for b in [batches(s)]
+            for row in torch.cat([b.x, b.y[:, -1:]], 1)]
+    assert sorted(seen[:W]) == sorted(expected) != seen[:W]
+    parts = [batches(7, rank, 2).x for rank in range(2)]
+    assert torch.equal(torch.cat(parts), batches(7).x)
+    x, y, _ = batches.val("mine")
+    assert len(x) == sum(max(0, (n - 1) // T) for n in domain.val.counts)
+    whole = np.concatenate([domain.train.part(i) for i in range(4)])
+    assert all(domain.train[:n].tolist() == whole[:n].tolist() for n in (0, 9, 5555, len(whole), 10 ** 9))
+    with pytest.raises(ValueError, match="tokens, in no shard as many as a window: context 11111"):
+        data.Batches(corpus, config, 0, 4, 10 ** 5 // 9)
+
+
+PREPARE = ("import sys, data, sources; sources.LARGE = 0; "
+           "data.prepare(data.DataConfig(files=sys.argv[1], tokenizer='bytes', cache=sys.argv[2]), 261)")
+
+
+def prepare_outside(config, **options):
+    return subprocess.Popen([sys.executable, "-c", PREPARE, config.files, config.cache], cwd=HERE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+
+
+def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
+    """Killed at any moment, alone or with its workers, and resumed: equal to the byte."""
+    config, _ = large_text(tmp_path, 6, 2000)
+    whole, began = prepare_outside(config), time.time()
+    assert whole.wait(60) == 0, whole.stderr.read()
+    took, expected = time.time() - began, shard_files(config)
+    killed = replace(config, cache=str(tmp_path / "killed"))
+    rng = random.Random(2)
+    for i in range(3):
+        process = prepare_outside(killed)
+        time.sleep(took * rng.uniform(.3, 1))
+        (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+    two = [prepare_outside(killed) for _ in range(2)]               # and two at once share the rest
+    assert [process.wait(60) for process in two] == [0, 0], [process.stderr.read() for process in two]
+    assert shard_files(killed) == expected and len(expected) == 24
+
+
+def test_a_shard_is_claimed_by_one_process(tmp_path):
+    """While one process makes the shards of a file, another passes them over, and takes those of the next."""
+    source = sources.Source("x", str(tmp_path), [], "", "", "text", False, True)
+    plan = data.Plan(source, str(tmp_path), 2, "", "")
+    script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
+              f"    with data.claimed(plan, f'{tmp_path}/{{name}}', False) as mine: print(mine)")
+    with data.claimed(plan, f"{tmp_path}/a", False) as mine:
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert mine and done.stdout == "False\nTrue\n", done.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    config, docs = large_text(tmp_path, 2, 3000)
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, 99_999))
+    process = prepare_outside(config, preexec_fn=small)
+    _, said = process.communicate()
+    assert process.returncode and "File too large; shards that are complete are kept" in said, said
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("mine-*/*.jsonl-*.json"))
+    process = prepare_outside(config)
+    assert process.wait(60) == 0 and len(shard_files(config)) == 8
+
+
+def test_a_start_makes_only_what_has_changed(tmp_path, monkeypatch, capfd):
+    """A file that was only touched is hashed, one that was changed or whose shards are damaged is made
+    again; a digest is compared only on request. Adding a file makes only its shards."""
+    monkeypatch.setattr(sources, "LARGE", 0)
+    config, _ = large_text(tmp_path)
+    first = data.prepare(config, 261).fingerprint
+    shards = lambda: Path(config.cache).rglob("*-train.bin")
+    made = lambda: {path.name[0] for path in shards() if path.stat().st_mtime_ns > since}
+
+    def again(**options):
+        nonlocal since
+        since = max(path.stat().st_mtime_ns for path in shards())
+        return data.prepare(replace(config, **options), 261).fingerprint
+    since = 0
+    assert again() == first and made() == set()
+    os.utime(tmp_path / "mine/1.jsonl", (2e9 - 1e9 + 5, 1e9 + 5))
+    assert again() == first and made() == set()
+    capfd.readouterr()
+    assert again() == first and capfd.readouterr().out == "", "the new time is known now"
+    shard = next(Path(config.cache).rglob("2.jsonl-*-train.bin"))
+    raw = bytearray(shard.read_bytes())
+    raw[9] ^= 1
+    shard.write_bytes(raw)
+    assert again() == first and made() == set(), "the size is right"
+    assert again(verify=True) == first and made() == {"2"} and shard.read_bytes() != raw
+    shard.write_bytes(raw[:-2])
+    assert again() == first and made() == {"2"}
+    next(Path(config.cache).rglob("3.jsonl-*.json")).write_text("{")
+    next(Path(config.cache).rglob("0.jsonl-*-rows.bin")).unlink()
+    assert again() == first and made() == {"0", "3"}
+    shutil.copy(tmp_path / "mine/0.jsonl", tmp_path / "mine/00.jsonl")
+    assert again() != first and made() == {"0"}
+    (tmp_path / "mine/00.jsonl").unlink()
+    text = (tmp_path / "mine/1.jsonl").read_text()
+    (tmp_path / "mine/1.jsonl").write_text(text.replace("0", "1"))
+    assert again() != first and made() == {"1"}
+
+
+@pytest.mark.parametrize("budget, documents, files", [
+    ("450documents", 450, 2), ("10KB", None, 1), ("1TB", 1200, 4), ("300 documents", 300, 1)])
+def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files, capsys):
+    config, docs = large_text(tmp_path)
+    config = replace(config, budget=budget)
+    domain = data.prepare(config, 261).domains["mine"]
+    assert len(list(Path(config.cache).rglob("*-train.bin"))) == files
+    size = domain.train_bytes + domain.val_bytes
+    assert domain.documents == documents if documents else 10_000 <= size < 10_500
+    capsys.readouterr()
+    data.prepare(config, 261)
+    assert capsys.readouterr().out == ""
+    found = [row.text for row in sources.rows("mine", str(tmp_path / "mine"), config)]
+    if documents == 450:
+        assert len(found) == 450
+    for wrong in ("lots", "0MB", "5", "-1MB", "3 MBit"):
+        with pytest.raises(ValueError, match="is not like 100MB, 2GB or 5000documents"):
+            data.prepare(replace(config, budget=wrong), 261)
+
+
+def test_a_thousand_shards_start_in_two_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
+    config, _ = large_text(tmp_path, 1000, 4)
+    first = data.prepare(config, 261)
+    assert len(first.domains["mine"].train.paths) == 1000
+    began = time.process_time()
+    assert data.prepare(config, 261).fingerprint == first.fingerprint
+    assert time.process_time() - began < 2
+
+
+def test_bpe_learns_from_a_sample_of_large_text(tmp_path, monkeypatch, capsys):
+    """Each domain gives its share, of training text alone, from files spread over the folder."""
+    config, docs = large_text(tmp_path, 8, 200)
+    (tmp_path / "small.txt").write_text("".join(f"small {i * i} words\n" for i in range(9000)))
+    monkeypatch.setattr(sources, "LARGE", 200_000)
+    monkeypatch.setattr(data, "BPE_SAMPLE", 40_000)
+    config = replace(config, files=f"{config.files},small={tmp_path}/small.txt", tokenizer="bpe",
+                     domains="mine:0.5:1,small:0.5:0")
+    sample, train_bpe = [], data.train_bpe
+    monkeypatch.setattr(data, "train_bpe", lambda texts, size: sample.extend(texts) or train_bpe(texts, size))
+    data.prepare(config, 300)
+    large = [text for text in sample if "small" not in text]
+    assert 30_000 <= sum(map(len, large)) < 34_000 and {text[0] for text in large} == set("01234567")
+    assert not any(data.is_validation(data.sha256(text)) for text in large)
+    assert "bpe: trained on 0.0 MB of mine" in capsys.readouterr().out
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    """Few batches are read ahead; workers do without torch; a long text file comes in pieces at line ends."""
+    read, tokenizer = [], data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    monkeypatch.setattr(data, "BATCH", 1000)
+    for threads in (1, 3):
+        chosen = ((read.append(i) or i, i % 2, "x" * 100) for i in range(5000))
+        batches = data.encoded(chosen, tokenizer, threads, "<u2")
+        table, ids = next(batches)
+        assert len(table) == 10 and len(ids[0]) == len(ids[1]) == 505 and len(read) <= 60
+        assert [i for table, _ in batches for i in table[:, 0]] == [*range(10, 5000)], "the order is kept"
+        read.clear()
+    script = "import sys, data; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+    monkeypatch.setattr(sources, "PIECE", 100)
+    text = "".join(f"é{i}" * (i % 9) + "\n" for i in range(300)) + "ü" * 700
+    (tmp_path / "a.txt").write_text(text)
+    source, _ = sources.find_source("x", str(tmp_path / "a.txt"), data.DataConfig(budget="1TB"))
+    found = [row.text for row in sources.rows_of_file(source, source.files[0], Counter())]
+    assert "".join(found) == text and max(len(part.encode()) for part in found) <= 100 and len(found) > 40
+    assert sum(part.endswith("\n") for part in found) > len(found) - 16
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(text.encode())}"):
+        list(sources.rows_of_file(source, source.files[0], Counter()))
+    assert "cut into documents of 100" in sources.columns(source)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
+    (tmp_path / "a.json").write_text(json.dumps(numbered(0, 99)))
+    source, _ = sources.find_source("x", str(tmp_path / "a.json"), data.DataConfig(budget="1TB"))
+    with pytest.raises(ValueError, match="a.json is too long for an array in one piece: write it as .jsonl"):
+        list(sources.rows_of_file(source, source.files[0], Counter()))
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n' + json.dumps(dict(text="x" * 1000)))
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is longer than"): texts_of(tmp_path / "a.jsonl")
+
+
+def test_seen_is_a_set():
+    rng, ours, theirs = random.Random(0), data.Seen(room=8), set()
+    for value in [rng.randrange(2 ** 64) for _ in range(50)] * 2 + [rng.randrange(60) for _ in range(300)]:
+        assert ours.add(value) == (value not in theirs)
+        theirs.add(value)
 
 
 def test_the_mixture_of_motif_follows_its_integral():
