@@ -23,11 +23,13 @@ import hashlib
 import heapq
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import zlib
@@ -1036,15 +1038,15 @@ def bigram_bits(train, val, tokenizer):
 # MinHash finds the pairs to compare: the smallest value of a hash function is the same in A as in B with
 # probability J. Two documents meet, in a bucket, if all values of one of 14 bands of 8 hash functions agree:
 #     P(they meet) = 1 - (1 - J⁸)¹⁴                                        (4)   .9996 at J = .9
-# Documents that meet are compared by (3).
+# Documents that meet are compared by (3), on hashes of 64 bits in place of the runs.
 #
 # A document is removed only for one that stays and that is its own near-duplicate. In a chain A ~ B ~ C with
 # A ≁ C, B goes and both ends stay, so no chain can swallow a corpus. This is decided in an order given by the
 # contents, longest first: the order in which documents are read does not matter.
 #
-# Bounds: about 150 bytes of memory a document, and in each process 10 times its batch of 4 MB or its longest
-# document. On the disk, 350 bytes a document, and 8 a word for documents that meet others. No document is
-# compared with more than 64, so the time is linear for any text; how many met more is reported.
+# Bounds: about 200 bytes of memory a document, and in each process some 10 times its batch of 4 MB or its
+# longest document. On the disk, 350 bytes a document, and 8 a word for documents that meet others. No
+# document is compared with more than 64, so time is linear for any text; how many met more is reported.
 
 MIN_TOKENS = 24                  # shorter documents are dropped                                   [Motif]
 SHINGLE = 5                      # words
@@ -1057,9 +1059,8 @@ REASONS = "kept", "too short", "exact duplicate", "near-duplicate"
 FACTS = np.dtype([("digest", "<u8", 2), ("raw", "<u8"), ("shingles", "<u4"), ("short", "?")])
 
 # Scripts without spaces between words: kana, Han, Thai, Lao, Tibetan, Burmese, Khmer, by their blocks.
-UNSPACED = ("\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-            "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff")
-WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+UNSPACED = re.compile("[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                      "\U00020000-\U0003ffff\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 
 
 def folded(text):
@@ -1072,18 +1073,19 @@ def folded(text):
     return " ".join(text.split())
 
 
-def words_of(plain):
-    """The words of a folded text: what stands between blanks. A character of a script without spaces is a
-    word by itself, so that there a shingle is 5 characters."""
-    return plain.split() if plain.isascii() else WORD.findall(plain)
+def spaced(plain):
+    """A folded text in which each character of a script without spaces stands between blanks, as a word by
+    itself: there a shingle is 5 characters."""
+    if plain.isascii():
+        return plain
+    return " ".join(UNSPACED.sub(r" \g<0> ", plain).split())
 
 
-def about_tokens(plain):
-    """An estimate of the tokens of a folded text, whatever the tokenizer: one for every 8 bytes begun of each
-    piece of PATTERN, where each character without spaces is a piece. Never less than a token for 8 bytes."""
+def about_tokens(words):
+    """An estimate of the tokens of a spaced text, whatever the tokenizer: one for every 8 bytes begun of each
+    piece of PATTERN. There is at least one for 8 bytes."""
     import regex
-    pieces = regex.findall(PATTERN, " ".join(words_of(plain)))
-    return sum((len(piece.encode()) + 7) // 8 for piece in pieces)
+    return sum((len(piece.encode()) + 7) // 8 for piece in regex.findall(PATTERN, words))
 
 
 def short_digest(text):
@@ -1091,36 +1093,42 @@ def short_digest(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-word_hash = functools.lru_cache(1 << 18)(short_digest)           # words repeat: most are looked up
+BASE = 0x9E3779B97F4A7C13                                        # odd: it has an inverse modulo 2⁶⁴
+INVERSE = pow(BASE, -1, 2 ** 64)
+TABLE = mix(np.arange(256, dtype=np.uint64))
+FACTOR, SUMMAND = mix(np.arange(2 * BANDS * HASHES, dtype=np.uint64)).reshape(2, -1, 1)    # (112, 1) each
+FACTOR |= np.uint64(1)
 
 
-def shingles_of(plain):
-    """Folded text of n words → a 64-bit hash of each run of 5 words, uint64 (max(0, n - 4),)."""
-    words = words_of(plain)
-    h = np.fromiter(map(word_hash, words), np.uint64, len(words))                          # (n,)
-    n = max(0, len(words) - SHINGLE + 1)
-    runs = np.zeros(n, np.uint64)
-    for i in range(SHINGLE):
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + h[i:i + n]
-    return mix(runs)
+def shingles_of(words):
+    """Spaced text of n words → a hash of each run of 5 words, uint64 (max(0, n - 4),):
+         h(run) = Σ_i TABLE[byte i of the run] BASE^i mod 2⁶⁴                                   (5)
+    It is the difference of two prefix sums, times a power of the inverse."""
+    text = np.frombuffer(f" {words} ".encode(), np.uint8)
+    blanks = np.flatnonzero(text == 32)                                                    # (n + 1,)
+    found = [np.zeros(0, np.uint64)]
+    for i in range(0, len(blanks) - SHINGLE, 4096):
+        at = blanks[i:i + 4096 + SHINGLE]
+        part = text[at[0]:at[-1]]
+        at = at - at[0]
 
-
-@functools.cache
-def hash_functions():
-    """Factors a, which are odd, and summands b of the hash functions: two columns, uint64 (112, 1)."""
-    a, b = mix(np.arange(2 * BANDS * HASHES, dtype=np.uint64)).reshape(2, -1, 1)
-    return a | np.uint64(1), b
+        # Prefix sums, and the inverse powers.
+        power, inverse = (np.full(len(part) + 1, base, np.uint64) for base in (BASE, INVERSE))
+        power[0] = inverse[0] = 1
+        sums = np.zeros(len(part) + 1, np.uint64)
+        np.cumsum(TABLE[part] * power.cumprod()[:-1], out=sums[1:])
+        found.append((sums[at[SHINGLE:]] - sums[at[:-SHINGLE]]) * inverse.cumprod()[at[:-SHINGLE]])
+    return mix(np.concatenate(found))
 
 
 def signature(shingles):
     """uint64 (n,) → the smallest value of each hash function (a·h + b mod 2⁶⁴) >> 32, uint32 (112,)."""
-    a, b = hash_functions()
-    low = np.full(len(a), 2 ** 64 - 1, np.uint64)
+    low = np.full(len(FACTOR), 2 ** 64 - 1, np.uint64)
 
     # Blocks that fit the processor's cache. The shift comes last: it changes no order.
     for i in range(0, len(shingles), 512):
-        values = a * shingles[i:i + 512]                                                   # (112, 512)
-        values += b
+        values = FACTOR * shingles[i:i + 512]                                              # (112, 512)
+        values += SUMMAND
         np.minimum(low, values.min(1), out=low)
     return (low >> np.uint64(32)).astype(np.uint32)
 
@@ -1137,11 +1145,12 @@ def sign(texts, min_tokens):
     signatures = np.zeros((len(texts), BANDS * HASHES), np.uint32)
     for i, text in enumerate(texts):
         plain = folded(text)
-        runs = shingles_of(plain)
+        words = spaced(plain)
+        runs = shingles_of(words)
         facts["digest"][i] = np.frombuffer(hashlib.blake2b(plain.encode(), digest_size=16).digest(), "<u8")
         facts["raw"][i] = short_digest(text)
         facts["shingles"][i] = len(runs)
-        facts["short"][i] = len(plain) < 8 * min_tokens and about_tokens(plain) < min_tokens
+        facts["short"][i] = len(plain) < 8 * min_tokens and about_tokens(words) < min_tokens
         if len(runs):
             signatures[i] = signature(runs)
 
@@ -1155,20 +1164,31 @@ def sign(texts, min_tokens):
 
 def shingle_sets(texts):
     """For each text its set of shingles, as a sorted array."""
-    return [np.unique(shingles_of(folded(text))) for text in texts]
+    return [np.unique(shingles_of(spaced(folded(text)))) for text in texts]
 
 
 def in_batches(texts, size=1 << 22):
     """Texts → lists of them, of about `size` characters, or of one that is longer."""
-    batch, held = [], 0
+    batch = []
+    held = 0
     for text in texts:
         batch.append(text)
-        held += len(text) + 100
+        held += len(text) + 100                                  # a string takes that much more
         if held > size:
             yield batch
-            batch, held = [], 0
+            batch = []
+            held = 0
     if batch:
         yield batch
+
+
+def end_with_parent():
+    """In a worker process: end with the parent, even if that is killed. Otherwise it would wait for ever, and
+    keep the locks that it has inherited."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_processes(f, items, workers):
@@ -1176,7 +1196,7 @@ def in_processes(f, items, workers):
     if workers < 2:
         yield from map(f, items)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(f, item))
@@ -1267,7 +1287,7 @@ def meetings(folder, order, use):
         bucket = bucket[by_bucket]
 
         # Runs of two and more.
-        new = np.ones(len(bucket) + 1, bool)                     # a run begins here; the last one is the end
+        new = np.ones(len(bucket) + 1, bool)                     # a run begins here; or the last one ends
         new[1:-1] = bucket[1:] != bucket[:-1]
         many = np.flatnonzero(~(new[:-1] & new[1:]))
         begin = np.maximum.accumulate(np.where(new[:-1], np.arange(len(bucket)), 0))
@@ -1333,9 +1353,10 @@ def near_duplicates(folder, slots, met, shingles, begin, size):
 
         # Compare with those of other clusters. The first near-duplicate that stays removes this document.
         mine = shingles[begin[me]:begin[me] + size[me]]
+        home = me                                                # root of its cluster
         compared = 0
         for other in others.tolist():
-            if root(me) == root(other):
+            if root(other) == home:
                 continue
             if compared == COMPARED:
                 cut_off = True
@@ -1347,11 +1368,11 @@ def near_duplicates(folder, slots, met, shingles, begin, size):
             if stays[me] == me and stays[other] == other:
                 stays[me] = other
                 alike[me] = likeness
-            a, b = sorted((root(me), root(other)))
-            parent[b] = a
+            later, home = max(home, root(other)), min(home, root(other))
+            parent[later] = home
         limited += cut_off
 
-        # Enter the buckets; a document that is removed, only while there is plenty of room.
+        # Enter the buckets; a document that is removed, which can only link clusters, while there are few.
         enter = buckets if stays[me] == me else buckets[full < COMPARED]
         members[enter + filled[enter]] = me
         filled[enter] += 1

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import gzip
 import importlib
@@ -1644,16 +1645,32 @@ def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path
 
 def test_a_signature_is_the_least_value_of_each_hash_function():
     """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
-    a, b = (column.ravel().tolist() for column in data.hash_functions())
+    a, b = data.FACTOR.ravel().tolist(), data.SUMMAND.ravel().tolist()
     shingles = data.shingles_of(" ".join(words(1100, "w")))
     assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
     least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
     assert data.signature(shingles).tolist() == least
 
 
+def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
+    """10,000 words of one or two letters out of three, so that runs recur, in several blocks of 4,096, and a
+    few very long ones: hashes are equal exactly where the words are, and equal (5) in whole numbers."""
+    rng = random.Random(0)
+    text = ["".join(rng.choices("aäb", k=rng.randrange(1, 3))) for _ in range(10_000)] + ["a" * 70_000] * 9
+    runs = [" ".join(text[i:i + 5]) for i in range(len(text) - 4)]
+    found = data.shingles_of(" ".join(text)).tolist()
+    assert len(found) == len(runs) > len(set(found)) + 100
+    assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs)))
+    for i in (0, 4095, 4096, 9_999):
+        run = enumerate(f" {runs[i]}".encode())
+        h = sum(int(data.TABLE[byte]) * pow(data.BASE, j, 2 ** 64) for j, byte in run)
+        assert int(data.mix(np.array([h % 2 ** 64], np.uint64))[0]) == found[i]
+    assert not len(data.shingles_of("")) and not len(data.shingles_of("one two three four"))
+
+
 def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
-    """Over 150 pairs of J = .9 and .5 the share of equal values has a mean error of less than 3 standard
-    errors and the standard deviation of a binomial; rensa's is measured beside it, if it is installed."""
+    """Over 150 pairs of J = .9 and .5 the share of equal values is right within 3 standard errors, and its
+    standard deviation is a binomial's; as is true of rensa's, except that it scatters less."""
     try:
         import rensa
     except ImportError:
@@ -1676,9 +1693,22 @@ def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
         deviation = (true * (1 - true) / 112) ** 0.5
         for estimates in filter(None, (ours, theirs)):
             assert abs(np.mean(estimates) - true) < 3 * deviation / 150 ** 0.5
-            assert 0.8 * deviation < np.std(estimates) < 1.2 * deviation
+            assert np.std(estimates) < 1.2 * deviation
+        assert np.std(ours) > 0.8 * deviation
     if not rensa:
         pytest.skip("rensa is not installed (pip install rensa): only our own estimates were checked")
+
+
+def test_documents_meet_as_often_as_bands_of_eight_values_agree():
+    """Of 300 pairs of J = .7 and of .5 that many meet in a bucket as (4) says, .56 and .05, within 4 standard
+    errors."""
+    for shingles, shared in ((170, 140), (150, 100)):
+        true = shared / (2 * shingles - shared)
+        texts = [text for i in range(300) for text in planted(shingles, shared, f"m{i}x")]
+        _, buckets = data.sign(texts, 0)
+        meet = (buckets[::2] == buckets[1::2]).any(1).mean()
+        often = 1 - (1 - true ** 8) ** 14
+        assert abs(meet - often) < 4 * (often * (1 - often) / 300) ** 0.5
 
 
 def lively_corpus(rng, families=25):
@@ -1753,8 +1783,9 @@ def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
 
 
 def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
-    """1,500 copies of a page with another word each are compared little more than once each; of a page of
-    which a tenth differs, all of which stay, no more than 64 times, and that is reported."""
+    """1,500 copies of a page with another word each are compared little more than once each. If a tenth of
+    the page differs, all of them stay: they are compared no more than 64 times, and that is reported; near-
+    duplicates of 30 of them are found all the same."""
     for changed, most, kept in ((1, 1.1, (1, 2)), (18, 64, (1500, 1500))):
         rng, texts = random.Random(0), []
         for i in range(1500):
@@ -1762,11 +1793,12 @@ def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
             at = rng.randrange(200 - changed)
             page[at:at + changed] = words(changed, f"x{i}x")
             texts.append(" ".join(page))
+        again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
         with mock.patch.object(data, "jaccard", wraps=data.jaccard) as compared:
-            verdict = judged(texts, tmp_path / "work")
-        assert compared.call_count <= most * 1500
+            verdict = judged(texts + again, tmp_path / "work")
+        assert compared.call_count <= most * len(verdict.why)
         assert kept[0] <= (verdict.why == data.KEPT).sum() <= kept[1]
-        assert (verdict.limited > 500) == (changed == 18)
+        assert (verdict.limited > 500) == (changed == 18) == bool(again)
 
 
 @pytest.mark.parametrize("first, last", [(0x4E00, 0x9FA0), (0xE01, 0xE2E), (0x3041, 0x3094),
@@ -1783,8 +1815,8 @@ def test_scripts_without_spaces_are_compared_by_their_characters(first, last, tm
         texts.append("".join(text))
     verdict = judged(texts, tmp_path / "work")
     assert (verdict.why == data.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
-    assert data.words_of("日本 x語z") == ["日", "本", "x", "語", "z"]
-    assert data.about_tokens(texts[0][:30]) >= 24
+    assert data.spaced("日本 x語z") == "日 本 x 語 z"
+    assert data.about_tokens(data.spaced(texts[0][:30])) >= 24
 
 
 def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
@@ -1794,8 +1826,8 @@ def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
     verdict = judged(texts, tmp_path / "work")
     assert [int(why) for why in verdict.why].count(data.EXACT) == 3
     assert len(set(verdict.stays[:3])) == 1 == len(set(verdict.stays[5:])) and (verdict.why[3:5] == 0).all()
-    for text in ("ǰ̣ Ǆ ŉ", "ᾳ ΐ ς", "İstanbul"):
-        assert data.folded(data.folded(text)) == data.folded(text)
+    for text in ("ǰ ǆ ŉ", "ᾳ ΐ ς", "istanbul"):
+        assert data.folded(text) == data.folded(text.upper()) == data.folded(data.folded(text))
 
 
 def test_only_documents_of_less_than_24_tokens_are_short():
@@ -1844,20 +1876,30 @@ def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, c
     assert sorted(data.documents("out", str(tmp_path / "out"))) == sorted(line["text"] for line in lines)
 
 
-@pytest.mark.parametrize("moment", ["sign", "jaccard", "write_atomically", "rename"])
+@pytest.mark.parametrize("moment", ["sign", "ascontiguousarray", "jaccard", "write_atomically", "rename"])
 def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
-    """Killed while it signs, while it compares, before the report and before the name: there is no folder
-    OUT. Run again, it gives the same bytes as one that was never killed."""
+    """Killed as it signs, here or in two processes, as it compares, before the report and before the name:
+    there is no folder OUT. Run again, it gives the same bytes as one that was never killed; no worker process
+    is left that would hold its lock."""
     make_source(tmp_path / "in")
     arguments = "web", str(tmp_path / "in"), tmp_path / "out"
-    place = {"sign": data, "jaccard": data, "write_atomically": data, "rename": os}[moment]
+    place = {"ascontiguousarray": np, "rename": os}.get(moment, data)
     child = os.fork()
     if not child:
         setattr(place, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        data.clean(*arguments, workers=1)
+        data.clean(*arguments, workers=1 + (place is np))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+    with open(tmp_path / "out.partial" / "lock") as lock:
+        for attempt in range(50):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a worker process is left")
+    (tmp_path / "out.partial" / "00007.jsonl").write_text("half of a li")
     data.clean(*arguments, workers=1)
     data.clean(*arguments[:2], tmp_path / "again", workers=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jsonl", "report.json"]
