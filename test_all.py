@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -1799,6 +1800,26 @@ def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
         assert compared.call_count <= most * len(verdict.why)
         assert kept[0] <= (verdict.why == data.KEPT).sum() <= kept[1]
         assert (verdict.limited > 500) == (changed == 18) == bool(again)
+
+
+def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
+    """The peak over 2,000 documents, of which most are duplicates of some kind, less that over 1,000; their
+    texts, which lie in memory here, do not count. In batches of 16 kB."""
+    texts = []
+    for i in range(2_000):
+        page = words(20, f"d{i // 3}x")
+        page[-1] += "z" * (i % 3 // 2)
+        texts.append(" ".join(page))
+    peaks = []
+    for n in (1_000, 2_000):
+        (tmp_path / str(n)).mkdir()
+        tracemalloc.start()
+        with mock.patch.object(data, "in_batches", functools.partial(data.in_batches, size=1 << 14)):
+            verdict = data.judge(lambda: (data.Row(text, "f", 1) for text in texts[:n]), tmp_path / str(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (verdict.why != data.KEPT).sum() > n // 4
+    assert 50_000 < peaks[1] - peaks[0] < 1_000 * 200
 
 
 @pytest.mark.parametrize("first, last", [(0x4E00, 0x9FA0), (0xE01, 0xE2E), (0x3041, 0x3094),
