@@ -1318,9 +1318,17 @@ def keep_shingles(read, folder, rank, met, workers):
     return shingles, begin, size
 
 
+def members_of(members, buckets, full):
+    """Those who are in some buckets, of which `full` slots are in use: each once (n,), and in how many of the
+    buckets (n,). Of a large bucket only the last ones."""
+    slices = zip(buckets + np.maximum(0, full - REMEMBERED), buckets + full)
+    found = np.concatenate([members[a:b] for a, b in slices])
+    return np.unique(found.astype(np.int64), return_counts=True)
+
+
 def near_duplicates(folder, slots, met, shingles, begin, size):
     """Compare the documents that meet, in the order of their ranks → by rank (N,): the document that stays in
-    its place, (3) with it, the first document of its cluster; and how many met too many others."""
+    its place; (3) with it; the first document of its cluster. And how many met too many others."""
     N = len(met)
     stays = np.arange(N)
     alike = np.ones(N, np.float32)
@@ -1341,12 +1349,10 @@ def near_duplicates(folder, slots, met, shingles, begin, size):
         buckets = slots[:, me]
         buckets = buckets[buckets >= 0]
         full = filled[buckets].astype(np.int64)
+        others, often = members_of(members, buckets, full)
         cut_off = bool((full > REMEMBERED).any())
 
-        # Those met: first those that stay, then those met most often. The sizes bound J.
-        slices = zip(buckets + np.maximum(0, full - REMEMBERED), buckets + full)
-        others, often = np.unique(np.concatenate([members[a:b] for a, b in slices]), return_counts=True)
-        others = others.astype(np.int64)
+        # Leave out those whose size says J < 0.9. First come those that stay, then those met most often.
         fits = np.minimum(size[others], size[me]) >= SIMILAR * np.maximum(size[others], size[me])
         others, often = others[fits], often[fits]
         others = others[np.lexsort((others, -often, stays[others] != others))]
