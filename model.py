@@ -1456,6 +1456,7 @@ The files, and which of the others each imports:
 
   kernels.py   operations: definition, fast path   -
   data.py      text, tokens, batches               -
+  cleaning.py  duplicates, short documents         data
   model.py     the network                         kernels
   muonclip.py  Muon, AdamW, QK-Clip                kernels
   parallel.py  pipeline, experts, ZeRO-1           kernels

@@ -43,11 +43,13 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cleaning
 import data
 import kernels
 import model as net
 import muonclip
 import parallel
+import sources
 import train
 from notes import _figure, _note, faults, huggingface
 from notes import corpus as embedded
@@ -137,14 +139,15 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
 def test_the_drawing_of_the_files_is_true():
     """`python model.py` says who imports whom, and who calls whom in a step: imports are those of the files;
     every function exists; those of train_step are called by it, in that order."""
-    files = ("kernels", "data", "model", "muonclip", "parallel", "train")
+    files = ("kernels", "data", "cleaning", "model", "muonclip", "parallel", "train")
     for name in files:
         tree = ast.parse((HERE / f"{name}.py").read_text("utf-8"))
         imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         imported |= {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         line = re.search(rf"^  {name}\.py .*   (\S.*)$", net.ROOMS, re.M)[1]
         assert line == (", ".join(sorted(imported & set(files))) or "-"), name
-    modules = dict(kernels=kernels, data=data, model=net, muonclip=muonclip, parallel=parallel, train=train)
+    modules = dict(kernels=kernels, data=data, cleaning=cleaning, model=net, muonclip=muonclip,
+                   parallel=parallel, train=train)
     called = re.findall(r"\b(kernels|data|model|muonclip|parallel|train)\.((?!py\b)\w+(?:\.\w+)?)", net.ROOMS)
     assert len(called) > 12
     for module, path in called:
@@ -1596,13 +1599,14 @@ def test_command_line_refuses_unknown_words(tmp_path, capsys):
     assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
 
 
-# ---- data.py: cleaning -------------------------------------------------------------------------------------
+# ---- cleaning.py ------------------------------------------------------------------------------------------
 
 def judged(texts, folder, workers=1):
-    """Verdict of data.judge on these texts."""
+    """Verdict of cleaning.judge on these texts."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return data.judge(lambda: (data.Row(text, "f", i) for i, text in enumerate(texts)), folder, 0, workers)
+    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
+    return cleaning.judge(lambda: iter(rows), folder, 0, workers)
 
 
 def true_jaccard(a, b):
@@ -1636,21 +1640,21 @@ def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path
             texts += pair
             true.append(likeness)
     verdict = judged(texts, tmp_path / "work")
-    gone = (verdict.why == data.NEAR).reshape(-1, 2)
+    gone = (verdict.why == cleaning.NEAR).reshape(-1, 2)
     found = {likeness: int(gone[np.array(true) == likeness].sum()) for likeness in kinds}
     assert found[.85] == found[179 / 201] == 0 and found[.9] >= 299 and found[.95] == 300, found
-    for i in np.flatnonzero(verdict.why == data.NEAR):
+    for i in np.flatnonzero(verdict.why == cleaning.NEAR):
         assert abs(true_jaccard(texts[i], texts[verdict.stays[i]]) - verdict.jaccard[i]) < 1e-6
     assert ((verdict.cluster[::2] == verdict.cluster[1::2]) == gone.any(1)).all()
 
 
 def test_a_signature_is_the_least_value_of_each_hash_function():
     """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
-    a, b = data.FACTOR.ravel().tolist(), data.SUMMAND.ravel().tolist()
-    shingles = data.shingles_of(" ".join(words(1100, "w")))
+    a, b = cleaning.FACTOR.ravel().tolist(), cleaning.SUMMAND.ravel().tolist()
+    shingles = cleaning.shingles_of(" ".join(words(1100, "w")))
     assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
     least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
-    assert data.signature(shingles).tolist() == least
+    assert cleaning.signature(shingles).tolist() == least
 
 
 def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
@@ -1659,14 +1663,14 @@ def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
     rng = random.Random(0)
     text = ["".join(rng.choices("aäb", k=rng.randrange(1, 3))) for _ in range(10_000)] + ["a" * 70_000] * 9
     runs = [" ".join(text[i:i + 5]) for i in range(len(text) - 4)]
-    found = data.shingles_of(" ".join(text)).tolist()
+    found = cleaning.shingles_of(" ".join(text)).tolist()
     assert len(found) == len(runs) > len(set(found)) + 100
     assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs)))
     for i in (0, 4095, 4096, 9_999):
         run = enumerate(f" {runs[i]}".encode())
-        h = sum(int(data.TABLE[byte]) * pow(data.BASE, j, 2 ** 64) for j, byte in run)
+        h = sum(int(cleaning.TABLE[byte]) * pow(cleaning.BASE, j, 2 ** 64) for j, byte in run)
         assert int(data.mix(np.array([h % 2 ** 64], np.uint64))[0]) == found[i]
-    assert not len(data.shingles_of("")) and not len(data.shingles_of("one two three four"))
+    assert not len(cleaning.shingles_of("")) and not len(cleaning.shingles_of("one two three four"))
 
 
 def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
@@ -1681,7 +1685,7 @@ def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
         ours, theirs = [], []
         for i in range(150):
             pair = planted(shingles, shared, f"q{i}x")
-            first, second = (data.signature(data.shingles_of(text)) for text in pair)
+            first, second = (cleaning.signature(cleaning.shingles_of(text)) for text in pair)
             ours.append((first == second).mean())
             if rensa:
                 sketches = []
@@ -1706,7 +1710,7 @@ def test_documents_meet_as_often_as_bands_of_eight_values_agree():
     for shingles, shared in ((170, 140), (150, 100)):
         true = shared / (2 * shingles - shared)
         texts = [text for i in range(300) for text in planted(shingles, shared, f"m{i}x")]
-        _, buckets = data.sign(texts, 0)
+        _, buckets = cleaning.sign(texts, 0)
         meet = (buckets[::2] == buckets[1::2]).any(1).mean()
         often = 1 - (1 - true ** 8) ** 14
         assert abs(meet - often) < 4 * (often * (1 - often) / 300) ** 0.5
@@ -1759,13 +1763,13 @@ def test_who_stays_is_what_all_pairs_say_in_whatever_order_the_documents_come(se
     for i in range(3):
         rng.shuffle(texts)
         verdict = judged(texts, tmp_path / "work", workers=1 + i % 2)
-        assert (verdict.why[verdict.stays] == data.KEPT).all()
-        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == data.KEPT)).all()
+        assert (verdict.why[verdict.stays] == cleaning.KEPT).all()
+        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == cleaning.KEPT)).all()
         found = {}
         for text, cluster in zip(texts, verdict.cluster.tolist()):
             found.setdefault(cluster, set()).add(" ".join(text.lower().split()))
         assert set(map(frozenset, found.values())) == clusters
-        mine = sorted(text for text, why in zip(texts, verdict.why) if why == data.KEPT)
+        mine = sorted(text for text, why in zip(texts, verdict.why) if why == cleaning.KEPT)
         assert sorted(" ".join(text.lower().split()) for text in mine) == sorted(kept)
         assert stay in (None, (mine, sorted(found)))
         stay = mine, sorted(found)
@@ -1778,7 +1782,7 @@ def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
     texts = [" ".join(stream[12 * i:12 * i + 404]) for i in range(200)]
     assert true_jaccard(*texts[:2]) > .9 > true_jaccard(texts[0], texts[2])
     verdict = judged(texts, tmp_path / "work")
-    gone = np.flatnonzero(verdict.why == data.NEAR)
+    gone = np.flatnonzero(verdict.why == cleaning.NEAR)
     assert 100 <= len(gone) <= 133 and len(set(verdict.cluster.tolist())) == 1
     assert all(true_jaccard(texts[i], texts[verdict.stays[i]]) >= .9 for i in gone)
 
@@ -1795,10 +1799,10 @@ def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
             page[at:at + changed] = words(changed, f"x{i}x")
             texts.append(" ".join(page))
         again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
-        with mock.patch.object(data, "jaccard", wraps=data.jaccard) as compared:
+        with mock.patch.object(cleaning, "jaccard", wraps=cleaning.jaccard) as compared:
             verdict = judged(texts + again, tmp_path / "work")
         assert compared.call_count <= most * len(verdict.why)
-        assert kept[0] <= (verdict.why == data.KEPT).sum() <= kept[1]
+        assert kept[0] <= (verdict.why == cleaning.KEPT).sum() <= kept[1]
         assert (verdict.limited > 500) == (changed == 18) == bool(again)
 
 
@@ -1810,15 +1814,16 @@ def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
         page = words(20, f"d{i // 3}x")
         page[-1] += "z" * (i % 3 // 2)
         texts.append(" ".join(page))
+    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
     peaks = []
     for n in (1_000, 2_000):
         (tmp_path / str(n)).mkdir()
         tracemalloc.start()
-        with mock.patch.object(data, "in_batches", functools.partial(data.in_batches, size=1 << 14)):
-            verdict = data.judge(lambda: (data.Row(text, "f", 1) for text in texts[:n]), tmp_path / str(n))
+        with mock.patch.object(cleaning, "in_batches", functools.partial(cleaning.in_batches, size=1 << 14)):
+            verdict = cleaning.judge(lambda: (row for row in rows[:n]), tmp_path / str(n))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (verdict.why != data.KEPT).sum() > n // 4
+        assert (verdict.why != cleaning.KEPT).sum() > n // 4
     assert 50_000 < peaks[1] - peaks[0] < 1_000 * 200
 
 
@@ -1835,9 +1840,9 @@ def test_scripts_without_spaces_are_compared_by_their_characters(first, last, tm
         text[200] = "x"
         texts.append("".join(text))
     verdict = judged(texts, tmp_path / "work")
-    assert (verdict.why == data.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
-    assert data.spaced("日本 x語z") == "日 本 x 語 z"
-    assert data.about_tokens(data.spaced(texts[0][:30])) >= 24
+    assert (verdict.why == cleaning.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
+    assert cleaning.spaced("日本 x語z") == "日 本 x 語 z"
+    assert cleaning.about_tokens(cleaning.spaced(texts[0][:30])) >= 24
 
 
 def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
@@ -1845,10 +1850,11 @@ def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
     first in the order of their letters' digests stays, whatever comes first."""
     texts = ["straße É x", "STRASSE e\u0301  x", "\tstrasse\nÉ x ", "straße E x", "straßeÉx", "가 나", "가 나"]
     verdict = judged(texts, tmp_path / "work")
-    assert [int(why) for why in verdict.why].count(data.EXACT) == 3
+    assert [int(why) for why in verdict.why].count(cleaning.EXACT) == 3
     assert len(set(verdict.stays[:3])) == 1 == len(set(verdict.stays[5:])) and (verdict.why[3:5] == 0).all()
     for text in ("ǰ ǆ ŉ", "ᾳ ΐ ς", "istanbul"):
-        assert data.folded(text) == data.folded(text.upper()) == data.folded(data.folded(text))
+        plain = cleaning.folded(text)
+        assert plain == cleaning.folded(text.upper()) == cleaning.folded(plain)
 
 
 def test_only_documents_of_less_than_24_tokens_are_short():
@@ -1856,10 +1862,10 @@ def test_only_documents_of_less_than_24_tokens_are_short():
     two for a Korean word of four syllables."""
     rng = random.Random(0)
     for _ in range(300):
-        plain = data.folded(random_text(rng, rng.randrange(300)))
-        assert data.about_tokens(plain) * 8 >= len(plain.encode())
+        plain = cleaning.folded(random_text(rng, rng.randrange(300)))
+        assert cleaning.about_tokens(plain) * 8 >= len(plain.encode())
     texts = ["one two three " * 7 + "four,", "one, two, three, " * 4, "one two three " * 8, "a" * 192]
-    facts, _ = data.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
+    facts, _ = cleaning.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
     assert facts["short"].tolist() == [True, False, False, False, False, True]
 
 
@@ -1882,7 +1888,7 @@ def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, c
     lines = [json.loads(line) for line in (tmp_path / "out" / "00000.jsonl").open(encoding="utf-8")]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     source = {(str(row.file), row.number): row.text
-              for row in data.rows("web", str(tmp_path / "in"), data.DataConfig())}
+              for row in sources.rows("web", str(tmp_path / "in"), data.DataConfig())}
     assert len(source) == len(texts)
     for line in lines:
         assert source[line["file"], line["row"]] == line["text"] and line["source"] == "web"
@@ -1904,11 +1910,11 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
     is left that would hold its lock."""
     make_source(tmp_path / "in")
     arguments = "web", str(tmp_path / "in"), tmp_path / "out"
-    place = {"ascontiguousarray": np, "rename": os}.get(moment, data)
+    place = {"ascontiguousarray": np, "rename": os}.get(moment, cleaning)
     child = os.fork()
     if not child:
         setattr(place, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        data.clean(*arguments, workers=1 + (place is np))
+        cleaning.clean(*arguments, workers=1 + (place is np))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "out").exists()
@@ -1921,8 +1927,8 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
         else:
             pytest.fail("a worker process is left")
     (tmp_path / "out.partial" / "00007.jsonl").write_text("half of a li")
-    data.clean(*arguments, workers=1)
-    data.clean(*arguments[:2], tmp_path / "again", workers=1)
+    cleaning.clean(*arguments, workers=1)
+    cleaning.clean(*arguments[:2], tmp_path / "again", workers=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jsonl", "report.json"]
     for name in ("00000.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -1938,7 +1944,7 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
     for source, out, says in ((here, "there", "exists"), (here, "in/out", "is inside"),
                               (here, "in", "is inside"), (str(tmp_path / "tiny"), "out", "none of the 1")):
         with pytest.raises(ValueError, match=says):
-            data.clean("a", source, tmp_path / out, workers=1)
+            cleaning.clean("a", source, tmp_path / out, workers=1)
     assert not (tmp_path / "out").exists()
 
     # As many rows as before, but others.
@@ -1946,9 +1952,9 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
     verdict = judged(texts, tmp_path / "work")
     for other, says in ((texts[::-1], "f, row 0: changed"), (texts[:2], "2 are left"),
                         (texts * 2, "f, row 3: changed")):
-        read = lambda: (data.Row(text, "f", i) for i, text in enumerate(other))
+        read = lambda: (sources.Row(text, "f", i) for i, text in enumerate(other))
         with pytest.raises(ValueError, match=says):
-            list(data.judged(read, verdict))
+            list(cleaning.judged(read, verdict))
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ TABLE = {
         ("shards of the packed file", "{file.suffix.lower() == '.gz'} ", "", "knows_how_a_file"),
         ("links are followed forever", "in seen:", "in set():", "what_is_read"),
         ("shards are not synced to disk", "os.fsync(file.fileno())", "pass", DISK),
+    ],
+    "cleaning.py": [
         ("near-duplicates only above the limit", "if likeness < SIMILAR:", "if likeness <= SIMILAR:",
          "planted_pairs"),
         ("near-duplicates are not compared", "if likeness < SIMILAR:", "if False:", "planted_pairs"),
