@@ -1457,6 +1457,25 @@ def stats(corpus):
               f"{size / tokens:13.2f}{f'{s:.0%} → {e:.0%}':>14}{bits:18.3f}")
 
 
+def read_options(options, **numbers):
+    """Options --NAME=VALUE → (DataConfig, numbers): its text and boolean fields, with or without "data." in
+    front, and `numbers`, given with their defaults. Raises SystemExit at an unknown one."""
+    config = DataConfig()
+    known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
+    for option in options:
+        name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
+        if name in numbers and value.isdecimal():
+            numbers[name] = int(value)
+        elif name in known:
+            if isinstance(known[name], bool):
+                value = value.lower() == "true"
+            config = replace(config, **{name: value})
+        else:
+            raise SystemExit(f"unknown option {option!r}; known: --{'=N --'.join(numbers)}=N "
+                             f"--{'= --'.join(known)}=")
+    return config, numbers
+
+
 def main(argv):
     """The command line. Raises SystemExit with one line for whatever the user has to correct."""
     if {"-h", "--help"} & set(argv):

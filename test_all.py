@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import gzip
 import importlib
@@ -31,6 +32,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cleaning
 import data
 import kernels
 import model as net
@@ -2129,6 +2132,364 @@ def test_command_line_refuses_unknown_words(tmp_path, capsys):
     data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--files={config.files}",
                f"--cache={tmp_path}/cache"])
     assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
+
+
+# ---- cleaning.py ------------------------------------------------------------------------------------------
+
+def judged(texts, folder, workers=1):
+    """Verdict of cleaning.judge on these texts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
+    return cleaning.judge(lambda: iter(rows), folder, 0, workers)
+
+
+def true_jaccard(a, b):
+    """J of two texts that have blanks between words, from sets of 5 words each."""
+    sets = []
+    for text in (a, b):
+        words = text.lower().split()
+        sets.append({tuple(words[i:i + 5]) for i in range(len(words) - 4)})
+    return len(sets[0] & sets[1]) / max(1, len(sets[0] | sets[1]))
+
+
+def words(n, prefix):
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def planted(shingles, shared, name):
+    """Two texts of that many shingles each, all of them different, of which the first `shared` are shared."""
+    first = words(shingles + 4, name)
+    second = first[:shared + 4] + words(shingles - shared, name + "other")
+    return " ".join(first), " ".join(second)
+
+
+def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path):
+    """300 pairs each of J = .85, .89, .9 and .95: by (4), 1 of 2,500 is missed at J = .9; none below goes."""
+    kinds = {.85: (185, 170), 179 / 201: (190, 179), .9: (190, 180), .95: (195, 190)}
+    texts, true = [], []
+    for likeness, (shingles, shared) in kinds.items():
+        for i in range(300):
+            pair = planted(shingles, shared, f"p{shared}x{i}x")
+            assert abs(true_jaccard(*pair) - likeness) < 1e-12
+            texts += pair
+            true.append(likeness)
+    verdict = judged(texts, tmp_path / "work")
+    gone = (verdict.why == cleaning.NEAR).reshape(-1, 2)
+    found = {likeness: int(gone[np.array(true) == likeness].sum()) for likeness in kinds}
+    assert found[.85] == found[179 / 201] == 0 and found[.9] >= 299 and found[.95] == 300, found
+    for i in np.flatnonzero(verdict.why == cleaning.NEAR):
+        assert abs(true_jaccard(texts[i], texts[verdict.stays[i]]) - verdict.jaccard[i]) < 1e-6
+    assert ((verdict.cluster[::2] == verdict.cluster[1::2]) == gone.any(1)).all()
+
+
+def test_a_signature_is_the_least_value_of_each_hash_function():
+    """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
+    a, b = cleaning.FACTOR.ravel().tolist(), cleaning.SUMMAND.ravel().tolist()
+    shingles = cleaning.shingles_of(" ".join(words(1100, "w")))
+    assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
+    least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
+    assert cleaning.signature(shingles).tolist() == least
+
+
+def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
+    """10,000 words of one or two letters out of three, so that runs recur, in several blocks of 4,096, and a
+    few very long ones: hashes are equal exactly where the words are, and equal (5) in whole numbers."""
+    rng = random.Random(0)
+    text = ["".join(rng.choices("aäb", k=rng.randrange(1, 3))) for _ in range(10_000)] + ["a" * 70_000] * 9
+    runs = [" ".join(text[i:i + 5]) for i in range(len(text) - 4)]
+    found = cleaning.shingles_of(" ".join(text)).tolist()
+    assert len(found) == len(runs) > len(set(found)) + 100
+    assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs)))
+    for i in (0, 4095, 4096, 9_999):
+        run = enumerate(f" {runs[i]}".encode())
+        h = sum(int(cleaning.TABLE[byte]) * pow(cleaning.BASE, j, 2 ** 64) for j, byte in run)
+        assert int(data.mix(np.array([h % 2 ** 64], np.uint64))[0]) == found[i]
+    assert not len(cleaning.shingles_of("")) and not len(cleaning.shingles_of("one two three four"))
+
+
+def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
+    """Over 150 pairs of J = .9 and .5 the share of equal values is right within 3 standard errors, and its
+    standard deviation is a binomial's; as is true of rensa's, except that it scatters less."""
+    try:
+        import rensa
+    except ImportError:
+        rensa = None
+    for shingles, shared in ((190, 180), (150, 100)):
+        true = shared / (2 * shingles - shared)
+        ours, theirs = [], []
+        for i in range(150):
+            pair = planted(shingles, shared, f"q{i}x")
+            first, second = (cleaning.signature(cleaning.shingles_of(text)) for text in pair)
+            ours.append((first == second).mean())
+            if rensa:
+                sketches = []
+                for text in pair:
+                    sketch = rensa.RMinHash(num_perm=112, seed=1)
+                    each = text.split()
+                    sketch.update([" ".join(each[j:j + 5]) for j in range(len(each) - 4)])
+                    sketches.append(sketch)
+                theirs.append(sketches[0].jaccard(sketches[1]))
+        deviation = (true * (1 - true) / 112) ** 0.5
+        for estimates in filter(None, (ours, theirs)):
+            assert abs(np.mean(estimates) - true) < 3 * deviation / 150 ** 0.5
+            assert np.std(estimates) < 1.2 * deviation
+        assert np.std(ours) > 0.8 * deviation
+    if not rensa:
+        pytest.skip("rensa is not installed (pip install rensa): only our own estimates were checked")
+
+
+def test_documents_meet_as_often_as_bands_of_eight_values_agree():
+    """Of 300 pairs of J = .7 and of .5 that many meet in a bucket as (4) says, .56 and .05, within 4 standard
+    errors."""
+    for shingles, shared in ((170, 140), (150, 100)):
+        true = shared / (2 * shingles - shared)
+        texts = [text for i in range(300) for text in planted(shingles, shared, f"m{i}x")]
+        _, buckets = cleaning.sign(texts, 0)
+        meet = (buckets[::2] == buckets[1::2]).any(1).mean()
+        often = 1 - (1 - true ** 8) ** 14
+        assert abs(meet - often) < 4 * (often * (1 - often) / 300) ** 0.5
+
+
+def lively_corpus(rng, families=25):
+    """Families of a text and edits of edits of it, some in capitals or with other blanks; short ones."""
+    texts = ["a few words"] * 3 + ["some other words", "A  few\nwords"]
+    for family in range(families):
+        members = [words(rng.randrange(30, 300), f"f{family}x")]
+        for _ in range(rng.randrange(8)):
+            edit = list(rng.choice(members))
+            edit[rng.randrange(len(edit))] = rng.choice("xyz")
+            members.append(edit)
+        for member in members:
+            text = rng.choice((" ", "\n", "  ")).join(member)
+            texts.append(text.upper() if rng.random() < .2 else text)
+            if rng.random() < .2:
+                texts.append(texts[-1] + " ")
+    return texts
+
+
+def brute_force(texts):
+    """Who stays, by comparing all pairs, in the order: longest first, then by digest; and the clusters."""
+    from hashlib import blake2b
+    plain = list(dict.fromkeys(" ".join(text.lower().split()) for text in texts))
+    runs = {text: max(0, len(text.split()) - 4) for text in plain}
+    digest = {text: np.frombuffer(blake2b(text.encode(), digest_size=16).digest(), "<u8") for text in plain}
+    plain.sort(key=lambda text: (-runs[text], *digest[text].tolist()))
+    kept, clusters = [], {text: {text} for text in plain}
+    for i, text in enumerate(plain):
+        alike = [other for other in plain[:i] if true_jaccard(text, other) >= .9]
+        if not set(alike) & set(kept):
+            kept.append(text)
+        for other in alike:
+            joined = clusters[text] | clusters[other]
+            for member in joined:
+                clusters[member] = joined
+    return set(kept), {frozenset(cluster) for cluster in clusters.values()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_stays_is_what_all_pairs_say_in_whatever_order_the_documents_come(seed, tmp_path):
+    """Equal to brute force, kept texts and clusters; shuffled, the same texts stay, to the letter; in two
+    processes, too. A document goes only for one that stays."""
+    rng = random.Random(seed)
+    texts = lively_corpus(rng)
+    kept, clusters = brute_force(texts)
+    stay = None
+    for i in range(3):
+        rng.shuffle(texts)
+        verdict = judged(texts, tmp_path / "work", workers=1 + i % 2)
+        assert (verdict.why[verdict.stays] == cleaning.KEPT).all()
+        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == cleaning.KEPT)).all()
+        found = {}
+        for text, cluster in zip(texts, verdict.cluster.tolist()):
+            found.setdefault(cluster, set()).add(" ".join(text.lower().split()))
+        assert set(map(frozenset, found.values())) == clusters
+        mine = sorted(text for text, why in zip(texts, verdict.why) if why == cleaning.KEPT)
+        assert sorted(" ".join(text.lower().split()) for text in mine) == sorted(kept)
+        assert stay in (None, (mine, sorted(found)))
+        stay = mine, sorted(found)
+
+
+def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
+    """200 documents, each like the next, J .94, but not like the one after that. At least every third stays,
+    none goes but for one that is like it, and they are one cluster, so they are on one side of a split."""
+    stream = words(5000, "c")
+    texts = [" ".join(stream[12 * i:12 * i + 404]) for i in range(200)]
+    assert true_jaccard(*texts[:2]) > .9 > true_jaccard(texts[0], texts[2])
+    verdict = judged(texts, tmp_path / "work")
+    gone = np.flatnonzero(verdict.why == cleaning.NEAR)
+    assert 100 <= len(gone) <= 133 and len(set(verdict.cluster.tolist())) == 1
+    assert all(true_jaccard(texts[i], texts[verdict.stays[i]]) >= .9 for i in gone)
+
+
+def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
+    """1,500 copies of a page with another word each are compared little more than once each. If a tenth of
+    the page differs, all of them stay: they are compared no more than 64 times, and that is reported; near-
+    duplicates of 30 of them are found all the same."""
+    for changed, most, kept in ((1, 1.1, (1, 2)), (18, 64, (1500, 1500))):
+        rng, texts = random.Random(0), []
+        for i in range(1500):
+            page = words(200, "w")
+            at = rng.randrange(200 - changed)
+            page[at:at + changed] = words(changed, f"x{i}x")
+            texts.append(" ".join(page))
+        again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
+        with mock.patch.object(cleaning, "jaccard", wraps=cleaning.jaccard) as compared:
+            verdict = judged(texts + again, tmp_path / "work")
+        assert compared.call_count <= most * len(verdict.why)
+        assert kept[0] <= (verdict.why == cleaning.KEPT).sum() <= kept[1]
+        assert (verdict.limited > 500) == (changed == 18) == bool(again)
+
+
+def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
+    """The peak over 2,000 documents, of which most are duplicates of some kind, less that over 1,000; their
+    texts, which lie in memory here, do not count. In batches of 16 kB."""
+    texts = []
+    for i in range(2_000):
+        page = words(20, f"d{i // 3}x")
+        page[-1] += "z" * (i % 3 // 2)
+        texts.append(" ".join(page))
+    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
+    peaks = []
+    for n in (1_000, 2_000):
+        (tmp_path / str(n)).mkdir()
+        tracemalloc.start()
+        with mock.patch.object(cleaning, "in_batches", functools.partial(cleaning.in_batches, size=1 << 14)):
+            verdict = cleaning.judge(lambda: (row for row in rows[:n]), tmp_path / str(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (verdict.why != cleaning.KEPT).sum() > n // 4
+    assert 50_000 < peaks[1] - peaks[0] < 1_000 * 200
+
+
+@pytest.mark.parametrize("first, last", [(0x4E00, 0x9FA0), (0xE01, 0xE2E), (0x3041, 0x3094),
+                                         (0x1000, 0x1020)])
+def test_scripts_without_spaces_are_compared_by_their_characters(first, last, tmp_path):
+    """A text of 400 characters in a row with one changed is a near-duplicate, another one is not; and 30
+    characters are long enough to be kept."""
+    rng = random.Random(first)
+    texts = []
+    for _ in range(2):
+        text = [chr(rng.randrange(first, last)) for _ in range(400)]
+        texts.append("".join(text))
+        text[200] = "x"
+        texts.append("".join(text))
+    verdict = judged(texts, tmp_path / "work")
+    assert (verdict.why == cleaning.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
+    assert cleaning.spaced("日本 x語z") == "日 本 x 語 z"
+    assert cleaning.about_tokens(cleaning.spaced(texts[0][:30])) >= 24
+
+
+def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
+    """Case, white space and composition of characters do not count; anything else does. Of equal ones the
+    first in the order of their letters' digests stays, whatever comes first."""
+    texts = ["straße É x", "STRASSE e\u0301  x", "\tstrasse\nÉ x ", "straße E x", "straßeÉx", "가 나", "가 나"]
+    verdict = judged(texts, tmp_path / "work")
+    assert [int(why) for why in verdict.why].count(cleaning.EXACT) == 3
+    assert len(set(verdict.stays[:3])) == 1 == len(set(verdict.stays[5:])) and (verdict.why[3:5] == 0).all()
+    for text in ("ǰ ǆ ŉ", "ᾳ ΐ ς", "istanbul"):
+        plain = cleaning.folded(text)
+        assert plain == cleaning.folded(text.upper()) == cleaning.folded(plain)
+
+
+def test_only_documents_of_less_than_24_tokens_are_short():
+    """At least a token for 8 bytes, so nothing of 192 bytes is short; a token for each short word or mark,
+    two for a Korean word of four syllables."""
+    rng = random.Random(0)
+    for _ in range(300):
+        plain = cleaning.folded(random_text(rng, rng.randrange(300)))
+        assert cleaning.about_tokens(plain) * 8 >= len(plain.encode())
+    texts = ["one two three " * 7 + "four,", "one, two, three, " * 4, "one two three " * 8, "a" * 192]
+    facts, _ = cleaning.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
+    assert facts["short"].tolist() == [True, False, False, False, False, True]
+
+
+def make_source(folder):
+    """A folder of two .jsonl files with duplicates of each kind → {(file, row): text}"""
+    folder.mkdir()
+    texts = lively_corpus(random.Random(5), families=12)
+    found = {}
+    for name, part in (("a.jsonl", texts[::2]), ("b.jsonl", texts[1::2])):
+        (folder / name).write_text("".join(json.dumps(dict(text=text)) + "\n" for text in part), "utf-8")
+    return texts
+
+
+def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, capsys):
+    """`python data.py clean`: what is written, who stays for how many, and the report; the folder is a source
+    like any other."""
+    texts = make_source(tmp_path / "in")
+    data.main(["clean", f"web={tmp_path / 'in'}", str(tmp_path / "out"), "--min_tokens=5"])
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "00000.jsonl").open(encoding="utf-8")]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    source = {(str(row.file), row.number): row.text
+              for row in sources.rows("web", str(tmp_path / "in"), data.DataConfig())}
+    assert len(source) == len(texts)
+    for line in lines:
+        assert source[line["file"], line["row"]] == line["text"] and line["source"] == "web"
+    count, size = report["documents"], report["bytes"]
+    assert sum(count.values()) == len(texts) and sum(size.values()) == sum(len(t.encode()) for t in texts)
+    assert count["kept"] == len(lines) and sum(line["copies"] for line in lines) == len(texts) - 5
+    assert min(count.values()) > 3 and count["too short"] == 5
+    for why, n in count.items():
+        assert f"{why:16}{n:12,} documents" in printed
+    kinds = {tuple(shown["why"] for shown in group) for group in report["examples"]}
+    assert ("too short",) in kinds and ("kept", "near-duplicate") in {kind[:2] for kind in kinds}
+    assert sorted(data.documents("out", str(tmp_path / "out"))) == sorted(line["text"] for line in lines)
+
+
+@pytest.mark.parametrize("moment", ["sign", "ascontiguousarray", "jaccard", "write_atomically", "rename"])
+def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
+    """Killed as it signs, here or in two processes, as it compares, before the report and before the name:
+    there is no folder OUT. Run again, it gives the same bytes as one that was never killed; no worker process
+    is left that would hold its lock."""
+    make_source(tmp_path / "in")
+    arguments = "web", str(tmp_path / "in"), tmp_path / "out"
+    place = {"ascontiguousarray": np, "rename": os}.get(moment, cleaning)
+    child = os.fork()
+    if not child:
+        setattr(place, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        cleaning.clean(*arguments, workers=1 + (place is np))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with open(tmp_path / "out.partial" / "lock") as lock:
+        for attempt in range(50):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a worker process is left")
+    (tmp_path / "out.partial" / "00007.jsonl").write_text("half of a li")
+    cleaning.clean(*arguments, workers=1)
+    cleaning.clean(*arguments[:2], tmp_path / "again", workers=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jsonl", "report.json"]
+    for name in ("00000.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in", "out"]
+
+
+def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
+    """A folder that exists, a place inside the source, text that changes meanwhile, nothing that stays."""
+    make_source(tmp_path / "in")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "tiny").write_text("a few words")
+    here = str(tmp_path / "in")
+    for source, out, says in ((here, "there", "exists"), (here, "in/out", "is inside"),
+                              (here, "in", "is inside"), (str(tmp_path / "tiny"), "out", "none of the 1")):
+        with pytest.raises(ValueError, match=says):
+            cleaning.clean("a", source, tmp_path / out, workers=1)
+    assert not (tmp_path / "out").exists()
+
+    # As many rows as before, but others.
+    texts = ["first " * 40, "second " * 40, "third " * 40]
+    verdict = judged(texts, tmp_path / "work")
+    for other, says in ((texts[::-1], "f, row 0: changed"), (texts[:2], "2 are left"),
+                        (texts * 2, "f, row 3: changed")):
+        read = lambda: (sources.Row(text, "f", i) for i, text in enumerate(other))
+        with pytest.raises(ValueError, match=says):
+            list(cleaning.judged(read, verdict))
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
   python -m notes.speed --whole=FILE    # `shakespeare` and its control, interleaved, on that text: 10 minutes
   python -m notes.speed --ranks         # ZeRO-1 on two ranks: half a minute
+  python -m notes.speed --text          # signing text for `data.py clean`, beside rensa: half a minute
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
 Every number is a ratio of two medians whose calls are interleaved, because machines differ and their load
 changes by the minute. Run it on an otherwise idle machine.
 """
 import argparse
+import contextlib
 import csv
 import itertools
 import math
@@ -25,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cleaning
+import data
 import kernels
 import muonclip
 import parallel
@@ -453,6 +457,29 @@ def ranks():
     yield "laptop step, two ranks of one thread", "ZeRO-1 with MuonClip", theirs, muon, zero, ""
 
 
+# ---- cleaning text -----------------------------------------------------------------------------------------
+
+def signing():
+    """Signatures of the documentation in the default corpus, by one process; with rensa, if it is there."""
+    rensa = None
+    with contextlib.suppress(ImportError):
+        import rensa
+    docs = data.documents("prose")
+    size = sum(len(doc.encode()) for doc in docs) / 1e6
+
+    def rensas():
+        for doc in docs:
+            words = cleaning.spaced(cleaning.folded(doc)).split()
+            sketch = rensa.RMinHash(num_perm=112, seed=1)
+            sketch.update([" ".join(words[i:i + 5]) for i in range(len(words) - 4)])
+            sketch.digest()
+    case = f"{size:.1f} MB in {len(docs):,} documents"
+    ours, *theirs = in_turn(lambda: cleaning.sign(docs, 0), *[rensas] * bool(rensa), rounds=5)
+    yield "signing text", case, "2 MB/s", ours, size / 2 * 1e3, "≤ 1"
+    for t in theirs:
+        yield "signing text", case, "rensa", ours, t, ""
+
+
 # ---- whole runs: a loss, and the time to reach it ----------------------------------------------------------
 
 def control(path):
@@ -534,10 +561,10 @@ def whole(path):
 
 # ---- table and figure --------------------------------------------------------------------------------------
 
-def measured(path, two_ranks):
-    """Rows of the whole runs on the text at `path`, of two ranks, or by default of the parts."""
-    if two_ranks:
-        return (yield from ranks())
+def measured(path, two_ranks, text):
+    """Rows of the whole runs on the text at `path`, of two ranks, of text, or by default of the parts."""
+    if two_ranks or text:
+        return (yield from ranks() if two_ranks else signing())
     parts = (poly_norm, attention, mixture, optimizer, bounds, logits, split, compiled)
     parts = (against_plain, whole) if path else parts
     for part in parts:
@@ -581,6 +608,7 @@ def main(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", metavar="FILE", help="Tiny Shakespeare, as a text file")
     parser.add_argument("--ranks", action="store_true")
+    parser.add_argument("--text", action="store_true")
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args(argv)
     if args.plot:
@@ -592,7 +620,7 @@ def main(argv):
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for what, case, baseline, ms, baseline_ms, target in measured(args.whole, args.ranks):
+        for what, case, baseline, ms, baseline_ms, target in measured(args.whole, args.ranks, args.text):
             ratio = ms / baseline_ms
             writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
                                                f"{ratio:.3f}", target))))
