@@ -1,9 +1,11 @@
-"""Text → tokens → batches. What is unusual:
+"""Files → documents → tokens → batches. What is unusual:
 
   no download      the default corpus is text that every Python installation carries: the documentation
                    of the standard library (prose), its source without that documentation (code), and
                    worked arithmetic (math; the only generated domain). It differs a little between
                    Python versions.
+  no silence       a row without text, or a file that is damaged or cut short, stops the reading; what is
+                   left out is counted. Large text is streamed: memory does not depend on its size.
   no loader state  batch(step) is a pure function of (seed, step), so checkpoints hold no loader state.
                    The global batch does not depend on the number of ranks; each rank takes its slice.
   moving mixture   domain weights move linearly over a horizon of tokens [Motif §3.2.1]. The due time of
@@ -14,36 +16,45 @@ Letters:  N windows  D domains  W windows of a domain  b windows of a rank's bat
           V vocabulary size
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
           python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
+          python data.py clean IN OUT [--min_tokens=24] ...      IN: a file, a folder, or NAME=PATH
           python data.py sources                       what is known of published sets, and what to download
 """
-from __future__ import annotations     # Batch names torch, which is imported only where it is used
-
+from __future__ import annotations     # Batch names torch, which is imported only where it is used: worker
+                                       # processes do without it
 import contextlib
+import csv
 import fcntl
 import functools
+import gzip
 import hashlib
 import heapq
 import inspect
+import io
 import itertools
 import json
 import math
+import multiprocessing
+import operator
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import unicodedata
+import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import tiktoken
-
-from sources import (Source, columns, find_source, kind_of, parse_budget, parse_where, reading, reasons,
-                     records, rows_of_file, show_sets, text_of)
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -61,6 +72,8 @@ class DataConfig:
     where: str = ""              # FIELD>=VALUE,...  rows that are read; NAME:FIELD.. is for one domain
     budget: str = ""             # 100MB | 5000documents: how much of each domain of files is read
     skip_bad: bool = False       # leave out records without a string text instead of stopping
+    clean: bool = False          # leave out short documents and duplicates, as `python data.py clean` does
+    min_tokens: int = 24         # fewer are short                                                  [Motif]
     tokenizer: str = "bpe"       # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
                                  # | the path of a tokenizer.json, from a run or a Hugging Face folder
     horizon: int = 0             # tokens over which the weights move; afterwards the end weights hold. A
@@ -141,106 +154,59 @@ def parse_domains(config):
     return names, start, end, paths
 
 
-# ---- documents of a domain, and their split ----------------------------------------------------------------
+# ---- files that are written whole; digests -----------------------------------------------------------------
 
-def documents(name, path=None, config=DataConfig()):
-    """All documents of a domain that fits into memory, duplicates included: a list of strings.
+@contextlib.contextmanager
+def atomic(path, mode="wb", alone=False, **how):
+    """Yield a file that replaces `path` once it is complete and on disk.
 
-    No `path`: an embedded domain. Otherwise the user's text, gzipped or not: a text file is one document;
-    a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder stands for all
-    such files below it. Prints what was read and what was left out. Raises ValueError, naming the file and
-    the position in it; with `skip_bad`, bad records are counted and left out instead."""
-    if path is None:
-        return embedded().documents(name)
-    source, left_out = find_source(name, path, config)
-    found = []
-    read = 0                                                     # files that hold text
-    total = Counter()
-    for file in source.files:
-        counts = Counter()
-        texts = [row.text for row in rows_of_file(source, file, counts)]
-        if counts["bad"]:
-            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
-        if texts:
-            found += texts
-            read += 1
-        else:
-            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
-        total += counts
-    if not found:
-        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
-
-    # One line: what was read, and for each reason the number and the first names left out.
-    size = sum(len(text.encode()) for text in found)
-    line = (f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} "
-            f"document{'s' * (len(found) != 1)}, {size:,} bytes")
-    print(line + columns(source) + reasons(left_out, total))
-    return found
-
-
-def is_validation(hashed, val=0.05):
-    """Whether the sha256 of a document, in hexadecimal, is in the lowest fraction `val` of the range."""
-    return int(hashed[:8], 16) <= val * 2 ** 32
-
-
-def split_documents(docs, val=0.05):
-    """Documents → (train, val), exact duplicates removed.
-
-    The hash of a document decides its side, so a document keeps it when others are added or removed: the
-    lowest fraction `val` of the hash range is validation. Two bounds handle few or uneven documents.
-    Validation gets at least 1% of the bytes: if it has less, further documents follow in order of hash. And
-    a document that would bring it above 10% stays in training, except that its last tenth is cut off for
-    validation while that has less than 1%."""
-    docs = list(dict.fromkeys(docs))
-    hashes = [int(sha256(doc)[:8], 16) for doc in docs]          # 32 bits
-    sizes = [len(doc.encode()) for doc in docs]                  # bytes
-    keep = [len(doc) for doc in docs]                            # characters that stay in training
-    total = sum(sizes)
-    held = 0                                                     # bytes of validation
-
-    # Move documents to validation, the lowest hash first.
-    for i in sorted(range(len(docs)), key=hashes.__getitem__):
-        enough = held >= total / 100
-        if hashes[i] > val * 2 ** 32 and enough:
-            break
-        if held + sizes[i] <= total / 10:
-            keep[i] = 0
-        elif not enough:
-            keep[i] = len(docs[i]) * 9 // 10
-        held += len(docs[i][keep[i]:].encode())
-
-    # Cut each document; empty parts vanish.
-    train = [doc[:n] for doc, n in zip(docs, keep)]
-    held_out = [doc[n:] for doc, n in zip(docs, keep)]
-    return [part for part in train if part], [part for part in held_out if part]
-
-
-def text_key(record, name, path=None, config=DataConfig()):
-    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
-
-    Computing it does not extract the text. record: see `digest`."""
-    if path:
-        steps = documents, rows_of_file, records, text_of, split_documents
-        source, _ = find_source(name, path, config)
-        with reading(name):
-            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {digest(Path(file), record)}"
-                     for file in source.files]
-        how = str((config.skip_bad, config.column, source.kind, source.where))
-        return sha256(how, *parts, *map(inspect.getsource, steps))
-    parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
-    return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
-
-
-def embedded():
-    """The module that makes the default corpus, imported on use: runs on other text work without notes/.
-
-    Raises ValueError if it is missing."""
+    A reader sees all of it or the previous content, even after a crash. alone: no other process writes it
+    now, so that the temporary file has one name. how: options of `open`."""
+    tmp = Path(f"{path}.tmp" if alone else f"{path}.{os.getpid()}.tmp")
     try:
-        from notes import corpus
-        return corpus
-    except ImportError:
-        raise ValueError("the default text is made by notes/corpus.py, which is not here: give your "
-                         "own, --data.files=NAME=PATH") from None
+        with open(tmp, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_atomically(path, data):
+    """Write bytes or an array to `path`: see `atomic`."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder's lock: one process builds, the others wait and then load.
+
+    The kernel releases the lock of a process that dies. The folder may be renamed or removed meanwhile: then
+    those who wait take the lock of a new one."""
+    path = Path(folder, "lock")
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield
+                return
+
+
+def read_json(path, *needs):
+    """The fields `needs` of a JSON file in the cache, as a dict; None if it is missing or damaged.
+
+    Prints a line if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        return {name: found[name] for name in needs}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        print(f"{path}: damaged, building it again")
+        return None
 
 
 def stamp(path):
@@ -283,6 +249,1164 @@ def sha256(*parts):
     return h.hexdigest()
 
 
+def digest64(text):
+    """The first 64 bits of a text's `sha256`, as a number."""
+    return int(sha256(text)[:16], 16)
+
+
+def mix(x):
+    """splitmix64: uint64 (N,) → (N,); every output bit depends on every input bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+# ---- sources: the files of a domain ------------------------------------------------------------------------
+
+LARGE = 256_000_000             # bytes of text that are held in memory; more is streamed
+PIECE = 1_000_000               # bytes; a streamed text file of more than 16 pieces is cut into them
+LONGEST_ROW = 64_000_000        # bytes of a record
+PACKED = ".gz", ".zst", ".zstd"
+REPORT = "report.json"           # beside clean text
+KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
+BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
+
+
+class Row(NamedTuple):
+    """A document, and where it lies."""
+    text: str
+    file: str
+    number: int                  # from 1: the line of a .jsonl, the record of a .json, the row of a table
+    split_with: str = ""         # hexadecimal digits that decide its side in place of its hash: see `clean`
+
+
+class Source(NamedTuple):
+    """The files of a domain, in order, and how they are read. Worker processes get it as JSON."""
+    name: str
+    root: str
+    files: list
+    kind: str                    # a published set of notes/datasets.py, or ""
+    where: str                   # the conditions of this domain
+    column: str
+    skip_bad: bool
+    large: bool                  # streamed into a shard for each file, not held in memory
+
+
+def find_source(name, path, config):
+    """A domain's Source, and {reason: files and folders left out}. `path`: PATH or SET:PATH.
+
+    Raises ValueError if there is nothing to read, or nothing that should be."""
+    # A published set has its own kinds of files, and some that are left out.
+    kind, colon, root = path.partition(":")
+    if colon and re.fullmatch("[a-z0-9-]+", kind) and not Path(path).exists():
+        if kind not in datasets().SETS:
+            raise ValueError(f"files: {name}={path}: neither a file nor a published set: known sets are "
+                             f"{', '.join(datasets().SETS)}")
+        files, left_out = own_files(name, root, datasets().SETS[kind].kinds)
+        traps = datasets().traps(kind, Path(root), files)
+    else:
+        kind, root = "", path
+        files, left_out = own_files(name, root)
+        traps = beside_tables(name, root, files)
+    for file, why in traps.items():
+        left_out[why].append(file)
+    files = [file for file in files if file not in traps]
+    if not files:
+        raise ValueError(f"files: {name}={path} has nothing but files {' and '.join(left_out)}; without "
+                         f"`{kind}:` they are read")
+
+    # Is the text held in memory, or streamed? Compressed text is taken to be four times as long.
+    with reading(name):
+        size = sum(os.stat(file).st_size * (4 if str(file).lower().endswith((*PACKED, ".parquet")) else 1)
+                   for file in files)
+    where = [c.said for c in parse_where(config.where) if c.domain in ("", name)]
+    return Source(name, root, [str(file) for file in files], kind, ",".join(where), config.column,
+                  config.skip_bad, size > LARGE or bool(config.budget)), left_out
+
+
+def beside_tables(name, root, files):
+    """{file: why it is left out}: a folder of tables often has a README beside them. Raises ValueError if
+    there are different tables, which is a mistake."""
+    endings = {bare(file).rpartition(".")[2] for file in files} & {"csv", "parquet", "jsonl"}
+    if len(endings) > 1:
+        raise ValueError(f"files: {name}={root} mixes .{' and .'.join(sorted(endings))}: give each a name of "
+                         "its own")
+    if not endings & {"csv", "parquet"} and not any(str(file).lower().endswith(PACKED[1:]) for file in files):
+        return {}
+    return {file: "beside the data" for file in files if file.name.lower().endswith((".txt", ".md", ".json"))}
+
+
+def bare(file):
+    """The name of a file in lower case, without .gz or .zst."""
+    name = Path(file).name.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return name
+
+
+def own_files(name, path, kinds=KINDS):
+    """The files of a user's domain → (sorted paths, {reason: files and folders left out}).
+
+    Raises ValueError if there is nothing to read."""
+    root = Path(path)
+    left_out = defaultdict(list)
+    if not root.is_dir():
+        if root.exists() and not root.is_file():
+            raise ValueError(f"files: {name}={path} is a pipe or a device, which gives its text only "
+                             "once: save that in a file")
+        return [root], left_out
+
+    # os.walk skips folders that it cannot list, unless its error handler raises.
+    def unreadable(error):
+        raise error
+
+    files = []
+    seen = set()                                                 # real paths: a link may lead back up
+    with reading(name):
+        for folder, folders, filenames in os.walk(root, onerror=unreadable, followlinks=True):
+            seen.add(os.path.realpath(folder))
+
+            # What is removed from `folders` is not walked.
+            for part in sorted(folders):
+                child = Path(folder, part)
+                if part.startswith("."):
+                    left_out["hidden"].append(child)
+                    folders.remove(part)
+                elif os.path.realpath(child) in seen:
+                    left_out["read already"].append(child)
+                    folders.remove(part)
+            folders.sort()
+
+            # The files of this folder.
+            for filename in sorted(filenames):
+                file = Path(folder, filename)
+                if file.name.startswith("."):
+                    left_out["hidden"].append(file)
+                elif filename == REPORT and "00000.jsonl" in filenames:
+                    pass                                         # of `clean`, about the text here
+                elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
+                    left_out["of another kind"].append(file)
+                elif not file.is_file():
+                    left_out["neither file nor folder"].append(file)
+                else:
+                    files.append(file)
+    if not files:
+        raise ValueError(f"files: {name}={path}: no {', '.join(kinds)} in this folder, nor one of these "
+                         "with .gz or .zst")
+    return sorted(files), left_out
+
+
+@contextlib.contextmanager
+def reading(name):
+    """Raise an OSError of the body as a ValueError that names the domain and the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text "
+                         "file, a .jsonl, or a folder of them") from None
+
+
+def embedded():
+    """The module that makes the default corpus, imported on use: runs on other text work without notes/.
+
+    Raises ValueError if it is missing."""
+    try:
+        from notes import corpus
+        return corpus
+    except ImportError:
+        raise ValueError("the default text is made by notes/corpus.py, which is not here: give your "
+                         "own, --data.files=NAME=PATH") from None
+
+
+def datasets():
+    """The module that knows published sets, and formats that need a package. Raises ValueError if it is
+    missing."""
+    try:
+        from notes import datasets
+        return datasets
+    except ImportError:
+        raise ValueError("published sets, parquet and zstd are read by notes/datasets.py, which is not "
+                         "here") from None
+
+
+# ---- sources: their rows -----------------------------------------------------------------------------------
+
+def rows(name, path, config):
+    """Every Row of a user's domain, file by file, as far as its conditions and its budget let it.
+
+    Prints what was read, and what was left out and why."""
+    source, left_out = find_source(name, path, config)
+    left, of_bytes = parse_budget(config.budget)
+    counts = Counter()
+    for file in source.files:
+        for row in rows_of_file(source, file, counts):
+            left -= len(row.text.encode()) if of_bytes else 1
+            yield row
+            if left <= 0:
+                break
+        if left <= 0:
+            break
+    print(f"{name}={path}: {counts['rows']:,} rows{columns(source)}{reasons(left_out, counts)}")
+
+
+def columns(source):
+    """For a line: the column that is read, and those there are; what set the files look like."""
+    line = ""
+    there = fields_there(source, source.files[0])
+    if there:
+        line = f"; text from `{source.column}` (there are: {listed(there)})"
+    if source.large and any(kind_of(file) == "text" and os.stat(file).st_size > 16 * PIECE
+                            for file in source.files):
+        line += f"; text files above {16 * PIECE:,} bytes are cut into documents of {PIECE:,}"
+    if not source.kind:
+        with contextlib.suppress(ValueError):                    # without notes/ there is no such advice
+            for kind in datasets().looks_like(source.files):
+                line += f"; this looks like {kind}: {kind}:PATH knows what to leave out of it"
+    return line
+
+
+def reasons(left_out, counts):
+    """For a line: what is left out, files by reason with the first names, and rows by reason."""
+    found = []
+    for why, skipped in left_out.items():
+        examples = [Path(file).name for file in skipped[:3]] + ["..."] * (len(skipped) > 3)
+        if skipped:
+            found.append(f"{len(skipped)} {why} ({', '.join(examples)})")
+    found += [f"{n:,} {'row' + 's' * (n != 1)} {why}" for why, n in counts.items()
+              if n and why not in ("rows", "at", "without a `text`")]
+    return f"; left out: {', '.join(found)}" if found else ""
+
+
+def fields_there(source, file):
+    """The columns of a table, or the fields of the first record; [] for plain text."""
+    kind = kind_of(file) if packing_of(file) != "parquet" else "parquet"
+    if kind == "text":
+        return []
+    if kind == "parquet":
+        return datasets().open_parquet(file).schema_arrow.names
+    for _, record in records(source, file, kind, Counter()):
+        with contextlib.suppress(*BAD_RECORD):
+            return list(json.loads(record) if isinstance(record, bytes) else record)
+        break
+    return []
+
+
+def rows_of_file(source, file, counts):
+    """The Rows of one file, in order, whose memory is bounded by the longest row, or LARGE in a small source.
+
+    counts, a Counter, gets the rows read, those left out by reason, and `at`, bytes of the file read so far.
+    Raises ValueError, naming the file and the row, at a bad one; `skip_bad` counts it instead."""
+    kind = kind_of(file)
+    with reading(source.name):
+        if packing_of(file) == "parquet":
+            kind = "parquet"
+
+        # A folder of texts may contain JSON that is no text, such as package.json.
+        if kind == "json" and Path(file) != Path(source.root) and not holds_text(source, file):
+            counts["without a `text`"] += 1
+            return
+        where = parse_where(source.where)
+        quality = datasets().SETS[source.kind].quality if source.kind else ""
+        where = [c._replace(field=quality) if quality and c.field == "quality" else c for c in where]
+        unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
+        first = True
+        for number, record in records(source, file, kind, counts, {c.field for c in where}):
+            counts["rows"] += 1
+            try:
+                if isinstance(record, bytes):
+                    record = json.loads(record)
+                text = text_of(record, source.column)
+            except BAD_RECORD as error:
+                if not source.skip_bad:
+                    raise bad_row(source, file, unit, number, record, error) from None
+                counts["bad"] += 1
+                continue
+
+            # Blank documents do not count. Each row is counted by the first condition that it fails.
+            if not text.strip():
+                counts["blank"] += 1
+                continue
+            if source.kind == "txt360":
+                record["bucket"] = Path(file).parent.name
+            failed = next((c for c in where if not holds(c, record, file, first)), None)
+            first = False
+            if failed:
+                counts[f"not {failed.said}"] += 1
+            else:
+                together = record.get("split_with", "") if isinstance(record, dict) else ""
+                yield Row(text, file, number, together if is_digest(together) else "")
+
+
+def is_digest(value):
+    """Whether a field holds 16 hexadecimal digits, as `clean` writes them."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def bad_row(source, file, unit, number, record, error):
+    """The ValueError for a row whose text cannot be taken."""
+    why = f"no JSON object with a string `{source.column}`"
+    if unit == "row":
+        why = f"no string in the column `{source.column}`"
+    if isinstance(record, dict) and source.column not in record:
+        why += f", only {listed(record)}"
+    if isinstance(error, UnicodeError):
+        why = "no text in UTF-8"
+    return ValueError(f"files: {file}, {unit} {number}: {why}; mend it, or --data.skip_bad=true")
+
+
+def listed(names):
+    """The first names, for a message of one line."""
+    names = [str(name)[:40].replace("\n", " ") for name in names]
+    return ", ".join(names[:24]) + (f", and {len(names) - 24} more" if len(names) > 24 else "")
+
+
+# ---- sources: formats --------------------------------------------------------------------------------------
+
+def kind_of(file):
+    """How a file is parsed, judged by its name: "text", "jsonl", "json" or "csv". A parquet file and
+    compression are known by their first bytes."""
+    suffix = bare(file).rpartition(".")[2]
+    return suffix if suffix in ("jsonl", "json", "csv") else "text"
+
+
+def packing_of(file):
+    """"parquet", "gzip", "zstd" or "", by the first bytes. Raises ValueError if the name says otherwise."""
+    with open(file, "rb") as raw:
+        head = raw.read(4)
+    found = ""
+    if head == b"PAR1":
+        found = "parquet"
+    elif head[:2] == b"\x1f\x8b":
+        found = "gzip"
+    elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+        found = "zstd"                                           # a frame, or one to be skipped
+    name = str(file).lower()
+    for expected, endings in (("gzip", ".gz"), ("zstd", (".zst", ".zstd")), ("parquet", ".parquet")):
+        if name.endswith(endings) and not found:
+            raise ValueError(f"files: {file} is a damaged {expected} file: it does not begin like one")
+    return found
+
+
+def records(source, file, kind, counts, fields=()):
+    """(number, record) of each row of a file; a .jsonl line is left as bytes. fields: what else is read."""
+    if kind == "parquet":
+        table = datasets().open_parquet(file)
+        has_columns(source, file, table.schema_arrow.names, fields)
+        yield from datasets().parquet_records(table, file, source.column, fields, counts)
+        return
+    limit = 16 * PIECE if source.large else LARGE
+    if kind == "json":
+        # An array of records or a single one. If it does not parse as a whole, it is read as .jsonl.
+        with unpacked(file) as (stream, _):
+            raw = stream.read(max(limit, LONGEST_ROW) + 1)
+        long = len(raw) > max(limit, LONGEST_ROW)
+        if long and raw.lstrip().startswith(b"["):
+            raise ValueError(f"files: {file} is too long for an array in one piece: write it as .jsonl, a "
+                             "record on each line")
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(b"" if long else raw)
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+            return
+    with unpacked(file) as (stream, raw):
+        if kind == "text":
+            found = pieces(file, stream, limit)
+        elif kind == "csv":
+            found = csv_records(source, file, stream, fields)
+        else:
+            found = lines(file, stream)
+        for number, record in found:
+            if number % 64 == 0 or kind == "text":
+                counts["at"] = raw.tell()
+            yield number, {source.column: record} if kind == "text" else record
+
+
+def lines(file, stream):
+    """(number, line) of each line that is not blank."""
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST_ROW + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_ROW:
+            raise ValueError(f"files: {file}, line {number} is longer than {LONGEST_ROW // 10 ** 6} MB")
+        if line.strip():
+            yield number, line
+
+
+@contextlib.contextmanager
+def unpacked(file):
+    """Open a file → (stream of its unpacked bytes; the file itself, whose position shows the progress).
+
+    Raises ValueError if the compressed data are damaged or end too early."""
+    packing = packing_of(file)
+    damaged = (OSError, EOFError, zlib.error)
+    with open(file, "rb") as raw:
+        stream = raw
+        if packing == "gzip":
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+        if packing == "zstd":
+            stream, error = datasets().open_zstd(file, raw)
+            stream = io.BufferedReader(stream, 1 << 20)
+            damaged += (error,)
+        try:
+            yield stream, raw
+        except damaged as error:
+            if not packing:
+                raise
+            raise ValueError(f"files: {file} is a damaged {packing} file: {error}") from None
+
+
+def read_text(file, raw, start=0):
+    """UTF-8 bytes → str. Raises ValueError with the position of the first invalid byte."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"files: {file} is not UTF-8 at byte {start + error.start}; convert it") from None
+
+
+def pieces(file, stream, limit):
+    """(number, text) of a text file: a single one, or pieces of about PIECE bytes if it is above `limit`."""
+    rest = stream.read(limit + 1)
+    if len(rest) <= limit:
+        yield 1, read_text(file, rest)
+        return
+    number = start = 0
+    while rest:
+        # Cut after a line; in a line without end, before the first byte of a character.
+        cut = rest.rfind(b"\n", 0, PIECE) + 1 or min(PIECE, len(rest))
+        while cut < len(rest) and rest[cut] & 0xC0 == 0x80 and cut > 1:
+            cut -= 1
+        number += 1
+        yield number, read_text(file, rest[:cut], start)
+        start += cut
+        rest = rest[cut:]
+        if len(rest) <= PIECE:
+            rest += stream.read(PIECE + 1)
+
+
+def csv_records(source, file, stream, fields):
+    """(number, {column: value}) of a .csv file with a header; the header is not counted."""
+    csv.field_size_limit(LONGEST_ROW)
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    table = csv.reader(text, strict=True)
+    number = 0
+    try:
+        header = next(table, [])
+        has_columns(source, file, header, fields)
+        for number, row in enumerate(table, 1):
+            if row:
+                yield number, dict(zip(header, row)) if len(row) == len(header) else None
+    except csv.Error as error:
+        raise ValueError(f"files: {file}, row {number + 1}: {error}") from None
+
+
+def has_columns(source, file, names, fields=()):
+    """Raise ValueError unless a table has the column of the text, and those of the conditions."""
+    if source.column not in names:
+        raise ValueError(f"files: {file} has no column {source.column!r}; it has: {listed(names) or 'none'}; "
+                         "name one with --data.column=NAME")
+    for field in fields:
+        if field not in names and field.partition(".")[0] not in names and field != "bucket":
+            raise ValueError(f"where: {file} has no field {field!r}; it has: {listed(names)}")
+
+
+def text_of(record, column="text"):
+    """A field of a record, as a string. Raises one of BAD_RECORD if there is none."""
+    text = record[column]
+
+    # JSON may hold a lone surrogate, which has no encoding in UTF-8.
+    text.encode()
+    return text
+
+
+def holds_text(source, file):
+    """Whether any record of a .json file has a text."""
+    for _, record in records(source, file, "json", Counter()):
+        with contextlib.suppress(*BAD_RECORD):
+            text_of(json.loads(record) if isinstance(record, bytes) else record, source.column)
+            return True
+    return False
+
+
+# ---- sources: conditions and budgets -----------------------------------------------------------------------
+
+class Condition(NamedTuple):
+    domain: str                  # "": every domain of files
+    field: str                   # "a.b" is the field b within a
+    sign: str
+    value: str
+    said: str                    # without the domain
+
+
+SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, "=": operator.eq,
+         ">": operator.gt, "<": operator.lt}
+
+
+def parse_where(text):
+    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming the faulty item."""
+    found = []
+    for item in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*(?:([\w.-]+):)?([\w.-]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!].*?)\s*", item)
+        if not match:
+            raise ValueError(f"where: {item!r} is not FIELD>=VALUE, with one of {' '.join(SIGNS)}")
+        domain, *parts = match.groups()
+        found.append(Condition(domain or "", *parts, "".join(parts)))
+    return found
+
+
+def holds(condition, record, file, first):
+    """Whether a record meets a condition. A field that is missing or null meets none.
+
+    Raises ValueError if the first record of the file lacks the field, or the types differ."""
+    value = record
+    for part in condition.field.split(".") if condition.field not in record else [condition.field]:
+        if not isinstance(value, dict) or part not in value:
+            if first:
+                raise ValueError(f"where: {file} has no field {condition.field!r}; it has: "
+                                 f"{listed(value if isinstance(value, dict) else record)}")
+            return False
+        value = value[part]
+    if value is None:
+        return False
+    wanted = condition.value
+    if isinstance(value, bool):
+        value, wanted = str(value).lower(), wanted.lower()
+    elif isinstance(value, (dict, list)):
+        raise ValueError(f"where: {condition.field!r} is not a number or a string in {file}")
+
+    # In a .csv every value is a string: it counts as a number where both are.
+    try:
+        value, wanted = float(value), float(wanted)
+    except (TypeError, ValueError):
+        if isinstance(value, (int, float)):
+            raise ValueError(f"where: {condition.said}: {condition.field!r} is a number in {file}") from None
+        value = str(value)
+    return SIGNS[condition.sign](value, wanted)
+
+
+def parse_budget(text):
+    """"100MB" → (100e6, True), "5000documents" → (5000, False), "" → (inf, True). Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|documents?)\s*|\s*", text, re.I)
+    if not match or match[1] and not float(match[1]):
+        raise ValueError(f"budget: {text!r} is not like 100MB, 2GB or 5000documents")
+    if not match[1]:
+        return math.inf, True
+    unit = match[2].upper()
+    if unit.startswith("DOC"):
+        return int(float(match[1])), False
+    return int(float(match[1]) * 1000 ** (1 + "KMGT".index(unit[0]))), True
+
+
+# ---- cleaning: a text → its shingles → its signature -------------------------------------------------------
+
+# exact            texts that differ only in case, white space or composition of characters are the same
+# near-duplicate   two texts whose sets of shingles A and B, the runs of 5 words in each, have
+#                      J(A, B) = |A ∩ B| / |A ∪ B| >= 0.9                                           (1)
+#                  compared exactly, on 64-bit hashes of the runs
+# MinHash          finds the pairs to compare: the smallest value of a hash function is the same in A as in B
+#                  with probability J. Two documents meet, in a bucket, if all values of one of 14 bands of 8
+#                  hash functions agree:
+#                      P(they meet) = 1 - (1 - J⁸)¹⁴                .9996 at J = .9                 (2)
+# who stays        a document is removed only for one that stays and that is its own near-duplicate. In a
+#                  chain A ~ B ~ C with A ≁ C, B goes and both ends stay: no chain can swallow a corpus. It is
+#                  decided in an order given by the contents, longest first: that of reading does not matter
+# bounds           about 200 bytes of memory a document, and in each process some 10 times its batch of 4 MB
+#                  or its longest document. On the disk, 350 bytes a document, and 8 a word for documents that
+#                  meet others. No document is compared with more than 64, so time is linear for any text
+
+SHINGLE = 5                      # words
+BANDS, HASHES = 14, 8            # bands of a signature, values in a band
+SIMILAR = 0.9                    # (1)
+CLEAN_BATCH = 1 << 22            # characters of text that are signed at a time
+COMPARED = 64                    # comparisons of a document, at most
+REMEMBERED = 256                 # members of a bucket that a document can meet
+KEPT, SHORT, EXACT, NEAR = range(4)
+REASONS = "kept", "too short", "exact duplicate", "near-duplicate"
+FACTS = np.dtype([("digest", "<u8", 2), ("raw", "<u8"), ("shingles", "<u4"), ("short", "?")])
+
+
+# Scripts without spaces between words: kana, Han, Thai, Lao, Tibetan, Burmese, Khmer, by their blocks.
+UNSPACED = re.compile("[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                      "\U00020000-\U0003ffff\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]")
+
+
+def folded(text):
+    """The text as it is compared: case folded, NFC, runs of white space as one blank."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = text.casefold()                                       # which may undo NFC
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+def spaced(plain):
+    """A folded text in which each character of a script without spaces stands between blanks, as a word by
+    itself: there a shingle is 5 characters."""
+    if plain.isascii():
+        return plain
+    return " ".join(UNSPACED.sub(r" \g<0> ", plain).split())
+
+
+def about_tokens(words):
+    """An estimate of the tokens of a spaced text, whatever the tokenizer: one for every 8 bytes begun of each
+    piece of PATTERN. There is at least one for 8 bytes."""
+    return sum((len(piece.encode()) + 7) // 8 for piece in regex.findall(PATTERN, words))
+
+
+BASE = 0x9E3779B97F4A7C13                                        # odd: it has an inverse modulo 2⁶⁴
+INVERSE = pow(BASE, -1, 2 ** 64)
+TABLE = mix(np.arange(256, dtype=np.uint64))
+FACTOR, SUMMAND = mix(np.arange(2 * BANDS * HASHES, dtype=np.uint64)).reshape(2, -1, 1)    # (112, 1) each
+FACTOR |= np.uint64(1)
+
+
+def shingles_of(words):
+    """Spaced text of n words → a hash of each run of 5 words, uint64 (max(0, n - 4),):
+         h(run) = Σ_i TABLE[byte i of the run] BASE^i mod 2⁶⁴                                   (3)
+    It is the difference of two prefix sums, times a power of the inverse."""
+    text = np.frombuffer(f" {words} ".encode(), np.uint8)
+    blanks = np.flatnonzero(text == 32)                                                    # (n + 1,)
+    found = [np.zeros(0, np.uint64)]
+    for i in range(0, len(blanks) - SHINGLE, 4096):
+        at = blanks[i:i + 4096 + SHINGLE]
+        part = text[at[0]:at[-1]]
+        at = at - at[0]
+
+        # Prefix sums, and the inverse powers.
+        power, inverse = (np.full(len(part) + 1, base, np.uint64) for base in (BASE, INVERSE))
+        power[0] = inverse[0] = 1
+        sums = np.zeros(len(part) + 1, np.uint64)
+        np.cumsum(TABLE[part] * power.cumprod()[:-1], out=sums[1:])
+        found.append((sums[at[SHINGLE:]] - sums[at[:-SHINGLE]]) * inverse.cumprod()[at[:-SHINGLE]])
+    return mix(np.concatenate(found))
+
+
+def signature(shingles):
+    """uint64 (n,) → the smallest value of each hash function (a·h + b mod 2⁶⁴) >> 32, uint32 (112,)."""
+    low = np.full(len(FACTOR), 2 ** 64 - 1, np.uint64)
+
+    # Blocks that fit the processor's cache. The shift comes last: it changes no order.
+    for i in range(0, len(shingles), 512):
+        values = FACTOR * shingles[i:i + 512]                                              # (112, 512)
+        values += SUMMAND
+        np.minimum(low, values.min(1), out=low)
+    return (low >> np.uint64(32)).astype(np.uint32)
+
+
+def jaccard(a, b):
+    """(1) for two sets, each a sorted array without repetition; 0 if one is empty."""
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
+
+
+def sign(texts, min_tokens):
+    """What is kept of each text: FACTS (n,), and its buckets, one for each band, uint64 (n, 14)."""
+    facts = np.zeros(len(texts), FACTS)
+    signatures = np.zeros((len(texts), BANDS * HASHES), np.uint32)
+    for i, text in enumerate(texts):
+        plain = folded(text)
+        words = spaced(plain)
+        runs = shingles_of(words)
+        facts["digest"][i] = np.frombuffer(hashlib.blake2b(plain.encode(), digest_size=16).digest(), "<u8")
+        facts["raw"][i] = digest64(text)
+        facts["shingles"][i] = len(runs)
+        facts["short"][i] = len(plain) < 8 * min_tokens and about_tokens(words) < min_tokens
+        if len(runs):
+            signatures[i] = signature(runs)
+
+    # A bucket is a hash of the band's number and of its 8 values, two at a time.
+    pairs = signatures.view(np.uint64).reshape(len(texts), BANDS, HASHES // 2)
+    buckets = np.broadcast_to(np.arange(BANDS, dtype=np.uint64), (len(texts), BANDS))
+    for i in range(HASHES // 2):
+        buckets = mix(buckets ^ pairs[:, :, i])
+    return facts, buckets
+
+
+def shingle_sets(texts):
+    """For each text its set of shingles, as a sorted array."""
+    return [np.unique(shingles_of(spaced(folded(text)))) for text in texts]
+
+
+def in_batches(items, text_of, size):
+    """Items → lists of them, with `size` characters of text or a little more."""
+    batch = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += len(text_of(item)) + 100                         # a string takes that much more
+        if held >= size:
+            yield batch
+            batch = []
+            held = 0
+    if batch:
+        yield batch
+
+
+def end_with_parent():
+    """In a worker process: end with the parent, even if that is killed. Otherwise it would wait for ever, and
+    keep the locks that it has inherited."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_pool(f, items, workers, kind, **how):
+    """f of each item, in order, computed by a pool of threads or processes; a few items wait at a time."""
+    if workers < 2:
+        yield from map(f, items)
+        return
+    with kind(workers, **how) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(f, item))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def in_processes(f, texts, workers):
+    """f of each batch of texts, in order, computed by worker processes."""
+    batches = in_batches(texts, str, CLEAN_BATCH)
+    return in_pool(f, batches, workers, ProcessPoolExecutor, initializer=end_with_parent)
+
+
+# ---- cleaning: which documents stay ------------------------------------------------------------------------
+
+class Verdict(NamedTuple):
+    """What becomes of N documents, in the order in which they are read."""
+    why: np.ndarray              # (N,) uint8: KEPT, SHORT, EXACT or NEAR
+    stays: np.ndarray            # (N,) int64: the document that stays in its place, or itself
+    jaccard: np.ndarray          # (N,) float32: (1) with that one; 1 for an exact duplicate
+    cluster: np.ndarray          # (N,) uint64: the same for near-duplicates, also through others; a digest of
+                                 # text: a split by it has each cluster on one side
+    raw: np.ndarray              # (N,) uint64: digests of the texts
+    limited: int                 # documents that met more others than could be compared
+
+
+def judge(read, folder, min_tokens=DataConfig.min_tokens, workers=1):
+    """Which documents stay → Verdict. read(): the rows; it is called twice, and may print something the first
+    time. folder: for files, to be removed by the caller."""
+    facts = sign_all(read, folder, min_tokens, workers)
+    N = len(facts)
+
+    # Rank the documents: longest first, then by contents. Those that differ only in form are neighbours.
+    digest = facts["digest"]
+    order = np.lexsort((facts["raw"], digest[:, 1], digest[:, 0], -facts["shingles"].astype(np.int64)))
+    rank = np.empty(N, np.int64)
+    rank[order] = np.arange(N)
+    facts = facts[order]                                         # from here on by rank
+    new = np.ones(N, bool)
+    new[1:] = (facts["digest"][1:] != facts["digest"][:-1]).any(1)
+    first = np.maximum.accumulate(np.where(new, np.arange(N), 0))
+
+    # Of exact duplicates only the first is compared; the others share its fate.
+    use = np.flatnonzero(new & ~facts["short"] & (facts["shingles"] > 0))
+    slots, met = meetings(folder, order, use)
+    with contextlib.redirect_stdout(None):
+        shingles, begin, size = keep_shingles(read, folder, rank, met, workers)
+    stays, alike, parent, limited = near_duplicates(folder, slots, met, shingles, begin, size)
+    why = np.where(new, KEPT, EXACT)
+    why[(stays != np.arange(N))[first]] = NEAR
+    why[facts["short"]] = SHORT
+    stays = np.where(facts["short"], np.arange(N), stays[first])
+    cluster = facts["digest"][:, 0][parent[first]]
+    return Verdict(why.astype(np.uint8)[rank], order[stays][rank], alike[first][rank], cluster[rank],
+                   facts["raw"][rank], limited)
+
+
+def sign_all(read, folder, min_tokens, workers):
+    """FACTS of all documents (N,). Their buckets are written to a file for each band."""
+    facts = [np.zeros(0, FACTS)]
+    texts = (row.text for row in read())
+    done = 0
+    reported = time.time()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(Path(folder, f"band{i}"), "wb")) for i in range(BANDS)]
+        for some, buckets in in_processes(functools.partial(sign, min_tokens=min_tokens), texts, workers):
+            facts.append(some)
+            for file, column in zip(files, buckets.T):
+                file.write(np.ascontiguousarray(column))
+            done += len(some)
+            if time.time() - reported > 10:
+                print(f"clean: {done:,} documents signed", flush=True)
+                reported = time.time()
+    return np.concatenate(facts)
+
+
+def scratch(path, dtype, N):
+    """An array (14, N) that lies on the disk, of zeros; a part that is not written to takes no room."""
+    return np.asarray(np.memmap(path, dtype, "w+", shape=(BANDS, N)))
+
+
+def meetings(folder, order, use):
+    """Sort each band → slots (14, N), and who meets anybody (N,) bool.
+
+    order (N,): the documents by rank. use: the ranks that count. A bucket with n of them has n slots of 14N;
+    slots[band, rank] is the first slot of the bucket, -1 where a document is alone."""
+    N = len(order)
+    slots = scratch(Path(folder, "slots"), np.int64, N)
+    met = np.zeros(N, bool)
+    for band in range(BANDS):
+        slots[band] = -1
+        bucket = np.fromfile(Path(folder, f"band{band}"), np.uint64)[order[use]]
+        by_bucket = np.argsort(bucket, kind="stable")
+        bucket = bucket[by_bucket]
+
+        # Runs of two and more.
+        new = np.ones(len(bucket) + 1, bool)                     # a run begins here; or the last one ends
+        new[1:-1] = bucket[1:] != bucket[:-1]
+        many = np.flatnonzero(~(new[:-1] & new[1:]))
+        begin = np.maximum.accumulate(np.where(new[:-1], np.arange(len(bucket)), 0))
+        members = use[by_bucket[many]]
+        slots[band, members] = band * N + begin[many]
+        met[members] = True
+    return slots, met
+
+
+def keep_shingles(read, folder, rank, met, workers):
+    """Write the sets of shingles of the documents that meet others, one after the other
+    → all of them as one array, and by rank (N,) where each begins, and its size."""
+    begin, size = np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
+    wanted = met[rank]                                           # in the order of reading
+    texts = (row.text for row, use in zip(read(), wanted) if use)
+    sizes = []
+    path = Path(folder, "shingles")
+    with open(path, "wb") as file:
+        for sets in in_processes(shingle_sets, texts, workers):
+            for one in sets:
+                file.write(one)
+                sizes.append(len(one))
+    if len(sizes) != wanted.sum():
+        raise ValueError("the rows changed while they were cleaned; start again")
+    size[rank[wanted]] = sizes
+    begin[rank[wanted]] = np.cumsum(sizes) - sizes
+    shingles = np.asarray(np.memmap(path, np.uint64, "r")) if sizes else None
+    return shingles, begin, size
+
+
+def members_of(members, buckets, full):
+    """Those who are in some buckets, of which `full` slots are in use: each once (n,), and in how many of the
+    buckets (n,). Of a large bucket only the last ones."""
+    slices = zip(buckets + np.maximum(0, full - REMEMBERED), buckets + full)
+    found = np.concatenate([members[a:b] for a, b in slices])
+    return np.unique(found.astype(np.int64), return_counts=True)
+
+
+def near_duplicates(folder, slots, met, shingles, begin, size):
+    """Compare the documents that meet, in the order of their ranks → by rank (N,): the document that stays in
+    its place; (1) with it; the first document of its cluster. And how many met too many others."""
+    N = len(met)
+    stays = np.arange(N)
+    alike = np.ones(N, np.float32)
+    parent = np.arange(N)
+    limited = 0
+
+    # The slots of a bucket hold the members that later ones can meet; their number is at its first slot.
+    members = scratch(Path(folder, "members"), np.uint32, N).ravel()
+    filled = scratch(Path(folder, "filled"), np.uint32, N).ravel()
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for me in np.flatnonzero(met).tolist():
+        buckets = slots[:, me]
+        buckets = buckets[buckets >= 0]
+        full = filled[buckets].astype(np.int64)
+        others, often = members_of(members, buckets, full)
+        cut_off = bool((full > REMEMBERED).any())
+
+        # Leave out those whose size says J < 0.9. First come those that stay, then those met most often.
+        fits = np.minimum(size[others], size[me]) >= SIMILAR * np.maximum(size[others], size[me])
+        others, often = others[fits], often[fits]
+        others = others[np.lexsort((others, -often, stays[others] != others))]
+
+        # Compare with those of other clusters. The first near-duplicate that stays removes this document.
+        mine = shingles[begin[me]:begin[me] + size[me]]
+        home = me                                                # root of its cluster
+        compared = 0
+        for other in others.tolist():
+            if root(other) == home:
+                continue
+            if compared == COMPARED:
+                cut_off = True
+                break
+            compared += 1
+            likeness = jaccard(mine, shingles[begin[other]:begin[other] + size[other]])
+            if likeness < SIMILAR:
+                continue
+            if stays[me] == me and stays[other] == other:
+                stays[me] = other
+                alike[me] = likeness
+            later, home = max(home, root(other)), min(home, root(other))
+            parent[later] = home
+        limited += cut_off
+
+        # Enter the buckets; a document that is removed, which can only link clusters, while there are few.
+        enter = buckets if stays[me] == me else buckets[full < COMPARED]
+        members[enter + filled[enter]] = me
+        filled[enter] += 1
+    while (parent != parent[parent]).any():
+        parent = parent[parent]
+    return stays, alike, parent, limited
+
+
+# ---- cleaning: clean text ----------------------------------------------------------------------------------
+
+def judged(read, verdict):
+    """The rows that were judged, once more → (number, Row). Raises ValueError if they are not the same."""
+    number = -1
+    for number, row in enumerate(read()):
+        if number >= len(verdict.raw) or digest64(row.text) != verdict.raw[number]:
+            raise ValueError(f"{row.file}, row {row.number}: changed while it was cleaned; start again")
+        yield number, row
+    if number + 1 != len(verdict.raw):
+        raise ValueError(f"{len(verdict.raw)} rows were cleaned, {number + 1} are left of them; start again")
+
+
+JSONL_SIZE = 256 << 20           # bytes of text in a file of clean text
+
+
+def clean(name, path, out, config=DataConfig(), workers=None):
+    """Write the documents of a source that are not too short and no duplicates to the new folder `out`, as
+    .jsonl files, and a report → the report. A row has `text`, its `source`, `file` and `row`, and `copies`,
+    the documents it stands for, itself included. Rows of the same cluster, the ends of a chain, have the same
+    `split_with`: whoever reads them puts them on the same side of the split.
+
+    The folder appears when it is complete; what a call that was killed has left is made again."""
+    out = Path(out)
+    partial = Path(f"{out}.partial")
+    source, _ = find_source(name, path, config)
+    root = Path(source.root).resolve()
+    if root in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"clean: {out} is inside {path}, from where it would be read; write elsewhere")
+    if out.exists():
+        raise ValueError(f"clean: {out} exists; remove it, or name another folder")
+    with locked(partial):
+        try:
+            # Another process may have finished meanwhile, or been killed before.
+            if out.exists():
+                raise ValueError(f"clean: {out} exists; remove it, or name another folder")
+            for old in partial.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != "lock":
+                    old.unlink()
+
+            # Judge and write.
+            read = functools.partial(rows, name, path, config)
+            with tempfile.TemporaryDirectory(dir=partial) as work:
+                verdict = judge(read, work, config.min_tokens, workers or os.cpu_count())
+            if not (verdict.why == KEPT).any():
+                raise ValueError(f"clean: none of the {len(verdict.why)} documents of {path} has "
+                                 f"{config.min_tokens} tokens; see --min_tokens=N")
+            with contextlib.redirect_stdout(None):
+                report = write_clean(read, verdict, name, partial)
+            write_atomically(Path(partial, REPORT), json.dumps(report, indent=1).encode())
+
+            # All is there: the folder gets its name. The lock goes last, as others wait for it.
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        Path(out, "lock").unlink()
+    return report
+
+
+def cleaned(name, path, config):
+    """The folder in the cache with the clean text of a source, which is made if it is not there.
+
+    A process of its own makes it, since worker processes must not begin from one with threads or GPUs."""
+    source, _ = find_source(name, path, config)
+    files = [f"{file} {stamp(file)}" for file in source.files]
+    how = source.kind, source.where, source.column, source.skip_bad, config.budget, config.min_tokens
+    out = Path(config.cache, f"{name}-clean-{sha256(str((READER, *how)), *files)[:16]}")
+    options = dict(where=source.where, column=config.column, skip_bad=config.skip_bad, budget=config.budget,
+                   min_tokens=config.min_tokens)
+    if not out.exists():
+        words = [f"{name}={path}", out, *[f"--{option}={value}" for option, value in options.items()]]
+        done = subprocess.run([sys.executable, Path(__file__).resolve(), "clean", *words],
+                              stderr=subprocess.PIPE, text=True)
+        if done.returncode and not out.exists():                 # else another process has made it
+            said = done.stderr.strip().rpartition("\n")[2].removeprefix("data.py: ")
+            raise ValueError(said or f"{out}: cleaning ended with status {done.returncode}; start again")
+    return str(out)
+
+
+def write_clean(read, verdict, name, folder):
+    """Write the documents that stay to .jsonl files → the report, a dict."""
+    copies = np.bincount(verdict.stays, minlength=len(verdict.why))
+    groups = examples(verdict)
+    clusters, ends = np.unique(verdict.cluster[verdict.why == KEPT], return_counts=True)
+    chains = set(clusters[ends > 1].tolist())                    # clusters of which more than one stays
+    shown = dict.fromkeys(number for group in groups for number in group)
+    size = np.zeros(len(REASONS), np.int64)                      # bytes of text
+    with contextlib.ExitStack() as stack:
+        files = 0
+        room = 0                                                 # bytes that the open file may still take
+        for number, row in judged(read, verdict):
+            why = verdict.why[number]
+            length = len(row.text.encode())
+            size[why] += length
+            origin = dict(source=name, file=str(row.file), row=row.number)
+            if number in shown:
+                shown[number] = dict(origin, begins=row.text[:100], why=REASONS[why],
+                                     jaccard=round(float(verdict.jaccard[number]), 3))
+            if why != KEPT:
+                continue
+
+            # Close a full file and begin the next.
+            if room <= 0:
+                stack.close()
+                path = Path(folder, f"{files:05}.jsonl")
+                file = stack.enter_context(atomic(path, "w", encoding="utf-8"))
+                files += 1
+                room = JSONL_SIZE
+            line = dict(text=row.text, **origin, copies=int(copies[number]))
+            if int(verdict.cluster[number]) in chains:
+                line["split_with"] = f"{verdict.cluster[number]:016x}"
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            room -= length
+
+    # Numbers, and for each example the document that stays, then some that do not.
+    documents = np.bincount(verdict.why, minlength=len(REASONS))
+    near = np.unique(verdict.cluster[verdict.why == NEAR])
+    _, members = np.unique(verdict.cluster[verdict.why != SHORT], return_counts=True)
+    return dict(documents=dict(zip(REASONS, documents.tolist())), bytes=dict(zip(REASONS, size.tolist())),
+                clusters=len(near), largest=int(members.max(initial=0)), chains=len(chains),
+                limited=verdict.limited, examples=[[shown[number] for number in group] for group in groups])
+
+
+def examples(verdict, most=5):
+    """Lists of document numbers for the report: short ones, each alone, then the largest groups of
+    duplicates, each a document that stays and up to 3 that go for it."""
+    groups = [[number] for number in np.flatnonzero(verdict.why == SHORT)[:most].tolist()]
+    for why in (EXACT, NEAR):
+        gone = np.flatnonzero(verdict.why == why)
+        stays, n = np.unique(verdict.stays[gone], return_counts=True)
+        for number in stays[np.argsort(-n, kind="stable")][:most].tolist():
+            groups.append([number, *gone[verdict.stays[gone] == number][:3].tolist()])
+    return groups
+
+
+def print_report(report):
+    """The report of `clean` as a table, with an example for each reason."""
+    for key in REASONS:
+        print(f"{key:16}{report['documents'][key]:12,} documents{report['bytes'][key] / 1e6:12.2f} MB")
+    print(f"{report['clusters']:,} clusters with near-duplicates, the largest of {report['largest']:,} "
+          f"documents; {report['chains']:,} are chains,\nof which more than one stays; "
+          f"{report['limited']:,} documents met more others than could be compared")
+    for why in REASONS[1:]:
+        for first, *others in [group for group in report["examples"] if group[-1]["why"] == why][:1]:
+            for shown in (first, *others):
+                print(f"  {shown['why']}, J {shown['jaccard']}: {shown['file']}, row {shown['row']}: "
+                      f"{shown['begins'][:60]!r}")
+
+
+# ---- documents of a domain that fits into memory, and their split ------------------------------------------
+
+def documents(name, path=None, config=DataConfig(), together=None):
+    """All documents of a domain that fits into memory, duplicates included: a list of strings.
+
+    No `path`: an embedded domain. Otherwise the user's text, gzipped or not: a text file is one document;
+    a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder stands for all
+    such files below it. together {text: split_with} gets those that clean text has, see `clean`. Prints what
+    was read and what was left out. Raises ValueError, naming the file and the position in it; with
+    `skip_bad`, bad records are counted and left out instead."""
+    if path is None:
+        return embedded().documents(name)
+    source, left_out = find_source(name, path, config)
+    found = []
+    read = 0                                                     # files that hold text
+    total = Counter()
+    for file in source.files:
+        counts = Counter()
+        texts = []
+        for row in rows_of_file(source, file, counts):
+            texts.append(row.text)
+            if row.split_with and together is not None:
+                together[row.text] = row.split_with
+        if counts["bad"]:
+            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
+        if texts:
+            found += texts
+            read += 1
+        else:
+            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
+        total += counts
+    if not found:
+        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
+
+    # One line: what was read, and for each reason the number and the first names left out.
+    size = sum(len(text.encode()) for text in found)
+    line = (f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} "
+            f"document{'s' * (len(found) != 1)}, {size:,} bytes")
+    print(line + columns(source) + reasons(left_out, total))
+    return found
+
+
+def is_validation(hashed, val=0.05):
+    """Whether the sha256 of a document, in hexadecimal, is in the lowest fraction `val` of the range."""
+    return int(hashed[:8], 16) <= val * 2 ** 32
+
+
+def split_documents(docs, val=0.05, together={}):
+    """Documents → (train, val), exact duplicates removed.
+
+    The hash of a document decides its side, so a document keeps it when others are added or removed: the
+    lowest fraction `val` of the hash range is validation. Documents with the same value in `together`, {text:
+    hash}, stay together. Two bounds handle few or uneven documents. Validation gets at least 1% of the bytes:
+    if it has less, further documents follow in order of hash. And what would bring it above 10% stays in
+    training, except that a document's last tenth is cut off for validation while that has less than 1%."""
+    docs = list(dict.fromkeys(docs))
+    groups = defaultdict(list)                                   # hash → documents, nearly always one
+    for i, doc in enumerate(docs):
+        groups[together.get(doc) or sha256(doc)].append(i)
+    sizes = [len(doc.encode()) for doc in docs]                  # bytes
+    keep = [len(doc) for doc in docs]                            # characters that stay in training
+    total = sum(sizes)
+    held = 0                                                     # bytes of validation
+
+    # Move documents to validation, the lowest hash first.
+    for hashed in sorted(groups, key=lambda hashed: hashed[:8]):
+        enough = held >= total / 100
+        if not is_validation(hashed, val) and enough:
+            break
+        group = groups[hashed]
+        if held + sum(sizes[i] for i in group) <= total / 10:
+            for i in group:
+                keep[i] = 0
+        elif not enough and len(group) == 1:
+            keep[group[0]] = len(docs[group[0]]) * 9 // 10
+        held += sum(len(docs[i][keep[i]:].encode()) for i in group)
+
+    # Cut each document; empty parts vanish.
+    train = [doc[:n] for doc, n in zip(docs, keep)]
+    held_out = [doc[n:] for doc, n in zip(docs, keep)]
+    return [part for part in train if part], [part for part in held_out if part]
+
+
+def text_key(record, name, path=None, config=DataConfig()):
+    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
+
+    Computing it does not extract the text. record: see `digest`."""
+    if path:
+        steps = documents, rows_of_file, records, text_of, split_documents
+        source, _ = find_source(name, path, config)
+        with reading(name):
+            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {digest(Path(file), record)}"
+                     for file in source.files]
+        how = str((config.skip_bad, config.column, source.kind, source.where))
+        return sha256(how, *parts, *map(inspect.getsource, steps))
+    parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
+    return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
+
+
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 BLANKS = re.compile(r"(\s{4096})")       # runs of blanks are cut: tiktoken fails on a million in a row
@@ -291,6 +1415,7 @@ LONGEST = 128                   # characters; BPE training cuts longer words int
 EOT = "<|endoftext|>"
 SPECIALS = EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"   # the last ids of every vocabulary
 BPE_CHARS = 32_000_000          # BPE training reads this much of a document; more only costs memory
+
 
 # In order: a word with one preceding mark or blank; up to 3 digits; punctuation; line ends with the
 # indentation of the next line, one token at any depth; other blanks but the last, which joins the following
@@ -315,7 +1440,6 @@ def train_bpe(texts, vocab_size):
 
     Each step merges the most frequent pair, ties to the smallest pair of ids. Raises ValueError if the
     vocabulary is too small for all bytes, or the text has too few pairs to fill it."""
-    import regex
     size = vocab_size - len(SPECIALS)
     if size < 256:
         raise ValueError(f"vocab_size {vocab_size}: bpe needs at least {256 + len(SPECIALS)}")
@@ -472,54 +1596,6 @@ def known_encoding(name):
 
 
 # ---- the cache: written once, verified on every load, shared by processes ----------------------------------
-
-@contextlib.contextmanager
-def atomic(path, mode="wb", alone=False, **how):
-    """Yield a file that replaces `path` once it is complete and on disk.
-
-    A reader sees all of it or the previous content, even after a crash. alone: no other process writes it
-    now, so that the temporary file has one name. how: options of `open`."""
-    tmp = Path(f"{path}.tmp" if alone else f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, mode, **how) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_atomically(path, data):
-    """Write bytes or an array to `path`: see `atomic`."""
-    with atomic(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the folder's lock: one process builds, the others wait and then load.
-
-    The kernel releases the lock of a process that dies."""
-    os.makedirs(folder, exist_ok=True)
-    with open(Path(folder, "lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def read_json(path, *needs):
-    """The fields `needs` of a JSON file in the cache, as a dict; None if it is missing or damaged.
-
-    Prints a line if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-        return {name: found[name] for name in needs}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        print(f"{path}: damaged, building it again")
-        return None
-
 
 def cached_bpe(folder, vocab_size, keys, texts):
     """The BPE tokenizer of the training texts, loaded from the cache or trained and saved there.
@@ -801,7 +1877,7 @@ def chosen_documents(plan, file, limit, counts, spent):
         if not seen.add(int(hashed[:16], 16)):
             counts["repeated in their file"] += 1
             continue
-        yield row.number, int(is_validation(hashed)), row.text
+        yield row.number, int(is_validation(row.split_with or hashed)), row.text
         spent[0] += len(row.text.encode()) if of_bytes else 1
         if limit is not None and spent[0] >= limit:
             return
@@ -846,33 +1922,8 @@ def encoded(chosen, tokenizer, threads, dtype):
             table.append((number, side, len(here) + 1, len(text.encode())))
         return np.array(table, np.int64), [np.concatenate(part).astype(dtype) for part in ids]
 
-    batches = batches_of_text(chosen)
-    if threads == 1:
-        yield from map(encode, batches)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for batch in batches:
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > threads + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def batches_of_text(chosen):
-    """Lists of documents, each with BATCH characters or a little more."""
-    batch = []
-    size = 0
-    for document in chosen:
-        batch.append(document)
-        size += len(document[2])
-        if size >= BATCH:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
+    return in_pool(encode, in_batches(chosen, lambda document: document[2], BATCH), threads,
+                   ThreadPoolExecutor)
 
 
 def tokens_digest(path):
@@ -1100,8 +2151,8 @@ def sample_of_mixture(config, large, names, weights, texts):
             if size >= goal:
                 continue
             if name in large:
-                here = (row.text for row in rows_of_file(large[name], file, Counter()))
-                here = (text for text in here if not is_validation(sha256(text)))
+                here = (row.text for row in rows_of_file(large[name], file, Counter())
+                        if not is_validation(row.split_with or sha256(row.text)))
             else:
                 here = texts(name)
             for text in here:
@@ -1149,6 +2200,9 @@ def prepare(config, vocab_size, launch="", workers=0):
     unchanged. Shards of large text are only verified if config.verify, by all processes of a launch together.
     Raises ValueError, saying what to correct."""
     names, start, end, paths = parse_domains(config)
+    if config.clean:
+        paths = {name: cleaned(name, path, config) for name, path in paths.items()}
+        config = replace(config, column="text", where="", skip_bad=False, budget="")
     found = {name: find_source(name, path, config) for name, path in paths.items()}
     large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):
@@ -1170,7 +2224,9 @@ def prepare(config, vocab_size, launch="", workers=0):
         # Texts are extracted only if something has to be built from them, and at most once.
         @functools.cache
         def split(name):
-            return split_documents(documents(name, paths.get(name), config))
+            together = {}
+            docs = documents(name, paths.get(name), config, together)
+            return split_documents(docs, together=together)
 
         def training_texts():
             if not large:
@@ -1291,14 +2347,6 @@ class Mixture:
         c = self.counts(np.arange(n0, n1 + 1))
         domain = np.diff(c, axis=0).argmax(-1)
         return domain, c[np.arange(n1 - n0), domain]
-
-
-def mix(x):
-    """splitmix64: uint64 (N,) → (N,); every output bit depends on every input bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
 
 
 def permute(i, n, key):
@@ -1461,14 +2509,16 @@ def read_options(options, **numbers):
     """Options --NAME=VALUE → (DataConfig, numbers): its text and boolean fields, with or without "data." in
     front, and `numbers`, given with their defaults. Raises SystemExit at an unknown one."""
     config = DataConfig()
-    known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
+    known = {f.name: f.default for f in fields(DataConfig)}
     for option in options:
         name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
         if name in numbers and value.isdecimal():
             numbers[name] = int(value)
-        elif name in known:
-            if isinstance(known[name], bool):
-                value = value.lower() == "true"
+        elif isinstance(known.get(name), bool):
+            config = replace(config, **{name: value.lower() == "true"})
+        elif isinstance(known.get(name), int) and value.isdecimal():
+            config = replace(config, **{name: int(value)})
+        elif isinstance(known.get(name), str):
             config = replace(config, **{name: value})
         else:
             raise SystemExit(f"unknown option {option!r}; known: --{'=N --'.join(numbers)}=N "
@@ -1483,33 +2533,23 @@ def main(argv):
         return
     command, *options = argv or ["(none)"]
     if command == "work":
-        work_as_told()
-        return
-    if command == "sources":
-        show_sets()
-        return
-    if command not in ("stats", "prepare"):
-        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, sources")
-
-    # Options: --vocab and --workers, and the text and boolean fields of DataConfig, with or without "data."
-    # in front.
-    config = DataConfig()
-    numbers = dict(vocab=4096, workers=0)
-    known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
-    for option in options:
-        name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
-        if name in numbers and value.isdecimal():
-            numbers[name] = int(value)
-        elif name in known:
-            if isinstance(known[name], bool):
-                value = value.lower() == "true"
-            config = replace(config, **{name: value})
-        else:
-            raise SystemExit(f"unknown option {option!r}; known: --vocab=N --workers=N "
-                             f"--{'= --'.join(known)}=")
+        return work_as_told()
+    if command not in ("stats", "prepare", "clean", "sources"):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, sources")
+    if command == "clean":
+        if len(options) < 2 or any(option.startswith("--") for option in options[:2]):
+            raise SystemExit("python data.py clean IN OUT [options]: IN is a file, a folder or NAME=PATH; "
+                             "OUT is a new folder")
+        source, out, *options = options
 
     # Report errors in the input as one line, without a traceback.
+    config, numbers = read_options(options, vocab=4096, workers=0)
     try:
+        if command == "sources":
+            return datasets().show()
+        if command == "clean":
+            name, _, path = source.rpartition("=")
+            return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
         corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
         if command == "stats":
             stats(corpus)

@@ -1523,8 +1523,7 @@ ROOMS = """
 The files, and which of the others each imports:
 
   kernels.py   operations: definition, fast path   -
-  sources.py   files, rows                         -
-  data.py      text, tokens, batches               sources
+  data.py      files, text, tokens, batches        -
   model.py     the network                         kernels
   muonclip.py  Muon, AdamW, QK-Clip                kernels
   parallel.py  pipeline, experts, ZeRO-1           kernels

@@ -46,15 +46,13 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cleaning
 import data
 import kernels
 import model as net
 import muonclip
 import parallel
-import sources
 import train
-from notes import _figure, _note, faults, huggingface
+from notes import _figure, _note, datasets, faults, huggingface
 from notes import corpus as embedded
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
@@ -142,15 +140,14 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
 def test_the_drawing_of_the_files_is_true():
     """`python model.py` says who imports whom, and who calls whom in a step: imports are those of the files;
     every function exists; those of train_step are called by it, in that order."""
-    files = ("kernels", "sources", "data", "model", "muonclip", "parallel", "train")
+    files = ("kernels", "data", "model", "muonclip", "parallel", "train")
     for name in files:
         tree = ast.parse((HERE / f"{name}.py").read_text("utf-8"))
         imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         imported |= {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         line = re.search(rf"^  {name}\.py .*   (\S.*)$", net.ROOMS, re.M)[1]
         assert line == (", ".join(sorted(imported & set(files))) or "-"), name
-    modules = dict(kernels=kernels, sources=sources, data=data, model=net, muonclip=muonclip,
-                   parallel=parallel, train=train)
+    modules = dict(kernels=kernels, data=data, model=net, muonclip=muonclip, parallel=parallel, train=train)
     called = re.findall(r"\b(kernels|data|model|muonclip|parallel|train)\.((?!py\b)\w+(?:\.\w+)?)", net.ROOMS)
     assert len(called) > 12
     for module, path in called:
@@ -1455,7 +1452,7 @@ def numbered(start, n=3, **fields):
 
 
 def texts_of(path, **options):
-    found = sources.rows("x", str(path), data.DataConfig(**options))
+    found = data.rows("x", str(path), data.DataConfig(**options))
     return sorted(int(row.text.split()[-1]) for row in found)
 
 
@@ -1475,7 +1472,7 @@ def test_the_traps_of_published_sets_are_left_out(tmp_path, kind, kept, left_out
     for path in (kept + " " + left_out).split():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    source, others = sources.find_source("x", f"{kind}:{tmp_path}", data.DataConfig())
+    source, others = data.find_source("x", f"{kind}:{tmp_path}", data.DataConfig())
     below = lambda files: {os.path.relpath(file, tmp_path) for file in files}
     assert below(source.files) == set(kept.split())
     assert set().union(*map(below, others.values())) == set(left_out.split())
@@ -1490,7 +1487,7 @@ def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
         write_rows(root / folder / "000_00000.parquet",
                    [dict(row, text=f"{i} {row['text']}") for row in rows])
     config = data.DataConfig(where="quality>=0.92,x:language_script=Hang")
-    found = list(sources.rows("x", f"fineweb2:{root}", config))
+    found = list(data.rows("x", f"fineweb2:{root}", config))
     assert [(row.text, row.number) for row in found] == [("0 문서 2", 3), ("0 문서 3", 4)]
     said = capsys.readouterr().out
     for part in ("1 of FineWeb2's test split", "1 rejected by FineWeb2's own filters (000_00000.parquet)",
@@ -1499,11 +1496,11 @@ def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
     for path in ("kor_Hang_removed", "kor_Hang_removed/train", "kor_Hang_removed/train/000_00000.parquet",
                  "kor_Hang/test"):
         with pytest.raises(ValueError, match="nothing but files (rejected|of FineWeb2's test)"):
-            list(sources.rows("x", f"fineweb2:{root / path}", data.DataConfig()))
-    assert len(list(sources.rows("x", str(root), data.DataConfig()))) == 12
+            list(data.rows("x", f"fineweb2:{root / path}", data.DataConfig()))
+    assert len(list(data.rows("x", str(root), data.DataConfig()))) == 12
     assert "this looks like fineweb2" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no field 'int_score'; it has: text, id, .*top_langs"):
-        list(sources.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
+        list(data.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
 
 
 def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
@@ -1530,7 +1527,7 @@ def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
 
 def test_dclm_is_read_although_its_structs_do_not_unify(tmp_path, capsys):
     """Some rows have WARC fields that others lack; the suffix is .zstd; the parquet copy is left out."""
-    prob = sources.SETS["dclm"].quality
+    prob = datasets.SETS["dclm"].quality
     rows = numbered(0, 6, language_id_whole_page_fasttext=dict(en=.9), warcinfo="a: b\r\nc: d",
                     previous_word_count=9, bff_contained_ngram_count_before_dedupe=0)
     for i, row in enumerate(rows):
@@ -1671,7 +1668,7 @@ def test_a_folder_of_different_tables_is_refused(tmp_path, capsys):
     (tmp_path / "a.jsonl").unlink()
     assert texts_of(tmp_path) == [3] and "1 beside the data (README.md)" in capsys.readouterr().out
     (tmp_path / "b.csv").rename(tmp_path / "c.jsonl.zst")
-    source, _ = sources.find_source("x", str(tmp_path), data.DataConfig())
+    source, _ = data.find_source("x", str(tmp_path), data.DataConfig())
     assert source.files == [f"{tmp_path}/c.jsonl.zst"]
 
 
@@ -1722,7 +1719,7 @@ def test_a_large_file_gives_the_tokens_of_a_small_one(tmp_path, monkeypatch):
     """A domain of one shard has the windows and the digests that it has when it is held in memory."""
     config, _ = large_text(tmp_path, 1, 2000)
     small = data.prepare(config, 261)
-    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
     large = data.prepare(replace(config, cache=str(tmp_path / "other")), 261)
     assert large.fingerprint == small.fingerprint and len(list(tmp_path.glob("other/mine-*/*.bin"))) == 3
     x = [data.Batches(corpus, config, 0, 8, 64)(3).x for corpus in (small, large)]
@@ -1742,7 +1739,7 @@ def test_documents_held_in_memory_know_their_rows_too(tmp_path):
 
 def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
     """One shard for each file, in order; every document is on the side of its hash and knows its row."""
-    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
     config, docs = large_text(tmp_path)
     found = data.prepare(config, 261, workers=1)
     said = capsys.readouterr().out
@@ -1766,7 +1763,7 @@ def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
 
 def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
     """Each is seen once an epoch; none crosses a shard's end; the global batch does not depend on ranks."""
-    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
     config, _ = large_text(tmp_path, 3, 40)
     (tmp_path / "mine/1b.jsonl").write_text('{"text": "short"}')
     corpus = data.prepare(config, 261)
@@ -1789,7 +1786,7 @@ def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
         data.Batches(corpus, config, 0, 4, 10 ** 5 // 9)
 
 
-PREPARE = ("import sys, data, sources; sources.LARGE = 0; "
+PREPARE = ("import sys, data; data.LARGE = 0; "
            "data.prepare(data.DataConfig(files=sys.argv[1], tokenizer='bytes', cache=sys.argv[2]), 261)")
 
 
@@ -1818,7 +1815,7 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
 
 def test_a_shard_is_claimed_by_one_process(tmp_path):
     """While one process makes the shards of a file, another passes them over, and takes those of the next."""
-    source = sources.Source("x", str(tmp_path), [], "", "", "text", False, True)
+    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True)
     plan = data.Plan(source, str(tmp_path), 2, "", "")
     script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
               f"    with data.claimed(plan, f'{tmp_path}/{{name}}', False) as mine: print(mine)")
@@ -1841,7 +1838,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
 def test_a_start_makes_only_what_has_changed(tmp_path, monkeypatch, capfd):
     """A file that was only touched is hashed, one that was changed or whose shards are damaged is made
     again; a digest is compared only on request. Adding a file makes only its shards."""
-    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
     config, _ = large_text(tmp_path)
     first = data.prepare(config, 261).fingerprint
     shards = lambda: Path(config.cache).rglob("*-train.bin")
@@ -1888,7 +1885,7 @@ def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files,
     capsys.readouterr()
     data.prepare(config, 261)
     assert capsys.readouterr().out == ""
-    found = [row.text for row in sources.rows("mine", str(tmp_path / "mine"), config)]
+    found = [row.text for row in data.rows("mine", str(tmp_path / "mine"), config)]
     if documents == 450:
         assert len(found) == 450
     for wrong in ("lots", "0MB", "5", "-1MB", "3 MBit"):
@@ -1897,7 +1894,7 @@ def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files,
 
 
 def test_a_thousand_shards_start_in_two_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGE", 0)
+    monkeypatch.setattr(data, "LARGE", 0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
     config, _ = large_text(tmp_path, 1000, 4)
@@ -1912,7 +1909,7 @@ def test_bpe_learns_from_a_sample_of_large_text(tmp_path, monkeypatch, capsys):
     """Each domain gives its share, of training text alone, from files spread over the folder."""
     config, docs = large_text(tmp_path, 8, 200)
     (tmp_path / "small.txt").write_text("".join(f"small {i * i} words\n" for i in range(9000)))
-    monkeypatch.setattr(sources, "LARGE", 200_000)
+    monkeypatch.setattr(data, "LARGE", 200_000)
     monkeypatch.setattr(data, "BPE_SAMPLE", 40_000)
     config = replace(config, files=f"{config.files},small={tmp_path}/small.txt", tokenizer="bpe",
                      domains="mine:0.5:1,small:0.5:0")
@@ -1939,22 +1936,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     script = "import sys, data; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
-    monkeypatch.setattr(sources, "PIECE", 100)
+    monkeypatch.setattr(data, "PIECE", 100)
     text = "".join(f"é{i}" * (i % 9) + "\n" for i in range(300)) + "ü" * 700
     (tmp_path / "a.txt").write_text(text)
-    source, _ = sources.find_source("x", str(tmp_path / "a.txt"), data.DataConfig(budget="1TB"))
-    found = [row.text for row in sources.rows_of_file(source, source.files[0], Counter())]
+    source, _ = data.find_source("x", str(tmp_path / "a.txt"), data.DataConfig(budget="1TB"))
+    found = [row.text for row in data.rows_of_file(source, source.files[0], Counter())]
     assert "".join(found) == text and max(len(part.encode()) for part in found) <= 100 and len(found) > 40
     assert sum(part.endswith("\n") for part in found) > len(found) - 16
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
     with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(text.encode())}"):
-        list(sources.rows_of_file(source, source.files[0], Counter()))
-    assert "cut into documents of 100" in sources.columns(source)
-    monkeypatch.setattr(sources, "LONGEST_ROW", 1000)
+        list(data.rows_of_file(source, source.files[0], Counter()))
+    assert "cut into documents of 100" in data.columns(source)
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
     (tmp_path / "a.json").write_text(json.dumps(numbered(0, 99)))
-    source, _ = sources.find_source("x", str(tmp_path / "a.json"), data.DataConfig(budget="1TB"))
+    source, _ = data.find_source("x", str(tmp_path / "a.json"), data.DataConfig(budget="1TB"))
     with pytest.raises(ValueError, match="a.json is too long for an array in one piece: write it as .jsonl"):
-        list(sources.rows_of_file(source, source.files[0], Counter()))
+        list(data.rows_of_file(source, source.files[0], Counter()))
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n' + json.dumps(dict(text="x" * 1000)))
     with pytest.raises(ValueError, match="a.jsonl, line 2 is longer than"): texts_of(tmp_path / "a.jsonl")
 
@@ -2134,14 +2131,14 @@ def test_command_line_refuses_unknown_words(tmp_path, capsys):
     assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
 
 
-# ---- cleaning.py ------------------------------------------------------------------------------------------
+# ---- data.py: cleaning ---------------------------------------------------------------------------------------
 
 def judged(texts, folder, workers=1):
-    """Verdict of cleaning.judge on these texts."""
+    """Verdict of data.judge on these texts."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
-    return cleaning.judge(lambda: iter(rows), folder, 0, workers)
+    rows = [data.Row(text, "f", i) for i, text in enumerate(texts)]
+    return data.judge(lambda: iter(rows), folder, 0, workers)
 
 
 def true_jaccard(a, b):
@@ -2175,21 +2172,21 @@ def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path
             texts += pair
             true.append(likeness)
     verdict = judged(texts, tmp_path / "work")
-    gone = (verdict.why == cleaning.NEAR).reshape(-1, 2)
+    gone = (verdict.why == data.NEAR).reshape(-1, 2)
     found = {likeness: int(gone[np.array(true) == likeness].sum()) for likeness in kinds}
     assert found[.85] == found[179 / 201] == 0 and found[.9] >= 299 and found[.95] == 300, found
-    for i in np.flatnonzero(verdict.why == cleaning.NEAR):
+    for i in np.flatnonzero(verdict.why == data.NEAR):
         assert abs(true_jaccard(texts[i], texts[verdict.stays[i]]) - verdict.jaccard[i]) < 1e-6
     assert ((verdict.cluster[::2] == verdict.cluster[1::2]) == gone.any(1)).all()
 
 
 def test_a_signature_is_the_least_value_of_each_hash_function():
     """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
-    a, b = cleaning.FACTOR.ravel().tolist(), cleaning.SUMMAND.ravel().tolist()
-    shingles = cleaning.shingles_of(" ".join(words(1100, "w")))
+    a, b = data.FACTOR.ravel().tolist(), data.SUMMAND.ravel().tolist()
+    shingles = data.shingles_of(" ".join(words(1100, "w")))
     assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
     least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
-    assert cleaning.signature(shingles).tolist() == least
+    assert data.signature(shingles).tolist() == least
 
 
 def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
@@ -2198,14 +2195,14 @@ def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
     rng = random.Random(0)
     text = ["".join(rng.choices("aäb", k=rng.randrange(1, 3))) for _ in range(10_000)] + ["a" * 70_000] * 9
     runs = [" ".join(text[i:i + 5]) for i in range(len(text) - 4)]
-    found = cleaning.shingles_of(" ".join(text)).tolist()
+    found = data.shingles_of(" ".join(text)).tolist()
     assert len(found) == len(runs) > len(set(found)) + 100
     assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs)))
     for i in (0, 4095, 4096, 9_999):
         run = enumerate(f" {runs[i]}".encode())
-        h = sum(int(cleaning.TABLE[byte]) * pow(cleaning.BASE, j, 2 ** 64) for j, byte in run)
+        h = sum(int(data.TABLE[byte]) * pow(data.BASE, j, 2 ** 64) for j, byte in run)
         assert int(data.mix(np.array([h % 2 ** 64], np.uint64))[0]) == found[i]
-    assert not len(cleaning.shingles_of("")) and not len(cleaning.shingles_of("one two three four"))
+    assert not len(data.shingles_of("")) and not len(data.shingles_of("one two three four"))
 
 
 def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
@@ -2220,7 +2217,7 @@ def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
         ours, theirs = [], []
         for i in range(150):
             pair = planted(shingles, shared, f"q{i}x")
-            first, second = (cleaning.signature(cleaning.shingles_of(text)) for text in pair)
+            first, second = (data.signature(data.shingles_of(text)) for text in pair)
             ours.append((first == second).mean())
             if rensa:
                 sketches = []
@@ -2245,7 +2242,7 @@ def test_documents_meet_as_often_as_bands_of_eight_values_agree():
     for shingles, shared in ((170, 140), (150, 100)):
         true = shared / (2 * shingles - shared)
         texts = [text for i in range(300) for text in planted(shingles, shared, f"m{i}x")]
-        _, buckets = cleaning.sign(texts, 0)
+        _, buckets = data.sign(texts, 0)
         meet = (buckets[::2] == buckets[1::2]).any(1).mean()
         often = 1 - (1 - true ** 8) ** 14
         assert abs(meet - often) < 4 * (often * (1 - often) / 300) ** 0.5
@@ -2298,13 +2295,13 @@ def test_who_stays_is_what_all_pairs_say_in_whatever_order_the_documents_come(se
     for i in range(3):
         rng.shuffle(texts)
         verdict = judged(texts, tmp_path / "work", workers=1 + i % 2)
-        assert (verdict.why[verdict.stays] == cleaning.KEPT).all()
-        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == cleaning.KEPT)).all()
+        assert (verdict.why[verdict.stays] == data.KEPT).all()
+        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == data.KEPT)).all()
         found = {}
         for text, cluster in zip(texts, verdict.cluster.tolist()):
             found.setdefault(cluster, set()).add(" ".join(text.lower().split()))
         assert set(map(frozenset, found.values())) == clusters
-        mine = sorted(text for text, why in zip(texts, verdict.why) if why == cleaning.KEPT)
+        mine = sorted(text for text, why in zip(texts, verdict.why) if why == data.KEPT)
         assert sorted(" ".join(text.lower().split()) for text in mine) == sorted(kept)
         assert stay in (None, (mine, sorted(found)))
         stay = mine, sorted(found)
@@ -2317,7 +2314,7 @@ def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
     texts = [" ".join(stream[12 * i:12 * i + 404]) for i in range(200)]
     assert true_jaccard(*texts[:2]) > .9 > true_jaccard(texts[0], texts[2])
     verdict = judged(texts, tmp_path / "work")
-    gone = np.flatnonzero(verdict.why == cleaning.NEAR)
+    gone = np.flatnonzero(verdict.why == data.NEAR)
     assert 100 <= len(gone) <= 133 and len(set(verdict.cluster.tolist())) == 1
     assert all(true_jaccard(texts[i], texts[verdict.stays[i]]) >= .9 for i in gone)
 
@@ -2334,10 +2331,10 @@ def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
             page[at:at + changed] = words(changed, f"x{i}x")
             texts.append(" ".join(page))
         again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
-        with mock.patch.object(cleaning, "jaccard", wraps=cleaning.jaccard) as compared:
+        with mock.patch.object(data, "jaccard", wraps=data.jaccard) as compared:
             verdict = judged(texts + again, tmp_path / "work")
         assert compared.call_count <= most * len(verdict.why)
-        assert kept[0] <= (verdict.why == cleaning.KEPT).sum() <= kept[1]
+        assert kept[0] <= (verdict.why == data.KEPT).sum() <= kept[1]
         assert (verdict.limited > 500) == (changed == 18) == bool(again)
 
 
@@ -2349,16 +2346,16 @@ def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
         page = words(20, f"d{i // 3}x")
         page[-1] += "z" * (i % 3 // 2)
         texts.append(" ".join(page))
-    rows = [sources.Row(text, "f", i) for i, text in enumerate(texts)]
+    rows = [data.Row(text, "f", i) for i, text in enumerate(texts)]
     peaks = []
     for n in (1_000, 2_000):
         (tmp_path / str(n)).mkdir()
         tracemalloc.start()
-        with mock.patch.object(cleaning, "in_batches", functools.partial(cleaning.in_batches, size=1 << 14)):
-            verdict = cleaning.judge(lambda: (row for row in rows[:n]), tmp_path / str(n))
+        with mock.patch.object(data, "CLEAN_BATCH", 1 << 14):
+            verdict = data.judge(lambda: (row for row in rows[:n]), tmp_path / str(n))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (verdict.why != cleaning.KEPT).sum() > n // 4
+        assert (verdict.why != data.KEPT).sum() > n // 4
     assert 50_000 < peaks[1] - peaks[0] < 1_000 * 200
 
 
@@ -2375,9 +2372,9 @@ def test_scripts_without_spaces_are_compared_by_their_characters(first, last, tm
         text[200] = "x"
         texts.append("".join(text))
     verdict = judged(texts, tmp_path / "work")
-    assert (verdict.why == cleaning.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
-    assert cleaning.spaced("日本 x語z") == "日 本 x 語 z"
-    assert cleaning.about_tokens(cleaning.spaced(texts[0][:30])) >= 24
+    assert (verdict.why == data.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
+    assert data.spaced("日本 x語z") == "日 本 x 語 z"
+    assert data.about_tokens(data.spaced(texts[0][:30])) >= 24
 
 
 def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
@@ -2385,11 +2382,11 @@ def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
     first in the order of their letters' digests stays, whatever comes first."""
     texts = ["straße É x", "STRASSE e\u0301  x", "\tstrasse\nÉ x ", "straße E x", "straßeÉx", "가 나", "가 나"]
     verdict = judged(texts, tmp_path / "work")
-    assert [int(why) for why in verdict.why].count(cleaning.EXACT) == 3
+    assert [int(why) for why in verdict.why].count(data.EXACT) == 3
     assert len(set(verdict.stays[:3])) == 1 == len(set(verdict.stays[5:])) and (verdict.why[3:5] == 0).all()
     for text in ("ǰ ǆ ŉ", "ᾳ ΐ ς", "istanbul"):
-        plain = cleaning.folded(text)
-        assert plain == cleaning.folded(text.upper()) == cleaning.folded(plain)
+        plain = data.folded(text)
+        assert plain == data.folded(text.upper()) == data.folded(plain)
 
 
 def test_only_documents_of_less_than_24_tokens_are_short():
@@ -2397,10 +2394,10 @@ def test_only_documents_of_less_than_24_tokens_are_short():
     two for a Korean word of four syllables."""
     rng = random.Random(0)
     for _ in range(300):
-        plain = cleaning.folded(random_text(rng, rng.randrange(300)))
-        assert cleaning.about_tokens(plain) * 8 >= len(plain.encode())
+        plain = data.folded(random_text(rng, rng.randrange(300)))
+        assert data.about_tokens(plain) * 8 >= len(plain.encode())
     texts = ["one two three " * 7 + "four,", "one, two, three, " * 4, "one two three " * 8, "a" * 192]
-    facts, _ = cleaning.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
+    facts, _ = data.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
     assert facts["short"].tolist() == [True, False, False, False, False, True]
 
 
@@ -2423,7 +2420,7 @@ def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, c
     lines = [json.loads(line) for line in (tmp_path / "out" / "00000.jsonl").open(encoding="utf-8")]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     source = {(str(row.file), row.number): row.text
-              for row in sources.rows("web", str(tmp_path / "in"), data.DataConfig())}
+              for row in data.rows("web", str(tmp_path / "in"), data.DataConfig())}
     assert len(source) == len(texts)
     for line in lines:
         assert source[line["file"], line["row"]] == line["text"] and line["source"] == "web"
@@ -2445,11 +2442,11 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
     is left that would hold its lock."""
     make_source(tmp_path / "in")
     arguments = "web", str(tmp_path / "in"), tmp_path / "out"
-    place = {"ascontiguousarray": np, "rename": os}.get(moment, cleaning)
+    place = {"ascontiguousarray": np, "rename": os}.get(moment, data)
     child = os.fork()
     if not child:
         setattr(place, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        cleaning.clean(*arguments, workers=1 + (place is np))
+        data.clean(*arguments, workers=1 + (place is np))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "out").exists()
@@ -2462,8 +2459,8 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
         else:
             pytest.fail("a worker process is left")
     (tmp_path / "out.partial" / "00007.jsonl").write_text("half of a li")
-    cleaning.clean(*arguments, workers=1)
-    cleaning.clean(*arguments[:2], tmp_path / "again", workers=1)
+    data.clean(*arguments, workers=1)
+    data.clean(*arguments[:2], tmp_path / "again", workers=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jsonl", "report.json"]
     for name in ("00000.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -2479,7 +2476,7 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
     for source, out, says in ((here, "there", "exists"), (here, "in/out", "is inside"),
                               (here, "in", "is inside"), (str(tmp_path / "tiny"), "out", "none of the 1")):
         with pytest.raises(ValueError, match=says):
-            cleaning.clean("a", source, tmp_path / out, workers=1)
+            data.clean("a", source, tmp_path / out, workers=1)
     assert not (tmp_path / "out").exists()
 
     # As many rows as before, but others.
@@ -2487,9 +2484,9 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
     verdict = judged(texts, tmp_path / "work")
     for other, says in ((texts[::-1], "f, row 0: changed"), (texts[:2], "2 are left"),
                         (texts * 2, "f, row 3: changed")):
-        read = lambda: (sources.Row(text, "f", i) for i, text in enumerate(other))
+        read = lambda: (data.Row(text, "f", i) for i, text in enumerate(other))
         with pytest.raises(ValueError, match=says):
-            list(cleaning.judged(read, verdict))
+            list(data.judged(read, verdict))
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cleaning
 import data
 import kernels
 import muonclip
@@ -469,12 +468,12 @@ def signing():
 
     def rensas():
         for doc in docs:
-            words = cleaning.spaced(cleaning.folded(doc)).split()
+            words = data.spaced(data.folded(doc)).split()
             sketch = rensa.RMinHash(num_perm=112, seed=1)
             sketch.update([" ".join(words[i:i + 5]) for i in range(len(words) - 4)])
             sketch.digest()
     case = f"{size:.1f} MB in {len(docs):,} documents"
-    ours, *theirs = in_turn(lambda: cleaning.sign(docs, 0), *[rensas] * bool(rensa), rounds=5)
+    ours, *theirs = in_turn(lambda: data.sign(docs, 0), *[rensas] * bool(rensa), rounds=5)
     yield "signing text", case, "2 MB/s", ours, size / 2 * 1e3, "≤ 1"
     for t in theirs:
         yield "signing text", case, "rensa", ours, t, ""

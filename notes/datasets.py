@@ -1,0 +1,176 @@
+"""Published sets that `data.py` reads by name, and formats that need a package of their own.
+
+  by name      NAME=SET:PATH, for the sets in SETS, whose folders hold things not to be read: rejects, test
+               splits, second copies
+  formats      .parquet by pyarrow; zstd by Python 3.14 or backports.zstd, which notice a file cut short
+
+Run:  python data.py sources        what is known of each set, and what to download
+"""
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+
+# ---- published sets ----------------------------------------------------------------------------------------
+
+class Set(NamedTuple):
+    """What is known of a published set. `python data.py sources` prints it."""
+    kinds: tuple                 # ends of the names of its files
+    download: str                # repository of the Hugging Face hub, and the pattern to download
+    schema: str
+    quality: str                 # the field that --data.where may call "quality"
+    licence: str
+    size: str
+    left_out: str
+
+
+SETS = {
+    "fineweb2": Set(
+        (".parquet",),
+        "HuggingFaceFW/fineweb-2  data/kor_Hang/train/*.parquet  (any language_Script but English)",
+        "text, id, dump, url, date, file_path, language, language_script, language_score, "
+        "minhash_cluster_size, top_langs", "language_score", "ODC-By",
+        "kor_Hang 106 GB for 229 GB of text; files up to 4.9 GB",
+        "the folders *_removed, which its filters rejected, and test"),
+    "finemath": Set(
+        (".parquet",), "HuggingFaceTB/finemath  finemath-4plus/*.parquet  (or finemath-3plus, infiwebmath-*)",
+        "text, url, score, int_score, token_count, char_count, metadata; finemath-* has ten more",
+        "int_score", "ODC-By", "finemath-4plus 18 GB, finemath-3plus 65 GB, infiwebmath-3plus 47 GB",
+        "4plus beside 3plus, which contains it"),
+    "dclm": Set(
+        (".jsonl.zstd", ".jsonl.zst", ".parquet"),
+        "mlfoundations/dclm-baseline-1.0  global-shard_01_of_10/local-shard_0_of_10/*.jsonl.zstd",
+        "text, url, metadata {WARC-*}, language_id_whole_page_fasttext {en}, previous_word_count, ...",
+        "fasttext_openhermes_reddit_eli5_vs_rw_v2_bigram_200k_train_prob", "CC-BY-4.0",
+        "4T tokens; files of 90 to 340 MB", "the parquet copy beside the .jsonl.zstd"),
+    "txt360": Set(
+        (".jsonl.gz", ".jsonl"), "LLM360/TxT360  data/common-crawl/CC-MAIN-2024-10/1-1/*.jsonl.gz",
+        "text, meta {}; the folder (1-1, 2-5, ..) is the number of duplicates: the field `bucket`",
+        "", "ODC-By", "files of 1 to 215 MB",
+        "the copies TxT360_BestOfWeb and TxT360_QA beside the original"),
+    "fineweb-edu": Set(
+        (".parquet",), "HuggingFaceFW/fineweb-edu  sample/10BT/*.parquet  (or data/CC-MAIN-2024-10/*)",
+        "text, id, dump, url, file_path, language, language_score, token_count, score, int_score",
+        "int_score", "ODC-By", "sample/10BT: files of 2.2 GB",
+        "the smaller samples beside the larger; duplicates between dumps stay: clean it"),
+}
+COPIES = "TxT360_BestOfWeb", "TxT360_QA"
+
+LOOKS = {"fineweb2": r"[a-z]{3}_[A-Z][a-z]{3}(_removed)?", "txt360": "TxT360.*",
+         "finemath": "(finemath|infiwebmath)-[34]plus", "dclm": r"global-shard_\d+_.*"}
+
+
+def show():
+    """Print what is known of the published sets."""
+    for name, known in SETS.items():
+        print(f"{name}: --data.files=NAME={name}:PATH")
+        for what, text in zip(known._fields[1:], known[1:]):
+            print(f"  {what.replace('_', ' '):10}{text or '-'}")
+    print("download: `hf download --repo-type dataset REPOSITORY --include PATTERN --local-dir PATH`")
+
+
+def looks_like(files):
+    """The sets that the names of folders remind of."""
+    parts = {part for file in files for part in Path(file).parts}
+    return [kind for kind, mark in LOOKS.items() if any(re.fullmatch(mark, part) for part in parts)]
+
+
+def traps(kind, root, files):
+    """{file: why it is left out} of a set."""
+    base = root.absolute() if root.is_dir() else root.absolute().parent
+    parts = {file: (base.name, *file.absolute().relative_to(base).parts[:-1]) for file in files}
+    folders = set().union(*parts.values())
+    samples = [int(folder[:-2]) for folder in folders if re.fullmatch(r"\d+BT", folder)]
+    packed_lines = any(".jsonl.z" in file.name.lower() for file in files)
+    copies = [copy for copy in COPIES if copy in folders]
+    if all(set(copies) & set(here) for here in parts.values()):
+        copies = copies[1:]                                      # the original is not here
+
+    def why(file, here):
+        if kind == "fineweb2" and any(part.endswith("_removed") for part in (base.parent.name, *here)):
+            return "rejected by FineWeb2's own filters"
+        if kind == "fineweb2" and "test" in here:
+            return "of FineWeb2's test split"
+        if kind == "finemath" and any("4plus" in part and part.replace("4", "3") in folders for part in here):
+            return "contained in 3plus"
+        if kind == "dclm" and file.name.lower().endswith(".parquet") and packed_lines:
+            return "a copy of the .jsonl.zstd"
+        if kind == "txt360" and set(copies) & set(here):
+            return "a copy of other documents here"
+        if kind == "fineweb-edu" and "sample" in here:
+            smaller = samples and f"{max(samples)}BT" not in here
+            return "a sample of others here" if "data" in folders or smaller else ""
+    return {file: reason for file, here in parts.items() if (reason := why(file, here))}
+
+
+# ---- formats that need a package ---------------------------------------------------------------------------
+
+def open_zstd(file, raw):
+    """(stream of the unpacked bytes of a zstd file; what it raises if they are damaged)"""
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise ValueError(f"files: {file} is compressed by zstd: pip install backports.zstd") from None
+    return zstd.ZstdFile(raw), zstd.ZstdError
+
+
+def first_line(error):
+    """What an error of another package says, for a message of one line."""
+    return str(error).split("\n")[0][:200]
+
+
+def open_parquet(file):
+    """A pyarrow ParquetFile, which reads a column in blocks instead of whole."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError(f"files: {file} is a parquet file: pip install pyarrow") from None
+    try:
+        return parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"files: {file} is a damaged parquet file: {first_line(error)}") from None
+
+
+def parquet_records(table, file, column, fields, counts):
+    """(number, {column: value}) of an open parquet file: the column of the text, and those of `fields`."""
+    kind = str(table.schema_arrow.field(column).type)
+    if not any(name in kind for name in ("string", "binary", "null")) or "<" in kind.replace(
+            "dictionary<", "", 1):
+        raise ValueError(f"files: {file}: the column {column!r} is {kind}, not a string; name another "
+                         "with --data.column=NAME")
+
+    # A batch of rows has about 4 MB by the file's own account, at most 1,000 rows.
+    about, size = table.metadata, os.stat(file).st_size
+    whole = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    count = max(1, min(1000, 4_000_000 * about.num_rows // max(1, whole)))
+    names = [column, *sorted(fields - {column, "bucket"})] if fields else [column]
+    number = 0
+    try:
+        for batch in table.iter_batches(count, columns=names, use_threads=False):
+            for record in batch_records(batch):
+                number += 1
+                yield number, record
+            counts["at"] = size * number // about.num_rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"files: {file}, after row {number}: damaged: {first_line(error)}") from None
+    if number != about.num_rows:
+        raise ValueError(f"files: {file}: damaged: {number} of {about.num_rows} rows")
+
+
+def batch_records(batch):
+    """The rows of a pyarrow RecordBatch as dicts. One that is not UTF-8 is None: nothing else is lost."""
+    try:
+        return [text_in_bytes(record) for record in batch.to_pylist()]
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [record for i in range(batch.num_rows) for record in batch_records(batch.slice(i, 1))]
+
+
+def text_in_bytes(record):
+    """Decode the binary fields of a record: some writers do not mark their strings as such."""
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in record.items()}
