@@ -226,16 +226,21 @@ def digest(path, record):
     if type(known) is list and len(known) == 3 and known[:2] == now and type(known[2]) is str:
         return known[2]
 
-    # Read the file in blocks of 1 MiB.
-    h = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
+    hashed = file_digest(path)
 
     # Record the digest only if the file did not change meanwhile.
     record.pop(name, None)
     if now == stamp(path) and time.time_ns() - now[1] > 2e9:
-        record[name] = [*now, h.hexdigest()]
+        record[name] = [*now, hashed]
+    return hashed
+
+
+def file_digest(path, head=b""):
+    """sha256 of `head` and the bytes of a file, in hexadecimal."""
+    h = hashlib.sha256(head)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            h.update(block)
     return h.hexdigest()
 
 
@@ -433,21 +438,42 @@ def datasets():
 # ---- sources: their rows -----------------------------------------------------------------------------------
 
 def rows(name, path, config):
-    """Every Row of a user's domain, file by file, as far as its conditions and its budget let it.
+    """Every Row of a user's domain, file by file, as far as its conditions and its budget let it: a text file
+    is one document; a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder
+    stands for all such files below it.
 
-    Prints what was read, and what was left out and why."""
+    Prints what was read, and what was left out and why. Raises ValueError, naming the file and the position
+    in it; with `skip_bad`, bad records are counted and left out instead."""
     source, left_out = find_source(name, path, config)
     left, of_bytes = parse_budget(config.budget)
-    counts = Counter()
+    total = Counter()
+    read = documents = size = 0                                  # files that hold text; of them, in bytes
     for file in source.files:
+        counts = Counter()
+        before = documents
         for row in rows_of_file(source, file, counts):
-            left -= len(row.text.encode()) if of_bytes else 1
+            length = len(row.text.encode())
+            size += length
+            documents += 1
+            left -= length if of_bytes else 1
             yield row
             if left <= 0:
                 break
+        if counts["bad"]:
+            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
+        if documents > before:
+            read += 1
+        else:
+            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
+        total += counts
         if left <= 0:
             break
-    print(f"{name}={path}: {counts['rows']:,} rows{columns(source)}{reasons(left_out, counts)}")
+    if not documents:
+        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8{reasons({}, total)}")
+
+    # One line: what was read, and for each reason the number and the first names left out.
+    print(f"{name}={path}: {read} file{'s' * (read != 1)}, {documents:,} document{'s' * (documents != 1)}, "
+          f"{size:,} bytes{columns(source)}{reasons(left_out, total)}")
 
 
 def columns(source):
@@ -1218,24 +1244,29 @@ def clean(name, path, out, config=DataConfig(), workers=None):
     return report
 
 
-def cleaned(name, path, config):
-    """The folder in the cache with the clean text of a source, which is made if it is not there.
+def cleaned(paths, config):
+    """{name: path} → {name: folder in the cache with the clean text}, made if it is not there, and the
+    configuration that reads them. Both stay as they are unless config.clean.
 
     A process of its own makes it, since worker processes must not begin from one with threads or GPUs."""
-    source, _ = find_source(name, path, config)
-    files = [f"{file} {stamp(file)}" for file in source.files]
-    how = source.kind, source.where, source.column, source.skip_bad, config.budget, config.min_tokens
-    out = Path(config.cache, f"{name}-clean-{sha256(str((READER, *how)), *files)[:16]}")
-    options = dict(where=source.where, column=config.column, skip_bad=config.skip_bad, budget=config.budget,
-                   min_tokens=config.min_tokens)
-    if not out.exists():
-        words = [f"{name}={path}", out, *[f"--{option}={value}" for option, value in options.items()]]
-        done = subprocess.run([sys.executable, Path(__file__).resolve(), "clean", *words],
-                              stderr=subprocess.PIPE, text=True)
-        if done.returncode and not out.exists():                 # else another process has made it
-            said = done.stderr.strip().rpartition("\n")[2].removeprefix("data.py: ")
-            raise ValueError(said or f"{out}: cleaning ended with status {done.returncode}; start again")
-    return str(out)
+    if not config.clean:
+        return paths, config
+    folders = {}
+    for name, path in paths.items():
+        source, _ = find_source(name, path, config)
+        files = [f"{file} {stamp(file)}" for file in source.files]
+        options = dict(where=source.where, column=source.column, skip_bad=source.skip_bad,
+                       budget=config.budget, min_tokens=config.min_tokens)
+        key = sha256(str((READER, source.kind, options)), *files)[:16]
+        out = folders[name] = str(Path(config.cache, f"{name}-clean-{key}"))
+        if not Path(out).exists():
+            words = [f"{name}={path}", out, *[f"--{option}={value}" for option, value in options.items()]]
+            done = subprocess.run([sys.executable, Path(__file__).resolve(), "clean", *words],
+                                  stderr=subprocess.PIPE, text=True)
+            if not Path(out).exists():                           # nor has another process made it
+                said = done.stderr.strip().rpartition("\n")[2].removeprefix("data.py: ")
+                raise ValueError(said or f"{out}: cleaning ended with status {done.returncode}; start again")
+    return folders, replace(config, column="text", where="", skip_bad=False, budget="")
 
 
 def write_clean(read, verdict, name, folder):
@@ -1313,40 +1344,15 @@ def print_report(report):
 def documents(name, path=None, config=DataConfig(), together=None):
     """All documents of a domain that fits into memory, duplicates included: a list of strings.
 
-    No `path`: an embedded domain. Otherwise the user's text, gzipped or not: a text file is one document;
-    a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder stands for all
-    such files below it. together {text: split_with} gets those that clean text has, see `clean`. Prints what
-    was read and what was left out. Raises ValueError, naming the file and the position in it; with
-    `skip_bad`, bad records are counted and left out instead."""
+    No `path`: an embedded domain; otherwise see `rows`. together {text: split_with} gets those that clean
+    text has."""
     if path is None:
         return embedded().documents(name)
-    source, left_out = find_source(name, path, config)
     found = []
-    read = 0                                                     # files that hold text
-    total = Counter()
-    for file in source.files:
-        counts = Counter()
-        texts = []
-        for row in rows_of_file(source, file, counts):
-            texts.append(row.text)
-            if row.split_with and together is not None:
-                together[row.text] = row.split_with
-        if counts["bad"]:
-            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
-        if texts:
-            found += texts
-            read += 1
-        else:
-            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
-        total += counts
-    if not found:
-        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
-
-    # One line: what was read, and for each reason the number and the first names left out.
-    size = sum(len(text.encode()) for text in found)
-    line = (f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} "
-            f"document{'s' * (len(found) != 1)}, {size:,} bytes")
-    print(line + columns(source) + reasons(left_out, total))
+    for row in rows(name, path, config):
+        found.append(row.text)
+        if row.split_with and together is not None:
+            together[row.text] = row.split_with
     return found
 
 
@@ -1396,7 +1402,7 @@ def text_key(record, name, path=None, config=DataConfig()):
 
     Computing it does not extract the text. record: see `digest`."""
     if path:
-        steps = documents, rows_of_file, records, text_of, split_documents
+        steps = rows, rows_of_file, records, text_of, split_documents
         source, _ = find_source(name, path, config)
         with reading(name):
             parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {digest(Path(file), record)}"
@@ -1671,7 +1677,7 @@ def intact(about, paths, dtype, verified, more=()):
         known = verified is None or path.exists() and verified.get(path.name) == stamp(path)
         damaged = size != n * dtype.itemsize
         if not damaged and not known:
-            damaged = sha256(np.memmap(path, dtype, "r")) != expected
+            damaged = tokens_digest(path) != expected
         if damaged:
             print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
             return None
@@ -1927,12 +1933,8 @@ def encoded(chosen, tokenizer, threads, dtype):
 
 
 def tokens_digest(path):
-    """What `sha256` gives for the array in a file, read in blocks."""
-    h = hashlib.sha256(b"%d:" % os.stat(path).st_size)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
+    """What `sha256` gives for the array in a file."""
+    return file_digest(path, b"%d:" % os.stat(path).st_size)
 
 
 @contextlib.contextmanager
@@ -2200,9 +2202,7 @@ def prepare(config, vocab_size, launch="", workers=0):
     unchanged. Shards of large text are only verified if config.verify, by all processes of a launch together.
     Raises ValueError, saying what to correct."""
     names, start, end, paths = parse_domains(config)
-    if config.clean:
-        paths = {name: cleaned(name, path, config) for name, path in paths.items()}
-        config = replace(config, column="text", where="", skip_bad=False, budget="")
+    paths, config = cleaned(paths, config)
     found = {name: find_source(name, path, config) for name, path in paths.items()}
     large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):
@@ -2274,6 +2274,8 @@ def origin(corpus, config, name, side, at):
 
     side: "train" or "val". Large text has a table of it; text held in memory is read again."""
     ids = getattr(corpus.domains[name], side)
+    paths, config = cleaned(parse_domains(config)[3], config)
+    found = None
     if isinstance(ids, Shards):
         ends = np.cumsum(ids.counts)
         i = int(np.searchsorted(ends, at, side="right"))
@@ -2281,19 +2283,28 @@ def origin(corpus, config, name, side, at):
         table = np.fromfile(f"{start}-rows.bin", "<i8").reshape(-1, 3)     # row, side, first token
         table = table[table[:, 1] == (side == "val")]
         first = np.searchsorted(table[:, 2], at - (ends[i] - ids.counts[i]), side="right") - 1
-        return json.loads(Path(f"{start}.json").read_bytes())["file"], int(table[first, 0])
+        found = json.loads(Path(f"{start}.json").read_bytes())["file"], int(table[first, 0])
+    else:
+        # The document's text, from the eot before it to its own. One that was cut begins or ends with it.
+        eots = np.flatnonzero(ids[:at] == corpus.tokenizer.eot)
+        start = eots[-1] + 1 if len(eots) else 0
+        length = int(np.argmax(ids[start:] == corpus.tokenizer.eot))
+        text = corpus.tokenizer.decode(ids[start:start + length].tolist())
+        source, _ = find_source(name, paths[name], config)
+        for row in itertools.chain(*(rows_of_file(source, file, Counter()) for file in source.files)):
+            if row.text == text or not found and (row.text.startswith(text) or row.text.endswith(text)):
+                found = row.file, row.number
+                if row.text == text:
+                    break
+    if not found:
+        raise ValueError(f"files: {name} has changed since it was tokenized")
 
-    # The document's text, from the eot before it to its own; a document that was cut begins or ends with it.
-    eots = np.flatnonzero(ids[:at] == corpus.tokenizer.eot)
-    start = eots[-1] + 1 if len(eots) else 0
-    length = int(np.argmax(ids[start:] == corpus.tokenizer.eot))
-    text = corpus.tokenizer.decode(ids[start:start + length].tolist())
-    source, _ = find_source(name, parse_domains(config)[3][name], config)
-    for file in source.files:
-        for row in rows_of_file(source, file, Counter()):
-            if row.text.startswith(text) or row.text.endswith(text):
-                return row.file, row.number
-    raise ValueError(f"files: {name} has changed since it was tokenized")
+    # Clean text says itself where it comes from.
+    if config.clean:
+        with open(found[0], "rb") as lines:
+            line = json.loads(next(itertools.islice(lines, found[1] - 1, None)))
+        found = line["file"], line["row"]
+    return found
 
 
 # ---- mixture: which domain the n-th window comes from ------------------------------------------------------

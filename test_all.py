@@ -118,8 +118,10 @@ import data, model, muonclip, train
 train.main({options + ["--steps=4"]})
 train.main({options + ["--resume", "--steps=8"]})
 model.main(["--sample=out", "--prompt=The ", "--tokens=9"])
+open("a.parquet", "w").write("PAR1")
 for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stats"]), (muonclip.main, []),
-                    (model.main, ["--sample=out", "--export=there"])):
+                    (model.main, ["--sample=out", "--export=there"]), (data.main, ["sources"]),
+                    (data.main, ["stats", "--files=x=dclm:."]), (data.main, ["stats", "--files=x=a.parquet"])):
     try:
         main(words)
     except SystemExit as leave:
@@ -133,8 +135,9 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
     refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     asked = "the default text is made by notes/corpus.py, which is not here"
     missing = "No module named 'notes'"
-    expected = asked, asked, missing, missing
-    assert [says in line for says, line in zip(expected, refused, strict=True)] == [True] * 4
+    sets = "data.py: published sets, parquet and zstd are read by notes/datasets.py, which is not here"
+    expected = asked, asked, missing, missing, sets, sets, sets
+    assert [says in line for says, line in zip(expected, refused, strict=True)] == [True] * 7
 
 
 def test_the_drawing_of_the_files_is_true():
@@ -1925,7 +1928,7 @@ def test_bpe_learns_from_a_sample_of_large_text(tmp_path, monkeypatch, capsys):
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     """Few batches are read ahead; workers do without torch; a long text file comes in pieces at line ends."""
     read, tokenizer = [], data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
-    monkeypatch.setattr(data, "BATCH", 1000)
+    monkeypatch.setattr(data, "BATCH", 2000)
     for threads in (1, 3):
         chosen = ((read.append(i) or i, i % 2, "x" * 100) for i in range(5000))
         batches = data.encoded(chosen, tokenizer, threads, "<u2")
@@ -2432,7 +2435,9 @@ def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, c
         assert f"{why:16}{n:12,} documents" in printed
     kinds = {tuple(shown["why"] for shown in group) for group in report["examples"]}
     assert ("too short",) in kinds and ("kept", "near-duplicate") in {kind[:2] for kind in kinds}
+    capsys.readouterr()
     assert sorted(data.documents("out", str(tmp_path / "out"))) == sorted(line["text"] for line in lines)
+    assert "left out" not in capsys.readouterr().out, "the report is no text"
 
 
 @pytest.mark.parametrize("moment", ["sign", "ascontiguousarray", "jaccard", "write_atomically", "rename"])
@@ -2468,16 +2473,18 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
 
 
 def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
-    """A folder that exists, a place inside the source, text that changes meanwhile, nothing that stays."""
+    """A folder that exists, a place inside the source, text that changes meanwhile, a source that is not
+    there, nothing that stays: one line each, and nothing is left behind."""
     make_source(tmp_path / "in")
     (tmp_path / "there").mkdir()
     (tmp_path / "tiny").write_text("a few words")
     here = str(tmp_path / "in")
     for source, out, says in ((here, "there", "exists"), (here, "in/out", "is inside"),
-                              (here, "in", "is inside"), (str(tmp_path / "tiny"), "out", "none of the 1")):
+                              (here, "in", "is inside"), (here + "n", "out", "No such file"),
+                              (str(tmp_path / "tiny"), "out", "none of the 1")):
         with pytest.raises(ValueError, match=says):
             data.clean("a", source, tmp_path / out, workers=1)
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "there", "tiny"]
 
     # As many rows as before, but others.
     texts = ["first " * 40, "second " * 40, "third " * 40]
@@ -2487,6 +2494,63 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
         read = lambda: (data.Row(text, "f", i) for i, text in enumerate(other))
         with pytest.raises(ValueError, match=says):
             list(data.judged(read, verdict))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_run_can_clean_its_text(large, tmp_path, monkeypatch, capfd):
+    """--data.clean=true gives the tokens of `python data.py clean` and its folder, once; a document knows the
+    row it had before. Killed, it goes on. Other text or other options are cleaned anew."""
+    make_source(tmp_path / "in")
+    monkeypatch.setattr(data, "LARGE", 0 if large else 10 ** 9)
+    config = data.DataConfig(files=f"web={tmp_path}/in", clean=True, min_tokens=5, tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    first = data.prepare(config, 261)
+    assert f"{'near-duplicate':16}" in capfd.readouterr().out
+    data.main(["clean", f"{tmp_path}/in", f"{tmp_path}/out", "--min_tokens=5"])
+    by_hand = data.prepare(replace(config, files=f"web={tmp_path}/out", clean=False), 261)
+    assert by_hand.fingerprint == first.fingerprint and isinstance(by_hand.domains["web"].train, np.ndarray)
+    file, row = data.origin(first, config, "web", "train", 0)
+    line = json.loads((tmp_path / "in" / file).read_text("utf-8").splitlines()[row - 1])
+    ids = first.domains["web"].train
+    assert first.tokenizer.decode(ids[:list(ids).index(256)]) == line["text"]
+
+    # Nothing runs a second time; the same text at another place, killed as it is cleaned, gives the same.
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError):
+        assert data.prepare(config, 261).fingerprint == first.fingerprint
+    other = replace(config, cache=str(tmp_path / "other"))
+    script = f"import data\nfrom data import DataConfig\ndata.prepare({other}, 261)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, start_new_session=True)
+    while not list(tmp_path.glob("other/*.partial")):
+        time.sleep(.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert data.prepare(other, 261).fingerprint == first.fingerprint
+    assert not list(tmp_path.glob("other/*.partial"))
+    with pytest.raises(ValueError, match="^clean: none of the .* has 9999 tokens"):
+        data.prepare(replace(config, min_tokens=9999), 261)
+    (tmp_path / "in/a.jsonl").write_text(json.dumps(dict(text="a new text " * 99)))
+    assert data.prepare(config, 261).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_near_duplicates_that_stay_are_on_one_side(large, tmp_path, monkeypatch):
+    """60 chains of three: the ends of each stay, in different files, and one hash decides for both."""
+    monkeypatch.setattr(data, "LARGE", 0 if large else 10 ** 9)
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        texts = [" ".join(words(428, f"c{i}x")[12 * part:12 * part + 404]) for i in range(60)]
+        (tmp_path / f"in/{part}.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
+    monkeypatch.setattr(data, "JSONL_SIZE", 100_000)
+    data.clean("web", str(tmp_path / "in"), tmp_path / "out", workers=1)
+    found = data.prepare(data.DataConfig(files=f"web={tmp_path}/out", tokenizer="bytes",
+                                         cache=str(tmp_path / "cache")), 261)
+    sides = {}
+    for side in ("train", "val"):
+        ids = getattr(found.domains["web"], side)[:10 ** 9]
+        for text in found.tokenizer.decode(ids).split(data.EOT)[:-1]:
+            sides.setdefault(re.match(r"c\d+x", text)[0], []).append(side)
+    assert len(sides) == 60 and max(map(len, sides.values())) == 2
+    assert {*map(tuple, sides.values())} == {("train", "train"), ("val", "val")}
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
