@@ -2496,6 +2496,30 @@ def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
             list(data.judged(read, verdict))
 
 
+def test_who_waits_takes_the_lock_of_a_new_folder(tmp_path):
+    """The folder is renamed or removed by its holder: the next makes it again, and keeps others out."""
+    for end in (lambda: os.rename(tmp_path / "a", tmp_path / "b"), lambda: shutil.rmtree(tmp_path / "a")):
+        waits, inside, leave = (threading.Event() for _ in range(3))
+
+        def wait():
+            waits.set()
+            with data.locked(tmp_path / "a"):
+                inside.set()
+                leave.wait(10)
+        with data.locked(tmp_path / "a"):
+            waiter = threading.Thread(target=wait)
+            waiter.start()
+            waits.wait()
+            time.sleep(.1)
+            assert not inside.is_set()
+            end()
+        assert inside.wait(10)
+        with open(tmp_path / "a/lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leave.set()
+        waiter.join()
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_run_can_clean_its_text(large, tmp_path, monkeypatch, capfd):
     """--data.clean=true gives the tokens of `python data.py clean` and its folder, once; a document knows the
