@@ -121,7 +121,7 @@ model.main(["--sample=out", "--prompt=The ", "--tokens=9"])
 open("a.parquet", "w").write("PAR1")
 for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stats"]), (muonclip.main, []),
                     (model.main, ["--sample=out", "--export=there"]), (data.main, ["sources"]),
-                    (data.main, ["stats", "--files=x=dclm:."]), (data.main, ["stats", "--files=x=a.parquet"])):
+                    *[(data.main, ["stats", f"--files=x={path}"]) for path in ("dclm:.", "a.parquet")]):
     try:
         main(words)
     except SystemExit as leave:
@@ -2134,7 +2134,7 @@ def test_command_line_refuses_unknown_words(tmp_path, capsys):
     assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
 
 
-# ---- data.py: cleaning ---------------------------------------------------------------------------------------
+# ---- data.py: cleaning -------------------------------------------------------------------------------------
 
 def judged(texts, folder, workers=1):
     """Verdict of data.judge on these texts."""
