@@ -28,6 +28,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import importlib
 import inspect
 import io
 import itertools
@@ -269,9 +270,9 @@ def mix(x):
 
 # ---- sources: the files of a domain ------------------------------------------------------------------------
 
-LARGE = 256_000_000             # bytes of text that are held in memory; more is streamed
-PIECE = 1_000_000               # bytes; a streamed text file of more than 16 pieces is cut into them
-LONGEST_ROW = 64_000_000        # bytes of a record
+LARGE = 256_000_000              # bytes of text that are held in memory; more is streamed
+PIECE = 1_000_000                # bytes; a streamed text file of more than 16 pieces is cut into them
+LONGEST_ROW = 64_000_000         # bytes of a record
 PACKED = ".gz", ".zst", ".zstd"
 REPORT = "report.json"           # beside clean text
 KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
@@ -412,27 +413,23 @@ def reading(name):
                          "file, a .jsonl, or a folder of them") from None
 
 
-def embedded():
-    """The module that makes the default corpus, imported on use: runs on other text work without notes/.
-
-    Raises ValueError if it is missing."""
+def from_notes(module, what):
+    """A module of notes/, imported on use: runs on text of your own work without. Raises ValueError, saying
+    what it is for, if it is missing."""
     try:
-        from notes import corpus
-        return corpus
+        return importlib.import_module(f"notes.{module}")
     except ImportError:
-        raise ValueError("the default text is made by notes/corpus.py, which is not here: give your "
-                         "own, --data.files=NAME=PATH") from None
+        raise ValueError(f"{what} notes/{module}.py, which is not here") from None
+
+
+def embedded():
+    """The module that makes the default corpus."""
+    return from_notes("corpus", "give your own text, --data.files=NAME=PATH: the default text is made by")
 
 
 def datasets():
-    """The module that knows published sets, and formats that need a package. Raises ValueError if it is
-    missing."""
-    try:
-        from notes import datasets
-        return datasets
-    except ImportError:
-        raise ValueError("published sets, parquet and zstd are read by notes/datasets.py, which is not "
-                         "here") from None
+    """The module that knows published sets, and formats that need a package."""
+    return from_notes("datasets", "published sets, parquet and zstd are read by")
 
 
 # ---- sources: their rows -----------------------------------------------------------------------------------
@@ -560,13 +557,8 @@ def rows_of_file(source, file, counts):
             if failed:
                 counts[f"not {failed.said}"] += 1
             else:
-                together = record.get("split_with", "") if isinstance(record, dict) else ""
-                yield Row(text, file, number, together if is_digest(together) else "")
-
-
-def is_digest(value):
-    """Whether a field holds 16 hexadecimal digits, as `clean` writes them."""
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+                together = str(record.get("split_with", ""))
+                yield Row(text, file, number, together if re.fullmatch("[0-9a-f]{16}", together) else "")
 
 
 def bad_row(source, file, unit, number, record, error):
@@ -1329,9 +1321,9 @@ def print_report(report):
     """The report of `clean` as a table, with an example for each reason."""
     for key in REASONS:
         print(f"{key:16}{report['documents'][key]:12,} documents{report['bytes'][key] / 1e6:12.2f} MB")
-    print(f"{report['clusters']:,} clusters with near-duplicates, the largest of {report['largest']:,} "
-          f"documents; {report['chains']:,} are chains,\nof which more than one stays; "
-          f"{report['limited']:,} documents met more others than could be compared")
+    print(f"clusters with near-duplicates: {report['clusters']:,}, the largest of {report['largest']:,} "
+          f"documents; chains, of which more than one stays: {report['chains']:,};\n"
+          f"documents that met more others than could be compared: {report['limited']:,}")
     for why in REASONS[1:]:
         for first, *others in [group for group in report["examples"] if group[-1]["why"] == why][:1]:
             for shown in (first, *others):
@@ -2098,9 +2090,10 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
 
     # Make what is missing.
     found = in_order(plan, functools.partial(shard_of, plan))
+    began = 0
+    loud = os.environ.get("RANK", "0") == "0"
     if None in found:
         began = time.time()
-        loud = os.environ.get("RANK", "0") == "0"
         if loud:
             print(f"{source.name}={source.root}: {len(source.files):,} files{columns(source)}"
                   f"{reasons(left_out, {})}", flush=True)
@@ -2111,11 +2104,14 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
         found = in_order(plan, functools.partial(shard_of, plan, settled=False))
         if None in found:
             raise ValueError(f"{folder}: shards are missing although they were made: start again")
-        if loud:
-            print(summary(plan, found, time.time() - began), flush=True)
-    if not sum(facts["documents"] for facts in found):
-        counts = sum((Counter(facts["counts"]) for facts in found), Counter())
+    counts = sum((Counter(facts["counts"]) for facts in found), Counter())
+    sizes = [sum(facts["bytes"][side] for facts in found) for side in (0, 1)]
+    if not sum(sizes):
         raise ValueError(f"files: {source.name}={source.root} is empty{reasons({}, counts)}; give text")
+    if began and loud:
+        print(f"{folder}: {len(found):,} shards, {sum(sizes) / 1e6:.1f} MB, "
+              f"{sum(sum(facts['tokens']) for facts in found):,} tokens, of which {sizes[1] / sum(sizes):.1%} are "
+              f"validation, {time.time() - began:.1f} s{reasons({}, counts)}", flush=True)
 
     # A single shard is an array, as the domains in memory have it.
     sides = []
@@ -2125,17 +2121,7 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
         shards = Shards(paths, [facts["tokens"][side] for facts in found], dtype)
         sides.append(shards.part(0) if len(found) == 1 else shards)
     digests = [one for facts in found for one in facts["sha256"]]
-    sizes = [sum(facts["bytes"][side] for facts in found) for side in (0, 1)]
     return Domain(*sides, *sizes, sum(facts["documents"] for facts in found), digests)
-
-
-def summary(plan, found, seconds):
-    """A line about the shards of a large domain, when they are complete."""
-    counts = sum((Counter(facts["counts"]) for facts in found), Counter())
-    train, val = (sum(facts["bytes"][side] for facts in found) for side in (0, 1))
-    tokens = sum(sum(facts["tokens"]) for facts in found)
-    return (f"{plan.folder}: {len(found):,} shards, {(train + val) / 1e6:.1f} MB, {tokens:,} tokens, "
-            f"of which {val / max(1, train + val):.1%} are validation, {seconds:.1f} s{reasons({}, counts)}")
 
 
 def sample_of_mixture(config, large, names, weights, texts):

@@ -133,7 +133,7 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
     assert "step 4/30" in done.stdout and "resuming out at step 4" in done.stdout, done.stderr
     assert "\nThe " in done.stdout
     refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
-    asked = "the default text is made by notes/corpus.py, which is not here"
+    asked = "--data.files=NAME=PATH: the default text is made by notes/corpus.py, which is not here"
     missing = "No module named 'notes'"
     sets = "data.py: published sets, parquet and zstd are read by notes/datasets.py, which is not here"
     expected = asked, asked, missing, missing, sets, sets, sets
@@ -2153,14 +2153,14 @@ def true_jaccard(a, b):
     return len(sets[0] & sets[1]) / max(1, len(sets[0] | sets[1]))
 
 
-def words(n, prefix):
+def numbered_words(n, prefix):
     return [f"{prefix}{i}" for i in range(n)]
 
 
 def planted(shingles, shared, name):
     """Two texts of that many shingles each, all of them different, of which the first `shared` are shared."""
-    first = words(shingles + 4, name)
-    second = first[:shared + 4] + words(shingles - shared, name + "other")
+    first = numbered_words(shingles + 4, name)
+    second = first[:shared + 4] + numbered_words(shingles - shared, name + "other")
     return " ".join(first), " ".join(second)
 
 
@@ -2186,7 +2186,7 @@ def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path
 def test_a_signature_is_the_least_value_of_each_hash_function():
     """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
     a, b = data.FACTOR.ravel().tolist(), data.SUMMAND.ravel().tolist()
-    shingles = data.shingles_of(" ".join(words(1100, "w")))
+    shingles = data.shingles_of(" ".join(numbered_words(1100, "w")))
     assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
     least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
     assert data.signature(shingles).tolist() == least
@@ -2255,7 +2255,7 @@ def lively_corpus(rng, families=25):
     """Families of a text and edits of edits of it, some in capitals or with other blanks; short ones."""
     texts = ["a few words"] * 3 + ["some other words", "A  few\nwords"]
     for family in range(families):
-        members = [words(rng.randrange(30, 300), f"f{family}x")]
+        members = [numbered_words(rng.randrange(30, 300), f"f{family}x")]
         for _ in range(rng.randrange(8)):
             edit = list(rng.choice(members))
             edit[rng.randrange(len(edit))] = rng.choice("xyz")
@@ -2313,7 +2313,7 @@ def test_who_stays_is_what_all_pairs_say_in_whatever_order_the_documents_come(se
 def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
     """200 documents, each like the next, J .94, but not like the one after that. At least every third stays,
     none goes but for one that is like it, and they are one cluster, so they are on one side of a split."""
-    stream = words(5000, "c")
+    stream = numbered_words(5000, "c")
     texts = [" ".join(stream[12 * i:12 * i + 404]) for i in range(200)]
     assert true_jaccard(*texts[:2]) > .9 > true_jaccard(texts[0], texts[2])
     verdict = judged(texts, tmp_path / "work")
@@ -2329,9 +2329,9 @@ def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
     for changed, most, kept in ((1, 1.1, (1, 2)), (18, 64, (1500, 1500))):
         rng, texts = random.Random(0), []
         for i in range(1500):
-            page = words(200, "w")
+            page = numbered_words(200, "w")
             at = rng.randrange(200 - changed)
-            page[at:at + changed] = words(changed, f"x{i}x")
+            page[at:at + changed] = numbered_words(changed, f"x{i}x")
             texts.append(" ".join(page))
         again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
         with mock.patch.object(data, "jaccard", wraps=data.jaccard) as compared:
@@ -2346,7 +2346,7 @@ def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
     texts, which lie in memory here, do not count. In batches of 16 kB."""
     texts = []
     for i in range(2_000):
-        page = words(20, f"d{i // 3}x")
+        page = numbered_words(20, f"d{i // 3}x")
         page[-1] += "z" * (i % 3 // 2)
         texts.append(" ".join(page))
     rows = [data.Row(text, "f", i) for i, text in enumerate(texts)]
@@ -2405,10 +2405,9 @@ def test_only_documents_of_less_than_24_tokens_are_short():
 
 
 def make_source(folder):
-    """A folder of two .jsonl files with duplicates of each kind → {(file, row): text}"""
+    """A folder of two .jsonl files with duplicates of each kind → their texts"""
     folder.mkdir()
     texts = lively_corpus(random.Random(5), families=12)
-    found = {}
     for name, part in (("a.jsonl", texts[::2]), ("b.jsonl", texts[1::2])):
         (folder / name).write_text("".join(json.dumps(dict(text=text)) + "\n" for text in part), "utf-8")
     return texts
@@ -2562,7 +2561,7 @@ def test_near_duplicates_that_stay_are_on_one_side(large, tmp_path, monkeypatch)
     monkeypatch.setattr(data, "LARGE", 0 if large else 10 ** 9)
     (tmp_path / "in").mkdir()
     for part in range(3):
-        texts = [" ".join(words(428, f"c{i}x")[12 * part:12 * part + 404]) for i in range(60)]
+        texts = [" ".join(numbered_words(428, f"c{i}x")[12 * part:12 * part + 404]) for i in range(60)]
         (tmp_path / f"in/{part}.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
     monkeypatch.setattr(data, "JSONL_SIZE", 100_000)
     data.clean("web", str(tmp_path / "in"), tmp_path / "out", workers=1)

@@ -3,7 +3,7 @@
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
   python -m notes.speed --whole=FILE    # `shakespeare` and its control, interleaved, on that text: 10 minutes
   python -m notes.speed --ranks         # ZeRO-1 on two ranks: half a minute
-  python -m notes.speed --text          # signing text for `data.py clean`, beside rensa: half a minute
+  python -m notes.speed --text          # tokenizing beside tiktoken alone, cleaning beside rensa: a minute
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
 Every number is a ratio of two medians whose calls are interleaved, because machines differ and their load
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import itertools
+import json
 import math
 import os
 import socket
@@ -456,7 +457,32 @@ def ranks():
     yield "laptop step, two ranks of one thread", "ZeRO-1 with MuonClip", theirs, muon, zero, ""
 
 
-# ---- cleaning text -----------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
+
+def tokenizing():
+    """`data.py prepare` on a file of the standard library's code: reading, hashing, splitting, tokenizing and
+    writing by one thread, beside tiktoken alone on the same documents."""
+    docs = data.documents("code")
+    size = sum(len(doc.encode()) for doc in docs) / 1e6
+    tokenizer = data.prepare(data.DataConfig(), 4096).tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder, "tokenizer.json"))
+        file = Path(folder, "code.jsonl")
+        file.write_text("".join(json.dumps(dict(text=doc)) + "\n" for doc in docs))
+        source, _ = data.find_source("code", str(file), data.DataConfig(budget="1TB"))
+        plan = data.Plan(source, folder, 2, "", "")
+        manifest, _, _ = data.shard_paths(plan, file)
+
+        def prepared():
+            manifest.unlink(missing_ok=True)
+            data.work(plan, 1, lambda **seen: None)
+
+        def alone():
+            for doc in docs:
+                tokenizer.encoding.encode_to_numpy(doc, disallowed_special=())
+        ours, theirs = in_turn(prepared, alone, rounds=5)
+    yield "tokenizing text", f"{size:.1f} MB in {len(docs):,} documents", "tiktoken", ours, theirs, "≤ 1.25"
+
 
 def signing():
     """Signatures of the documentation in the default corpus, by one process; with rensa, if it is there."""
@@ -562,10 +588,11 @@ def whole(path):
 
 def measured(path, two_ranks, text):
     """Rows of the whole runs on the text at `path`, of two ranks, of text, or by default of the parts."""
-    if two_ranks or text:
-        return (yield from ranks() if two_ranks else signing())
     parts = (poly_norm, attention, mixture, optimizer, bounds, logits, split, compiled)
-    parts = (against_plain, whole) if path else parts
+    if path:
+        parts = against_plain, whole
+    elif two_ranks or text:
+        parts = (ranks,) if two_ranks else (tokenizing, signing)
     for part in parts:
         yield from part(path) if path else part()
 
