@@ -121,7 +121,7 @@ model.main(["--sample=out", "--prompt=The ", "--tokens=9"])
 open("a.parquet", "w").write("PAR1")
 for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stats"]), (muonclip.main, []),
                     (model.main, ["--sample=out", "--export=there"]), (data.main, ["sources"]),
-                    *[(data.main, ["stats", f"--files=x={path}"]) for path in ("dclm:.", "a.parquet")]):
+                    *[(data.main, ["stats", "--files=x=" + path]) for path in ("dclm:.", "a.parquet")]):
     try:
         main(words)
     except SystemExit as leave:
