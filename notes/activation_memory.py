@@ -26,7 +26,7 @@ SAVINGS = {                                    # options of the mesh
     "norm, act, mla": RECOMPUTED, "FP8": FP8, "offload": dict(offload=True),
     "norm, act, mla, FP8": RECOMPUTED | FP8, "all": RECOMPUTED | FP8 | dict(offload=True)}
 K2 = "none", "norm, act, mla", "norm, act, mla, FP8", "all"
-IN_FLIGHT = 8                                  # micro-batches, one window each: forwards first, then backwards
+IN_FLIGHT = 8                                  # micro-batches of one window, all forwards first
 
 
 # ---- a step of one process ---------------------------------------------------------------------------------
