@@ -1615,7 +1615,7 @@ class Host:
                 target.copy_(source)
             return None
 
-        # What the computation has queued so far. In the stream's context, the current one is the stream itself.
+        # What the computation has queued so far. Asked in the stream's context, this would be the stream's.
         queued = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(stream):
             stream.wait_event(queued)
