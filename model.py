@@ -716,7 +716,7 @@ class FeedForward(nn.Module):
 
 
 def sum_rows(rows, token, N):
-    """The sum of the rows of each token, of which each has equally many: rows (N·k, C), token (N·k,) → (N, C).
+    """The sum of the rows of each token, which has k of them: rows (N·k, C), token (N·k,) → (N, C).
 
     On a GPU torch's index_add adds in a random order, rounding every time. Sorting the rows by token first is
     4 times as fast (8 rows of 7,168 numbers for each of 4,096 tokens, H200), and always gives the same."""

@@ -1615,7 +1615,7 @@ class Host:
                 target.copy_(source)
             return None
 
-        # What the computation has queued so far. Within the stream's context, this would be the stream itself.
+        # What the computation has queued so far. Asked in the stream's context, this would be the stream's.
         queued = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(stream):
             stream.wait_event(queued)
@@ -1808,9 +1808,9 @@ def held_by(chunk, x, targets, savings, last, dtype=None, cut=False):
 
 
 def predicted_peak(plan, held, boundary, mesh_size, sends_stay, offload=False):
-    """The most bytes that a plan keeps for its backwards → (on the device, on the host), from held(act) → Held
-    and boundary(act) → bytes of a boundary tensor. sends_stay: with gloo, which says only at the end of a
-    step that a send is done."""
+    """The most bytes that a plan keeps for its backwards → (on the device, on the host). held(act) → Held;
+    boundary(act) → bytes of a boundary tensor. sends_stay: with gloo, which says only at the end of a step
+    that a send is done. offload: with Host."""
     chunks = mesh_size * len({act.chunk for act in plan})
     parts = parts_of([plan], chunks)
     ahead = AHEAD * max(parts)

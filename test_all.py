@@ -4477,8 +4477,8 @@ def a_run_goes_from_two_ranks_to_one_and_back(rank, path, out):
 
 
 def a_run_with_all_savings_resumes_to_the_bit(rank, path, out):
-    """Recomputed, offloaded, stopped and resumed, a run on two stages ends with the weights, moments and log of
-    a run without any of it. With FP8 and a split backward, it ends with those of a run that was not stopped."""
+    """Recomputed, offloaded, stopped and resumed, a run on two stages ends with the weights, moments and log
+    of a run without any of it. With FP8 and a split backward, with those of a run that was not stopped."""
     model = replace(tiny_run(path).model, differential=False, act="silu", tie=False, q_rank=12, kv_rank=10,
                     d_rope=4, d_value=6, n_expert=8, n_dense=1, n_active=2, d_expert=16)
     exact = dict(recompute="norm,act,mla", offload=True)
@@ -5345,27 +5345,55 @@ def test_recomputation_and_offload_change_no_number(config, monkeypatch):
 
 
 def test_latent_attention_is_recomputed_from_its_latents(monkeypatch):
-    """On a CPU the whole attention runs again, without recording its logits again. Elsewhere queries, keys
-    and values are made again once, and attention does not run twice."""
+    """On a CPU the whole attention runs again, without looking for its largest logits again. Elsewhere
+    queries, keys and values are made again once, and attention does not run twice. Norms inside are not made
+    again on their own."""
     calls = collections.Counter()
-    attend = net.kernels.attention
 
-    def counted(q, *arguments):
-        calls["attention"] += 1
-        return attend(q, *arguments)
+    def counted(module, name):
+        f = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kw: calls.update([name]) or f(*args, **kw))
 
-    monkeypatch.setattr(net.kernels, "attention", counted)
-    one = replace(VARIANTS["latent"], n_layer=1)
-    plain = saving(one, monkeypatch)
-    assert calls.pop("attention") == 12
-    found = saving(one, monkeypatch, recomputed=["mla"])
-    assert calls.pop("attention") == 24 and all(map(torch.equal, found[2], plain[2]))
+    def ran(**options):
+        calls.clear()
+        found = saving(replace(VARIANTS["latent"], n_layer=1), monkeypatch, **options)
+        return found, dict(calls)
+
+    counted(net.kernels, "max_logits")
+    counted(net.kernels, "rms_norm")
+    counted(net.kernels, "attention")
+    counted(net, "rotate")
+    plain, forward = ran()
+    assert forward == dict(attention=12, max_logits=12, rotate=24, rms_norm=12 * 5)
+    found, ran_again = ran(recomputed=["mla"])
+    assert ran_again == dict(attention=24, max_logits=12, rotate=48, rms_norm=12 * 7)
+    assert all(map(torch.equal, found[2], plain[2]))
+    assert ran(recomputed=["mla", "norm"])[1] == ran_again | dict(rms_norm=12 * 9)
+
     monkeypatch.setattr(parallel, "runs_attention_again", lambda x: False)
-    rotate = net.rotate
-    monkeypatch.setattr(net, "rotate", lambda *args: calls.update(["rotate"]) or rotate(*args))
-    found = saving(one, monkeypatch, recomputed=["mla"])
-    assert calls == {"attention": 12, "rotate": 48}, "in twelve forwards and backwards, keys and queries"
+    found, ran_again = ran(recomputed=["mla"])
+    assert ran_again == dict(attention=12, max_logits=12, rotate=48, rms_norm=12 * 7)
     assert all(torch.equal(found[1][name], g) for name, g in plain[1].items())
+
+
+def test_views_of_recomputed_results_have_their_places():
+    """A part, a transpose and a flat view of a result are saved; the result is made again once for all."""
+    savings, calls = parallel.Savings(recomputed=["norm"]), []
+
+    def f(x):
+        calls.append(1)
+        return x.exp()
+
+    x = torch.randn(5, 6, requires_grad=True)
+    gradients = []
+    for recompute in (net.recompute, savings.recompute):
+        with savings.watch():
+            y = recompute("norm", f, (), x)
+            total = y[2:, 1:].square().sum() + (y.mT @ y).sum() + (y.flatten()[7:] * y.flatten()[:-7]).sum()
+        del y
+        calls.clear()
+        gradients.append(torch.autograd.grad(total, x)[0])
+    assert torch.equal(*gradients) and len(calls) == 1
 
 
 def test_fp8_takes_half_the_bytes_within_its_error():
@@ -5373,7 +5401,7 @@ def test_fp8_takes_half_the_bytes_within_its_error():
     of the smallest step: 2^-10 of its tile's scale, the largest value being 448. Weights' gradients differ by
     no more than these errors times the gradients of the results; gradients of inputs not at all."""
     def kept(fp8, rows):
-        meter, savings = parallel.Meter(), parallel.Savings(fp8=fp8)
+        meter, savings = parallel.Meter(), parallel.Savings(recomputed=["norm"], fp8=fp8)
         savings.begin([], [], torch.device("cpu"), meter)
         with savings.watch():
             x = rows.detach().requires_grad_()

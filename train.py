@@ -962,8 +962,8 @@ def check_mesh(config, world):
     if config.mesh.offload:
         plans = plans_of(config, config.batch * config.mesh.pp // world, config.micro)
         if not any(map(parallel.absences, plans)):
-            raise ValueError("mesh.offload=true: in this plan every backward follows its forward so soon that "
-                             "nothing could wait on the host; it takes more stages (mesh.pp), chunks "
+            raise ValueError("mesh.offload=true: in this plan every backward follows its forward so soon "
+                             "that nothing could wait on the host; it takes more stages (mesh.pp), chunks "
                              "(mesh.chunks) or micro-batches (a smaller micro)")
 
 

@@ -16,7 +16,7 @@ import torch
 import parallel
 import train
 from data import Batch
-from model import Local, Transformer
+from model import Local, Transformer, count_parameters
 from notes import _note
 
 RECOMPUTED = dict(recompute="norm,act,mla")
@@ -26,7 +26,7 @@ SAVINGS = {                                    # options of the mesh
     "norm, act, mla": RECOMPUTED, "FP8": FP8, "offload": dict(offload=True),
     "norm, act, mla, FP8": RECOMPUTED | FP8, "all": RECOMPUTED | FP8 | dict(offload=True)}
 K2 = "none", "norm, act, mla", "norm, act, mla, FP8", "all"
-IN_FLIGHT = 8                                  # micro-batches, one window each: forwards first, then backwards
+IN_FLIGHT = 8                                  # micro-batches of one window, all forwards first
 
 
 # ---- a step of one process ---------------------------------------------------------------------------------
@@ -116,8 +116,9 @@ def of_k2(name, windows):
     mesh = parallel.MeshConfig(pp=16, ep=16, chunks=2, overlap=True, **SAVINGS[name])
     config = replace(train.RECIPES["kimi-k2"], mesh=mesh, batch=windows)
     states = train.memory(config, 256)
+    whole = 6 * count_parameters(config.model)["total"]            # 2 bytes of weights, 4 of gradients
     for stage, (device, host) in enumerate(train.activations(config, 256, True)):
-        yield dict(stage=stage, activations=device, host=host, **states[stage])
+        yield dict(stage=stage, activations=device, host=host, whole=whole, **states[stage])
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------
@@ -165,14 +166,14 @@ def show(rows):
     bars.set(title="laptop-k2, CPU: MB kept", xlabel="MB")
 
     # Kimi K2
-    k2 = [("Kimi K2, 256 GPUs", "weights, gradients", "masters, optimizer", "activations", "on the host",
-           "largest stage, all")]
+    k2 = [("GB a GPU: mean of 16 stages (most)", "weights, gradients", "masters, optimizer", "activations",
+           "on the host", "most in all")]
     for name, some in by_kind["K2"].items():
         model = [row["weights"] + row["gradients"] for row in some]
         owned = [row["masters"] + row["states"] for row in some]
         kept = [row["activations"] for row in some]
         total = max(map(sum, zip(model, owned, kept)))
-        k2.append((name, *(f"{sum(values) / len(values) / 1e9:.1f} (at most {max(values) / 1e9:.1f})"
+        k2.append((name, *(f"{sum(values) / len(values) / 1e9:.1f} ({max(values) / 1e9:.1f})"
                            for values in (model, owned, kept, [row["host"] for row in some])),
                    f"{total / 1e9:.1f}"))
         stages.plot([row["stage"] for row in some], [row["activations"] / 1e9 for row in some], label=name)
@@ -194,7 +195,8 @@ def show(rows):
     for name in others:
         pairs = [100 * (b / a - 1) for a, b in zip(ends[base], ends[name])]
         table.append((name, _note.spread(ends[name], 4), len(ends[name]), _note.spread(pairs, 2)))
-    return figure, [*_note.table(*lines), "", *_note.table(*k2), "", *_note.table(*table)]
+    whole = f"Kimi K2, weights and gradients of the whole model: {by_kind['K2']['all'][0]['whole'] / 1e12:.2f} TB."
+    return figure, [*_note.table(*lines), "", whole, "", *_note.table(*k2), "", *_note.table(*table)]
 
 
 if __name__ == "__main__":

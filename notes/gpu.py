@@ -159,8 +159,8 @@ def step_of_blocks(plain):
 
 
 def activations(name):
-    """What a step of three layers of Kimi K2 keeps for its backward, with some savings: eight windows of 4,096
-    tokens in flight, 16 experts, weights in bfloat16."""
+    """What a step of three layers of Kimi K2 keeps for its backward, with some savings: eight windows of
+    4,096 tokens in flight, 16 experts, weights in bfloat16."""
     config = replace(train.RECIPES["kimi-k2"], model=K2, batch=2 * activation_memory.IN_FLIGHT, micro=1)
     config = activation_memory.with_savings(config, name)
     with torch.device("meta"):
@@ -328,8 +328,8 @@ def show(rows):
         steps.append((arm, f"{row['seconds']:.3g}", rate, mfu, spent))
 
     # Activations
-    kept = [("three layers of Kimi K2", "GB by allocator", "by meter", "predicted over meter", "GB on the host",
-             "seconds", "copied out, back: seconds, of which hidden")]
+    kept = [("three layers of Kimi K2", "GB by allocator", "by meter", "predicted over meter",
+             "GB on the host", "seconds", "copied out, back: seconds, of which hidden")]
     for name in activation_memory.SAVINGS:
         row = by_arm.get(f"activations: {name}")
         if not row:
