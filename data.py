@@ -1669,7 +1669,7 @@ def intact(about, paths, dtype, verified, more=()):
         known = verified is None or path.exists() and verified.get(path.name) == stamp(path)
         damaged = size != n * dtype.itemsize
         if not damaged and not known:
-            damaged = tokens_digest(path) != expected
+            damaged = sha256(np.memmap(path, dtype, "r")) != expected
         if damaged:
             print(f"{path}: damaged ({size} of {n * dtype.itemsize} bytes), building it again")
             return None
@@ -2109,9 +2109,10 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
     if not sum(sizes):
         raise ValueError(f"files: {source.name}={source.root} is empty{reasons({}, counts)}; give text")
     if began and loud:
-        print(f"{folder}: {len(found):,} shards, {sum(sizes) / 1e6:.1f} MB, "
-              f"{sum(sum(facts['tokens']) for facts in found):,} tokens, of which {sizes[1] / sum(sizes):.1%} are "
-              f"validation, {time.time() - began:.1f} s{reasons({}, counts)}", flush=True)
+        tokens = sum(sum(facts["tokens"]) for facts in found)
+        print(f"{folder}: {len(found):,} shards, {sum(sizes) / 1e6:.1f} MB, {tokens:,} tokens, of which "
+              f"{sizes[1] / sum(sizes):.1%} are validation, {time.time() - began:.1f} s{reasons({}, counts)}",
+              flush=True)
 
     # A single shard is an array, as the domains in memory have it.
     sides = []
