@@ -201,7 +201,8 @@ TABLE = {
         ("scripts without spaces are one word", "    if plain.isascii():\n        return plain\n",
          "    return plain\n", "scripts_without"),
         ("short means bytes", "and about_tokens(words) < min_tokens", "", "less_than_24"),
-        ("OUT appears before it is complete", "            read = functools.partial(rows, name, path, config)\n",
+        ("OUT appears before it is complete",
+         "            read = functools.partial(rows, name, path, config)\n",
          "            os.rename(partial, out)\n            partial = out\n"
          "            read = functools.partial(rows, name, path, config)\n", "clean_that_is_killed"),
         ("workers outlive a killed parent", "multiprocessing.parent_process().join()", "time.sleep(20)",
