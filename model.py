@@ -871,18 +871,17 @@ class MoE(nn.Module):
         waited for when the generator goes on, and the tensors that live on: those with a gradient have to
         pass here, and `also` passes what the caller keeps. The driver returns them, or others that are equal.
         No grad-mode or autocast context may be open across a yield."""
-        # Route, and tell the other ranks how many tokens they will get; meanwhile, a row for each pair
+        # Route, and tell the other ranks how many tokens they will get
         h = self.ops.recompute("norm", self.norm, parameters_of(self.norm), x)
         index, weight, balance = self.route(h)
         order, counts = self.sort(index)
         trip = self.ops.exchange(counts)
         token = order // index.shape[1]                                        # of each row: (N·k,)
-        rows = Spread.apply(h.flatten(0, 1), token)                            # (N·k, C)
         weight = weight.flatten()[order, None].to(h.dtype)                     # (N·k, 1)
-        h, rows, weight, balance, *also = yield "counts", (h, rows, weight, balance, *also)
+        h, weight, balance, *also = yield "counts", (h, weight, balance, *also)
 
-        # The shared expert, while tokens travel
-        moving = trip.dispatch(rows, weight)
+        # A row for each pair leaves; the shared expert, while they travel
+        moving = trip.dispatch(Spread.apply(h.flatten(0, 1), token), weight)
         shared = self.shared(h) if self.config.n_shared else 0.0
         moving, shared, balance, *also = yield "dispatch", (moving, shared, balance, *also)
 

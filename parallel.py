@@ -51,8 +51,12 @@ from kernels import (
 )
 
 RECOMPUTED = "norm", "act", "mla"        # what mesh.recompute may name: see Savings
-MIB = 1 << 20
 STORED_IN_FP8 = "expert_up", "act"       # what mesh.fp8 may name
+
+
+def names(text):
+    """"a, b" → {"a", "b"}"""
+    return {name.strip() for name in text.split(",")} - {""}
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class MeshConfig:
     ep: int = 1                  # ranks that divide the experts among them
     overlap: bool = False        # tokens travel to experts while another micro-batch computes   [§2.4.2]
     recompute: str = ""          # norm,act,mla: what the backward makes again instead of storing it [§2.4.3]
-    fp8: str = ""                # expert_up,act: inputs of matmuls and activations that are stored in FP8
+    fp8: str = ""                # expert_up,act: inputs of experts and activations that are stored in FP8;
+                                 # act is then recomputed
     offload: bool = False        # the rest waits for its backward in the memory of the host     [§2.4.3]
     timeout: float = 600.0       # seconds that a collective waits for a rank; saving has to take less
 
@@ -76,7 +81,7 @@ class MeshConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: must be at least 1")
         for name, known in (("recompute", RECOMPUTED), ("fp8", STORED_IN_FP8)):
-            unknown = set(filter(None, getattr(self, name).split(","))) - set(known)
+            unknown = names(getattr(self, name)) - set(known)
             if unknown:
                 raise ValueError(f"mesh.{name}={getattr(self, name)}: have {', '.join(known)}, not "
                                  f"{listed(sorted(unknown))}")
@@ -1140,16 +1145,11 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=N
             del live[at]
 
     def backward(act):
-        # What is recomputed has been recorded once.
         run = live[act.micro, act.chunk]
-        if "mla" in savings.recomputed:
-            chunks[act.chunk].count(False)
         if act.left == parts[act.chunk] - 1:
             begin_backward(act, run)
         else:
             run.backward_before()
-        if "mla" in savings.recomputed:
-            chunks[act.chunk].count(True)
         if act.left == 0:
             del live[act.micro, act.chunk]
             if act.chunk > 0:
@@ -1191,7 +1191,8 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=N
             if act.op == "F":
                 forward(act)
             if act.op == "B":
-                backward(act)
+                with savings.unrecorded(chunks[act.chunk]):
+                    backward(act)
             if act.op == "W" or act.op == "B" and act.left == 0 and not split:
                 savings.compute(at)
             if act.op == "R":
@@ -1222,15 +1223,15 @@ class SavedLinear(torch.autograd.Function):
         ctx.savings = savings
         ctx.at = savings.at
         ctx.ends = ends
-        ctx.h = Tiles(savings, h) if fp8 else savings.pack(h.detach())
         ctx.weights = weights                      # themselves: through hooks, autograd returns aliases
+        if any(ctx.needs_input_grad[4:]):
+            ctx.h = Tiles(savings, h) if fp8 else savings.pack(h.detach())
         return linears(h, weights, ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         weights = ctx.weights
-        kept, ctx.h = ctx.h, None
 
         # By h. The sum begins with the last, as autograd's does.
         dh = None
@@ -1240,12 +1241,15 @@ class SavedLinear(torch.autograd.Function):
                 dh = part if dh is None else dh + part
 
         # By the weights: in W, or now
-        if ctx.savings.split:
-            ctx.savings.leave_to_w(ctx.at, weights, kept, gradients, ctx.ends)
-            return None, None, None, dh, *(None for _ in weights)
-        h = opened(kept)
-        dw = [weight_gradient(w, g, h, ctx.ends) if w.requires_grad else None
-              for w, g in zip(weights, gradients)]
+        dw = [None for _ in weights]
+        if any(ctx.needs_input_grad[4:]):
+            kept, ctx.h = ctx.h, None
+            if ctx.savings.split:
+                ctx.savings.leave_to_w(ctx.at, weights, kept, gradients, ctx.ends)
+            else:
+                h = opened(kept)
+                dw = [weight_gradient(w, g, h, ctx.ends) if w.requires_grad else None
+                      for w, g in zip(weights, gradients)]
         return None, None, None, dh, *dw
 
 
@@ -1257,25 +1261,28 @@ def weight_gradient(w, g, h, ends):
 
 
 # ---- activations that fit ----------------------------------------------------------------------------------
-# Four ways to keep less memory occupied between a forward and its backward. Each works wherever something is
-# saved; where several meet, the first of them counts.                                      [Kimi K2 §2.4.3]
+# Three ways to occupy less memory between a forward and its backward.                      [Kimi K2 §2.4.3]
 #
-#   recompute   a result that is cheap to make is not stored. Whoever saves it for the backward gets a recipe
+#   recompute   a result that is cheap to make is not stored: whoever saves it for the backward gets a recipe
 #   fp8         E4M3 with a scale for every 128 values: 1 + 4/128 bytes a value. Nothing is computed in FP8
-#   offload     what is left waits in the memory of the host (`Host`)
-#   split       saves no memory, but decides when a matmul's input is last needed: by W instead of B
+#   offload     what is stored waits in the memory of the host (`Host`)
+#
+# They compose: what is recomputed is not stored, its inputs may be stored in FP8, and whatever is stored may
+# go to the host.
 
 class Savings:
     """The operations `linear`, `attention` and `recompute` of a model (model.Ops), and the hooks under which
     its forwards run. One object serves all chunks of a rank.
 
-    recomputed: norm, what is in front of a matmul: a norm, or heads side by side; and the norm of a mixture
-                act, activation × up, and what else is in front of a down-projection
+    recomputed: norm, whatever is in front of a matmul but not of a down-projection: norms, heads side by
+                side, a router's float32 copy. Not the last norm, nor those of queries and keys
+                act, what is in front of a down-projection: activation × up
                 mla, queries, keys and values of latent attention from its latents; on a CPU, where torch's
                 kernel may keep T×T maps, all of its attention
     fp8:        expert_up, the rows that experts are sent
-                act, the inputs of activations; these are then recomputed
-    split:      leave the gradients of weights to W. It recomputes norm and act in any case."""
+                act, the inputs of activations, which are then recomputed
+    offload:    copy what is kept to the host
+    split:      leave the gradients of weights to W. Norm and act are then recomputed in any case"""
 
     def __init__(self, split=False, recomputed=(), fp8=(), offload=False):
         self.split = split
@@ -1292,6 +1299,9 @@ class Savings:
     def begin(self, plan, chunks, device, meter=None):
         """Before a plan is run."""
         self.meter = meter
+        self.making = False                        # the plan before may have failed half-way
+        self.queue.clear()
+        self.made.clear()
         self.exempt = {t.untyped_storage()._cdata for chunk in chunks
                        for t in (*chunk.parameters(), *chunk.buffers())}
         if self.host:
@@ -1307,6 +1317,18 @@ class Savings:
         """After act number i."""
         if self.host:
             self.host.leave(i)
+
+    @contextlib.contextmanager
+    def unrecorded(self, chunk):
+        """The context of a backward: attention that runs again does not record its logits again."""
+        again = "mla" in self.recomputed
+        if again:
+            chunk.count(False)
+        try:
+            yield
+        finally:
+            if again:
+                chunk.count(True)
 
     # What is kept
 
@@ -1431,9 +1453,11 @@ class Recipe:
             self.inputs = [opened(kept).detach().requires_grad_(needed)
                            for kept, needed in zip(self.x, self.needs_gradient)]
             self.savings.making = True
-            with torch.enable_grad(), self.savings.watch():
-                results = self.f(*self.inputs)
-            self.savings.making = False
+            try:
+                with torch.enable_grad(), self.savings.watch():
+                    results = self.f(*self.inputs)
+            finally:
+                self.savings.making = False
             self.results = results if isinstance(results, tuple) else (results,)
             self.kept = [self.savings.keep(t, "made again") for t in self.results]
         return self.results
@@ -1526,13 +1550,14 @@ class Host:
 
     On a GPU a copy runs on a stream of its own, and events order it in both directions: it begins when the
     computation that fills its source, or still reads the memory of its target, is done; and the computation
-    waits for its end before it reads the target, or reuses the memory of the source. The buffers are pinned,
-    taken once, and reused. On a CPU the same code copies within its memory."""
+    waits for its end before it reads the target, or reuses the memory of the source. The host's memory is
+    pinned, taken once in blocks, and reused. On a CPU the same code copies within its memory."""
 
     SMALLEST = 1 << 16           # bytes; what is smaller stays, since a copy takes about 10 µs        [ours]
+    BLOCK = 1 << 25              # bytes; a power of two, since torch rounds pinned memory up to one   [ours]
 
     def __init__(self):
-        self.free = []                             # buffers, each with the event of its last copy
+        self.free = []                             # blocks
         self.out = self.back = None                # streams
 
     def begin(self, plan, device, keep):
@@ -1581,35 +1606,55 @@ class Host:
             do(cargo)
 
     def send(self, cargo):
-        """Begin to copy out."""
+        """Begin to copy out: into as many blocks as it takes, one storage behind the other."""
         boxes = cargo.boxes.values()
-        cargo.buffer = self.take(sum(box.data.numel() for box in boxes))
-        start = 0
+        pairs = []
+        room = 0
         for box in boxes:
-            stop = start + box.data.numel()
-            box.place = cargo.buffer.memory[start:stop]
-            start = stop
-        pairs = [(box.place, box.data) for box in boxes]
-        cargo.copied = self.copy(self.out, pairs, cargo.buffer.copied)
+            for data in self.cut(box.data, room):
+                if room == 0:
+                    cargo.blocks.append(self.free.pop() if self.free else Block(self.new_block()))
+                    room = self.BLOCK
+                start = self.BLOCK - room
+                place = cargo.blocks[-1].memory[start:start + len(data)]
+                room -= len(data)
+                box.places.append(place)
+                pairs.append((place, data))
+        cargo.copied = self.copy(self.out, pairs, [block.busy for block in cargo.blocks])
 
         # The memory on the device is held until `release`.
         cargo.leaving = [(box.data, box.kept) for box in boxes]
         for box in boxes:
             box.data = box.kept = None
 
+    def cut(self, data, room):
+        """The bytes of a storage in pieces: the first fills `room` bytes, the others a block each."""
+        first = min(room, len(data))
+        return [piece for piece in (data[:first], *data[first:].split(self.BLOCK)) if len(piece)]
+
+    def new_block(self):
+        return torch.empty(self.BLOCK, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
     def fetch(self, cargo):
         """Begin to copy back."""
-        boxes = cargo.boxes.values()
-        for box in boxes:
-            box.data = torch.empty(box.place.numel(), dtype=torch.uint8, device=self.device)
+        pairs = []
+        for box in cargo.boxes.values():
+            sizes = [len(place) for place in box.places]
+            box.data = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
             box.kept = self.keep(box.data, box.name)
-        pairs = [(box.data, box.place) for box in boxes]
-        cargo.copied = cargo.buffer.copied = self.copy(self.back, pairs, cargo.copied)
+            pairs += zip(box.data.split(sizes), box.places)
+            box.places = []
+        cargo.copied = self.copy(self.back, pairs, [cargo.copied])
+
+        # The blocks may be written again as soon as they are read.
+        for block in cargo.blocks:
+            block.busy = cargo.copied
+        self.free += cargo.blocks
         cargo.boxes = {}
-        self.free.append(cargo.buffer)
+        cargo.blocks = []
 
     def copy(self, stream, pairs, after):
-        """Copy (target, source) pairs, after the event `after` → the event of their end. None: on a CPU."""
+        """Copy (target, source) pairs, after the events `after` → the event of their end. On a CPU None."""
         if stream is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -1618,9 +1663,8 @@ class Host:
         # What the computation has queued so far. Asked in the stream's context, this would be the stream's.
         queued = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(stream):
-            stream.wait_event(queued)
-            if after:
-                stream.wait_event(after)
+            for event in {queued, *after} - {None}:
+                stream.wait_event(event)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
             return stream.record_event()
@@ -1635,27 +1679,17 @@ class Host:
         self.wait(cargo)
         cargo.leaving = ()
 
-    def take(self, size):
-        """A buffer of at least `size` bytes: of the free ones, the smallest that is large enough."""
-        fitting = [buffer for buffer in self.free if buffer.memory.numel() >= size]
-        if fitting:
-            buffer = min(fitting, key=lambda buffer: buffer.memory.numel())
-            self.free.remove(buffer)
-            return buffer
 
-        # A new one in place of one that is too small, with room for a few more tokens
-        if self.free:
-            self.free.remove(max(self.free, key=lambda buffer: buffer.memory.numel()))
-        size = -(-(size + size // 8) // MIB) * MIB
-        pinned = self.device.type == "cuda"
-        return Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+def blocks_of(size):
+    """The bytes of the host's memory that so many bytes of activations take."""
+    return -(-size // Host.BLOCK) * Host.BLOCK
 
 
 @dataclass(eq=False)
-class Buffer:
+class Block:
     """Memory of the host."""
     memory: torch.Tensor             # bytes
-    copied: object = None            # the event at the end of its last copy
+    busy: object = None              # until this event, or None
 
 
 @dataclass(eq=False)
@@ -1664,16 +1698,16 @@ class Box:
     name: str                        # that a Meter counts it under
     data: torch.Tensor = None        # its bytes on the device; None while it is away
     kept: object = None              # what a Meter counts of them
-    place: torch.Tensor = None       # its bytes on the host
+    places: list = field(default_factory=list)     # its bytes on the host, in pieces
 
 
 @dataclass(eq=False)
 class Cargo:
     """What the forward of a micro-batch in a chunk has saved."""
     boxes: dict = field(default_factory=dict)      # storage: Box
-    buffer: Buffer = None
+    blocks: list = field(default_factory=list)     # of the host's memory
     leaving: list = ()                             # memory on the device that is copied out
-    copied: object = None                          # the event at the end of the last copy
+    copied: object = None                          # the event at the end of its last copy
 
 
 class Boxed:
@@ -1803,7 +1837,7 @@ def held_by(chunk, x, targets, savings, last, dtype=None, cut=False):
     kept.clear()
     roots.clear()
     queued = meter.now.total()
-    savings.queue.clear()
+    savings.queue.clear()                          # while the meter is there to be told
     return Held(forward, more, queued, leaves, shares)
 
 
@@ -1824,8 +1858,8 @@ def predicted_peak(plan, held, boundary, mesh_size, sends_stay, offload=False):
         leaves = held(plan[absence.out]).leaves
         back[absence.back] += leaves
         left[absence.freed] += leaves
-        on_host[absence.out] += leaves
-        on_host[absence.needed] -= leaves
+        on_host[absence.out] += blocks_of(leaves)
+        on_host[absence.back] -= blocks_of(leaves)
 
     for i, act in enumerate(plan):
         live += back[i]
@@ -1959,7 +1993,9 @@ class Exchange:
         expert = expert.repeat_interleave(self.received, output_size=len(moving))
         self.order = expert.argsort(stable=True)
         rows = Arrive.apply(moving, self.out)[self.order]
-        return rows[:, :-1].contiguous(), rows[:, -1:], self.received.view(n, -1).sum(0)
+
+        # Both are copies: a view of either would keep all of the rows for its backward.
+        return rows[:, :-1].contiguous(), rows[:, -1:].clone(), self.received.view(n, -1).sum(0)
 
     def combine(self, rows):
         """The experts' outputs (N, C) leave, in the order in which their tokens arrived."""

@@ -5249,7 +5249,8 @@ def memory_of_ranks(rank, folder):
                 tolist, syncs = torch.Tensor.tolist, []
                 torch.Tensor.tolist = lambda t: syncs.append(t) or tolist(t)
                 trip = parallel.Exchange(mesh, torch.tensor([20, 20]))
-                here = trip.arrive(trip.dispatch(rows * 1, torch.ones(40, 1)))[0]
+                here, weight, _ = trip.arrive(trip.dispatch(rows * 1, torch.ones(40, 1)))
+                assert weight.untyped_storage().nbytes() == weight.nbytes, "a view would keep all rows"
                 home = trip.home(trip.combine(here))
                 torch.Tensor.tolist = tolist
                 assert len(syncs) == 1, "the host waits for a GPU once an exchange, for the counts"
@@ -5377,6 +5378,31 @@ def test_latent_attention_is_recomputed_from_its_latents(monkeypatch):
     assert all(torch.equal(found[1][name], g) for name, g in plain[1].items())
 
 
+def test_a_step_that_fails_leaves_nothing_for_the_next(monkeypatch):
+    """An exception in the middle of a backward, while something is made again."""
+    options = dict(split=True, recomputed=parallel.RECOMPUTED, offload=True)
+    _, gradients, *_, savings = saving(VARIANTS["k2"], monkeypatch, **options)
+    f, left = parallel.GroupedLinear.by_input, [5]
+
+    def fails(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            savings.making = True                                  # as in Recipe.make, where this may happen
+            raise RuntimeError("no memory")
+        return f(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel.GroupedLinear, "by_input", staticmethod(fails))
+        patch.setattr(parallel, "Savings", lambda **_: savings)
+        with pytest.raises(RuntimeError, match="no memory"):
+            saving(VARIANTS["k2"], monkeypatch, **options)
+    assert savings.queue
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "Savings", lambda **_: savings)
+        _, found, *_ = saving(VARIANTS["k2"], monkeypatch, **options)
+    assert all(torch.equal(found[name], g) for name, g in gradients.items())
+
+
 def test_views_of_recomputed_results_have_their_places():
     """A part, a transpose and a flat view of a result are saved; the result is made again once for all."""
     savings, calls = parallel.Savings(recomputed=["norm"]), []
@@ -5451,11 +5477,12 @@ def test_gradients_with_fp8_stay_within_a_bound(name, monkeypatch):
 def test_activations_wait_on_the_host_and_come_back_in_time(monkeypatch):
     """What a forward saves is on the device until the end of the next act, and again from one act ahead of
     its backward on. A storage travels once, however many views of it are saved; parameters and small tensors
-    stay. Forwards whose backwards follow soon keep everything. Buffers are taken once."""
+    stay. Forwards whose backwards follow soon keep everything. The host's memory is taken once."""
     assert [len(parallel.absences(plan)) for plan in parallel.one_f_one_b(4, 8)] == [8, 6, 0, 0]
     plan = parallel.gpipe(1, 5)[0]
     assert parallel.absences(plan) == {(k, 0): (k, k + 1, k + 4, k + 5) for k in range(5)}
     monkeypatch.setattr(parallel.Host, "SMALLEST", 100)
+    monkeypatch.setattr(parallel.Host, "BLOCK", 150)               # so that a storage lies in three of them
     savings, weight = parallel.Savings(offload=True), torch.nn.Linear(10, 10)
     for step in range(2):
         meter = parallel.Meter()
@@ -5480,16 +5507,17 @@ def test_activations_wait_on_the_host_and_come_back_in_time(monkeypatch):
         on_device = [1, 2, 2, 2, 3, 2, 1, 1, 1, 0]
         assert during == [400 * a + 12 * b for a, b in zip(on_device, in_flight)] and not meter.entries
         if step == 0:
-            buffers = {*savings.host.free}
-        assert {*savings.host.free} == buffers and len(buffers) == 4
+            blocks = {*savings.host.free}
+        assert {*savings.host.free} == blocks and len(blocks) == 4 * 3
 
 
 @pytest.mark.parametrize("recipe", ["laptop", "laptop-k2"])
 def test_activations_that_are_saved_are_predicted_too(recipe, monkeypatch):
-    """Within 2%, on the device and on the host, with five micro-batches in flight."""
+    """Within 2% on the device and 5% on the host, with five micro-batches in flight."""
     sizes = []
-    take = parallel.Host.take
-    monkeypatch.setattr(parallel.Host, "take", lambda self, size: sizes.append(size) or take(self, size))
+    new_block = parallel.Host.new_block
+    monkeypatch.setattr(parallel.Host, "BLOCK", 1 << 18)
+    monkeypatch.setattr(parallel.Host, "new_block", lambda self: sizes.append(self.BLOCK) or new_block(self))
     every = dict(recompute="norm,act,mla", fp8="expert_up,act", offload=True)
     if recipe == "laptop":
         every = dict(recompute="norm,act", fp8="act", offload=True)
@@ -5502,7 +5530,7 @@ def test_activations_that_are_saved_are_predicted_too(recipe, monkeypatch):
         found, counts = metered(config, parallel.Mesh())
         (predicted, on_host), = train.activations(config, 1, False, counts)
         assert predicted == pytest.approx(found.total(), rel=0.02), (options, found)
-        assert on_host == pytest.approx(sum(sizes), rel=0.02)
+        assert on_host == pytest.approx(sum(sizes), rel=0.05)
         peaks.append(found.total())
     assert peaks[0] > 1.2 * peaks[1] and peaks[1] > 1.2 * peaks[2] and peaks[2] > 1.2 * peaks[3], peaks
 

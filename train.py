@@ -123,10 +123,10 @@ class Config:
             (not self.compile or not (self.mesh.recompute or self.mesh.fp8 or self.mesh.offload),
              "compile=true: not with mesh.recompute, mesh.fp8 or mesh.offload; a compiled layer decides on "
              "its own what it keeps for the backward"),
-            ("mla" not in self.mesh.recompute or self.model.kv_rank,
+            ("mla" not in parallel.names(self.mesh.recompute) or self.model.kv_rank,
              f"mesh.recompute={self.mesh.recompute}: the model has no latent attention that mla could "
              "recompute"),
-            ("expert_up" not in self.mesh.fp8 or self.model.n_expert,
+            ("expert_up" not in parallel.names(self.mesh.fp8) or self.model.n_expert,
              f"mesh.fp8={self.mesh.fp8}: the model has no experts whose inputs expert_up could store"),
             (self.tokens >= self.step_tokens,
              f"tokens={self.tokens} is less than one step: {self.batch} windows of {self.model.context} "
@@ -1406,7 +1406,8 @@ def savings_of(config):
     mesh = config.mesh
     if not (mesh.split or mesh.recompute or mesh.fp8 or mesh.offload):
         return None
-    return parallel.Savings(mesh.split, mesh.recompute.split(","), mesh.fp8.split(","), mesh.offload)
+    return parallel.Savings(mesh.split, parallel.names(mesh.recompute), parallel.names(mesh.fp8),
+                            mesh.offload)
 
 
 def ops_of(savings, exchange):
@@ -1611,7 +1612,7 @@ def activations(config, world, gpu, counts=None):
             got = sum(counts or [len(moving)])
             self.order = torch.zeros(got, dtype=torch.int64, device=moving.device)
             rows = moving[self.order]
-            return rows[:, :-1].contiguous(), rows[:, -1:], Routed((got,))
+            return rows[:, :-1].contiguous(), rows[:, -1:].clone(), Routed((got,))
 
         def combine(self, rows):
             return rows[torch.zeros_like(self.order)]

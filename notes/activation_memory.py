@@ -57,8 +57,8 @@ def step(model, config, device, dtype=None):
 
 
 def bytes_on_host(savings):
-    """The buffers that were taken for what is offloaded."""
-    return sum(buffer.memory.nbytes for buffer in savings.host.free) if savings and savings.host else 0
+    """The memory of the host that was taken for what is offloaded."""
+    return sum(block.memory.nbytes for block in savings.host.free) if savings and savings.host else 0
 
 
 def resident(what):
@@ -195,7 +195,8 @@ def show(rows):
     for name in others:
         pairs = [100 * (b / a - 1) for a, b in zip(ends[base], ends[name])]
         table.append((name, _note.spread(ends[name], 4), len(ends[name]), _note.spread(pairs, 2)))
-    whole = f"Kimi K2, weights and gradients of the whole model: {by_kind['K2']['all'][0]['whole'] / 1e12:.2f} TB."
+    whole = by_kind["K2"]["all"][0]["whole"] / 1e12
+    whole = f"Kimi K2, weights and gradients of the whole model: {whole:.2f} TB."
     return figure, [*_note.table(*lines), "", whole, "", *_note.table(*k2), "", *_note.table(*table)]
 
 
