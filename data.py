@@ -2021,7 +2021,7 @@ def work_as_told():
 def run_workers(plan, workers, sizes):
     """Run worker processes and print their progress. Raises ValueError if one fails.
 
-    They are started afresh, without torch: about 100 MB each, and safe beside threads of this process.
+    They are started afresh, without torch: about 130 MB each, and safe beside threads of this process.
     sizes {stem: bytes of the file}: those to be made."""
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     count = 1 if plan.budget else min(workers or cores, len(sizes))
