@@ -156,11 +156,12 @@ def show(rows):
     # One process
     lines = [("savings", "MB by meter", "predicted", "MB of the process", "MB on the host",
               "time of a step over none")]
-    for name, (row,) in by_kind["CPU"].items():
+    names = [name for name in SAVINGS if name in by_kind["CPU"]]
+    for name in names:
+        row, = by_kind["CPU"][name]
         lines.append((name, f"{row['meter'] / 1e6:.1f}", f"{row['predicted'] / row['meter']:.3f}",
                       f"{row['process'] / 1e6:.0f}", f"{row['host'] / 1e6:.0f}" if row["host"] else "–",
                       f"{row['ratio']:.2f} ({row['least']:.2f}–{row['most']:.2f})"))
-    names = list(by_kind["CPU"])
     bars.barh(names, [by_kind["CPU"][name][0]["meter"] / 1e6 for name in names])
     bars.invert_yaxis()
     bars.set(title="laptop-k2, CPU: MB kept", xlabel="MB")
@@ -178,7 +179,7 @@ def show(rows):
                    f"{total / 1e9:.1f}"))
         stages.plot([row["stage"] for row in some], [row["activations"] / 1e9 for row in some], label=name)
     _note.log_y(stages)
-    stages.set(title="Kimi K2: GB of activations a GPU", xlabel="stage")
+    stages.set(title="Kimi K2: GB of activations a GPU", xlabel="stage", xticks=range(0, 16, 5))
     stages.legend()
 
     # Losses
@@ -188,13 +189,17 @@ def show(rows):
         last = {row["seed"]: row["bpb"] for row in by_kind["loss"][name]}
         ends[name] = [last[seed] for seed in sorted(last)]
     losses.set(title="laptop-k2: bits/byte", xlabel="tokens")
+    losses.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:.0f}k")
     losses.legend()
     table = [("stored", "bits/byte at the end", "seeds", "change against the same seeds, %")]
     base, *others = ends
     table.append((base, _note.spread(ends[base], 4), len(ends[base]), "–"))
     for name in others:
         pairs = [100 * (b / a - 1) for a, b in zip(ends[base], ends[name])]
-        table.append((name, _note.spread(ends[name], 4), len(ends[name]), _note.spread(pairs, 2)))
+        visible = ""
+        if len(pairs) > 1:
+            visible = f"; ± {2 * statistics.stdev(pairs) / len(pairs) ** 0.5:.2f} could be seen"
+        table.append((name, _note.spread(ends[name], 4), len(ends[name]), _note.spread(pairs, 2) + visible))
     whole = by_kind["K2"]["all"][0]["whole"] / 1e12
     whole = f"Kimi K2, weights and gradients of the whole model: {whole:.2f} TB."
     return figure, [*_note.table(*lines), "", whole, "", *_note.table(*k2), "", *_note.table(*table)]
