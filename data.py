@@ -34,10 +34,10 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import operator
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -48,7 +48,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -231,7 +231,7 @@ def digest(path, record):
 
     # Record the digest only if the file did not change meanwhile.
     record.pop(name, None)
-    if now == stamp(path) and time.time_ns() - now[1] > 2e9:
+    if now == stamp(path) and abs(time.time_ns() - now[1]) > 2e9:
         record[name] = [*now, hashed]
     return hashed
 
@@ -272,10 +272,11 @@ def mix(x):
 
 LARGE = 256_000_000              # bytes of text that are held in memory; more is streamed
 PIECE = 1_000_000                # bytes; a streamed text file of more than 16 pieces is cut into them
-LONGEST_ROW = 64_000_000         # bytes of a record
+LONGEST_ROW = 16_000_000         # bytes of a record of streamed text
 PACKED = ".gz", ".zst", ".zstd"
 REPORT = "report.json"           # beside clean text
 KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
+NO_MEMORY = "a worker was killed, probably for memory: fewer --workers"
 BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
 
 
@@ -314,7 +315,7 @@ def find_source(name, path, config):
     else:
         kind, root = "", path
         files, left_out = own_files(name, root)
-        traps = beside_tables(name, root, files)
+        traps = beside_tables(name, root, files, config)
     for file, why in traps.items():
         left_out[why].append(file)
     files = [file for file in files if file not in traps]
@@ -326,21 +327,45 @@ def find_source(name, path, config):
     with reading(name):
         size = sum(os.stat(file).st_size * (4 if str(file).lower().endswith((*PACKED, ".parquet")) else 1)
                    for file in files)
+    budget, of_bytes = parse_budget(config.budget)
+    size = min(size, budget if of_bytes else budget * 50_000)    # a long document
     where = [c.said for c in parse_where(config.where) if c.domain in ("", name)]
     return Source(name, root, [str(file) for file in files], kind, ",".join(where), config.column,
-                  config.skip_bad, size > LARGE or bool(config.budget)), left_out
+                  config.skip_bad, size > LARGE), left_out
 
 
-def beside_tables(name, root, files):
-    """{file: why it is left out}: a folder of tables often has a README beside them. Raises ValueError if
-    there are different tables, which is a mistake."""
-    endings = {bare(file).rpartition(".")[2] for file in files} & {"csv", "parquet", "jsonl"}
+def twice(sources):
+    """A line for each two domains of the same published set of which one contains text of the other."""
+    for one, other in itertools.combinations([source for source in sources if source.kind], 2):
+        if one.kind != other.kind:
+            continue
+        files = [Path(file).absolute() for file in one.files + other.files]
+        base = Path(os.path.commonpath([file.parent for file in files]))
+        why = set(datasets().traps(one.kind, base, files).values())
+        if len(set(files)) < len(files):
+            why.add("the same files")
+        if why:
+            yield f"warning: {one.name} and {other.name} share text: {', '.join(sorted(why))}"
+
+
+def beside_tables(name, root, files, config):
+    """{file: why it is left out}: a folder of tables often has a README beside them. A folder of text is read
+    without the tables in it. Raises ValueError if there are different tables, which is a mistake."""
+    tables = [file for file in files
+              if bare(file).endswith((".csv", ".parquet")) or file.name.lower().endswith(PACKED[1:])]
+    others = [file for file in files if file not in set(tables)]
+
+    def about(file):                                             # the tables, and no text
+        source = Source(name, str(root), [], "", "", config.column, False, False)
+        return re.match("readme|licen[cs]e", file.name.lower()) or \
+            kind_of(file) == "json" and not holds_text(source, file)
+    if tables and not all(map(about, others)):
+        return {file: "a table beside text: name it on its own" for file in tables}
+    endings = {bare(file).rpartition(".")[2] for file in tables} & {"csv", "parquet", "jsonl"}
     if len(endings) > 1:
         raise ValueError(f"files: {name}={root} mixes .{' and .'.join(sorted(endings))}: give each a name of "
                          "its own")
-    if not endings & {"csv", "parquet"} and not any(str(file).lower().endswith(PACKED[1:]) for file in files):
-        return {}
-    return {file: "beside the data" for file in files if file.name.lower().endswith((".txt", ".md", ".json"))}
+    return dict.fromkeys(others, "beside the data") if tables else {}
 
 
 def bare(file):
@@ -409,8 +434,8 @@ def reading(name):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text "
-                         "file, a .jsonl, or a folder of them") from None
+        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a "
+                         f"file that ends in {' '.join(KINDS)}, or a folder of them") from None
 
 
 def from_notes(module, what):
@@ -469,8 +494,8 @@ def rows(name, path, config):
         raise ValueError(f"files: {name}={path} is empty; give text in UTF-8{reasons({}, total)}")
 
     # One line: what was read, and for each reason the number and the first names left out.
-    print(f"{name}={path}: {read} file{'s' * (read != 1)}, {documents:,} document{'s' * (documents != 1)}, "
-          f"{size:,} bytes{columns(source)}{reasons(left_out, total)}")
+    print(f"{name}={path}: {several(read, 'file')}, {several(documents, 'document')}, {size:,} bytes"
+          f"{columns(source)}{reasons(left_out, total)}")
 
 
 def columns(source):
@@ -496,9 +521,14 @@ def reasons(left_out, counts):
         examples = [Path(file).name for file in skipped[:3]] + ["..."] * (len(skipped) > 3)
         if skipped:
             found.append(f"{len(skipped)} {why} ({', '.join(examples)})")
-    found += [f"{n:,} {'row' + 's' * (n != 1)} {why}" for why, n in counts.items()
+    found += [f"{several(n, 'row')} {why}" for why, n in counts.items()
               if n and why not in ("rows", "at", "without a `text`")]
     return f"; left out: {', '.join(found)}" if found else ""
+
+
+def several(n, what):
+    """"1 file", "1,000 files"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def fields_there(source, file):
@@ -533,7 +563,9 @@ def rows_of_file(source, file, counts):
         quality = datasets().SETS[source.kind].quality if source.kind else ""
         where = [c._replace(field=quality) if quality and c.field == "quality" else c for c in where]
         unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
-        first = True
+        limit = LONGEST_ROW if source.large else LARGE
+        missing = {c.field: {} for c in where}                   # fields not seen yet: what is there instead
+        judged = 0
         for number, record in records(source, file, kind, counts, {c.field for c in where}):
             counts["rows"] += 1
             try:
@@ -545,20 +577,36 @@ def rows_of_file(source, file, counts):
                     raise bad_row(source, file, unit, number, record, error) from None
                 counts["bad"] += 1
                 continue
+            if len(text) > limit // 4 and len(text.encode()) > limit:
+                raise ValueError(f"files: {file}, {unit} {number} is longer than {limit // 10 ** 6} MB")
 
-            # Blank documents do not count. Each row is counted by the first condition that it fails.
+            # Blank documents do not count. All conditions are looked at, so that an unknown field shows; a
+            # row is counted by the first that it fails.
             if not text.strip():
                 counts["blank"] += 1
                 continue
             if source.kind == "txt360":
                 record["bucket"] = Path(file).parent.name
-            failed = next((c for c in where if not holds(c, record, file, first)), None)
-            first = False
+            judged += 1
+            failed = []
+            for c in where:
+                there, value = look_up(record, c.field)
+                if there:
+                    missing.pop(c.field, None)
+                elif c.field in missing and len(missing[c.field]) < 100:
+                    missing[c.field].update(dict.fromkeys(value))
+                if not (there and holds(c, value, file, kind)):
+                    failed.append(c.said)
             if failed:
-                counts[f"not {failed.said}"] += 1
+                counts[f"not {failed[0]}"] += 1
             else:
                 together = str(record.get("split_with", ""))
                 yield Row(text, file, number, together if re.fullmatch("[0-9a-f]{16}", together) else "")
+
+        # No row met a condition on such a field.
+        for field, names in missing.items():
+            if judged:
+                raise ValueError(f"where: {file} has no field {field!r}; it has: {listed(names)}")
 
 
 def bad_row(source, file, unit, number, record, error):
@@ -582,9 +630,12 @@ def listed(names):
 # ---- sources: formats --------------------------------------------------------------------------------------
 
 def kind_of(file):
-    """How a file is parsed, judged by its name: "text", "jsonl", "json" or "csv". A parquet file and
-    compression are known by their first bytes."""
+    """How a file is parsed: "text", "jsonl", "json" or "csv", by its name; by its first line if the name only
+    says that it is compressed. A parquet file and compression are known by their first bytes."""
     suffix = bare(file).rpartition(".")[2]
+    if not bare(file).endswith(KINDS) and str(file).lower().endswith(PACKED):
+        with unpacked(file) as (stream, _), contextlib.suppress(*BAD_RECORD):
+            return "jsonl" if isinstance(json.loads(stream.readline(LONGEST_ROW)), dict) else "text"
     return suffix if suffix in ("jsonl", "json", "csv") else "text"
 
 
@@ -613,12 +664,12 @@ def records(source, file, kind, counts, fields=()):
         has_columns(source, file, table.schema_arrow.names, fields)
         yield from datasets().parquet_records(table, file, source.column, fields, counts)
         return
-    limit = 16 * PIECE if source.large else LARGE
+    limit = LONGEST_ROW if source.large else LARGE
     if kind == "json":
         # An array of records or a single one. If it does not parse as a whole, it is read as .jsonl.
         with unpacked(file) as (stream, _):
-            raw = stream.read(max(limit, LONGEST_ROW) + 1)
-        long = len(raw) > max(limit, LONGEST_ROW)
+            raw = stream.read(limit + 1)
+        long = len(raw) > limit
         if long and raw.lstrip().startswith(b"["):
             raise ValueError(f"files: {file} is too long for an array in one piece: write it as .jsonl, a "
                              "record on each line")
@@ -628,25 +679,26 @@ def records(source, file, kind, counts, fields=()):
             return
     with unpacked(file) as (stream, raw):
         if kind == "text":
-            found = pieces(file, stream, limit)
+            found = pieces(file, stream, 16 * PIECE if source.large else LARGE)
         elif kind == "csv":
+            csv.field_size_limit(limit)
             found = csv_records(source, file, stream, fields)
         else:
-            found = lines(file, stream)
+            found = lines(file, stream, limit)
         for number, record in found:
             if number % 64 == 0 or kind == "text":
                 counts["at"] = raw.tell()
             yield number, {source.column: record} if kind == "text" else record
 
 
-def lines(file, stream):
+def lines(file, stream, limit):
     """(number, line) of each line that is not blank."""
     for number in itertools.count(1):
-        line = stream.readline(LONGEST_ROW + 1)
+        line = stream.readline(limit + 1)
         if not line:
             return
-        if len(line) > LONGEST_ROW:
-            raise ValueError(f"files: {file}, line {number} is longer than {LONGEST_ROW // 10 ** 6} MB")
+        if len(line) > limit:
+            raise ValueError(f"files: {file}, line {number} is longer than {limit // 10 ** 6} MB")
         if line.strip():
             yield number, line
 
@@ -690,21 +742,24 @@ def pieces(file, stream, limit):
         return
     number = start = 0
     while rest:
-        # Cut after a line; in a line without end, before the first byte of a character.
-        cut = rest.rfind(b"\n", 0, PIECE) + 1 or min(PIECE, len(rest))
+        # Cut after a line; in a line without end, before the first byte of a character. The last two pieces
+        # share what is left.
+        size = min(PIECE, (len(rest) + 1) // 2) if len(rest) > PIECE else len(rest)
+        cut = len(rest)
+        if size < cut:
+            cut = rest.rfind(b"\n", size // 2, size) + 1 or size
         while cut < len(rest) and rest[cut] & 0xC0 == 0x80 and cut > 1:
             cut -= 1
         number += 1
         yield number, read_text(file, rest[:cut], start)
         start += cut
         rest = rest[cut:]
-        if len(rest) <= PIECE:
-            rest += stream.read(PIECE + 1)
+        if len(rest) <= 2 * PIECE:
+            rest += stream.read(2 * PIECE)
 
 
 def csv_records(source, file, stream, fields):
     """(number, {column: value}) of a .csv file with a header; the header is not counted."""
-    csv.field_size_limit(LONGEST_ROW)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     table = csv.reader(text, strict=True)
     number = 0
@@ -756,6 +811,7 @@ class Condition(NamedTuple):
     said: str                    # without the domain
 
 
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
 SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, "=": operator.eq,
          ">": operator.gt, "<": operator.lt}
 
@@ -772,32 +828,35 @@ def parse_where(text):
     return found
 
 
-def holds(condition, record, file, first):
-    """Whether a record meets a condition. A field that is missing or null meets none.
-
-    Raises ValueError if the first record of the file lacks the field, or the types differ."""
+def look_up(record, field):
+    """(True, the value of a field), or (False, the names that stand in its place)."""
     value = record
-    for part in condition.field.split(".") if condition.field not in record else [condition.field]:
+    for part in field.split(".") if field not in record else [field]:
         if not isinstance(value, dict) or part not in value:
-            if first:
-                raise ValueError(f"where: {file} has no field {condition.field!r}; it has: "
-                                 f"{listed(value if isinstance(value, dict) else record)}")
-            return False
+            return False, list(value if isinstance(value, dict) else record)
         value = value[part]
+    return True, value
+
+
+def holds(condition, value, file, kind):
+    """Whether a value meets a condition; null meets none. Numbers are compared as numbers; a table of .csv
+    has only strings, which count as numbers if both are. Raises ValueError if the types differ."""
     if value is None:
         return False
     wanted = condition.value
+    what = f"where: {condition.said}: {condition.field!r} is"
     if isinstance(value, bool):
-        value, wanted = str(value).lower(), wanted.lower()
+        if wanted.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{what} true or false in {file}")
+        wanted = wanted.lower() in ("true", "1")
     elif isinstance(value, (dict, list)):
-        raise ValueError(f"where: {condition.field!r} is not a number or a string in {file}")
-
-    # In a .csv every value is a string: it counts as a number where both are.
-    try:
-        value, wanted = float(value), float(wanted)
-    except (TypeError, ValueError):
-        if isinstance(value, (int, float)):
-            raise ValueError(f"where: {condition.said}: {condition.field!r} is a number in {file}") from None
+        raise ValueError(f"{what} not a number or a string in {file}")
+    elif hasattr(value, "__float__") or kind == "csv" and DECIMAL.fullmatch(value):
+        if DECIMAL.fullmatch(wanted):
+            value, wanted = float(value), float(wanted)
+        elif kind != "csv":
+            raise ValueError(f"{what} a number in {file}")
+    else:
         value = str(value)
     return SIGNS[condition.sign](value, wanted)
 
@@ -836,6 +895,7 @@ SHINGLE = 5                      # words
 BANDS, HASHES = 14, 8            # bands of a signature, values in a band
 SIMILAR = 0.9                    # (1)
 CLEAN_BATCH = 1 << 22            # characters of text that are signed at a time
+IN_FLIGHT = 32_000_000           # bytes of text that wait for workers or are with them
 COMPARED = 64                    # comparisons of a document, at most
 REMEMBERED = 256                 # members of a bucket that a document can meet
 KEPT, SHORT, EXACT, NEAR = range(4)
@@ -863,7 +923,8 @@ def spaced(plain):
     itself: there a shingle is 5 characters."""
     if plain.isascii():
         return plain
-    return " ".join(UNSPACED.sub(r" \g<0> ", plain).split())
+    blocks = (plain[i:i + 65536] for i in range(0, len(plain), 65536))     # the parts of one take memory
+    return re.sub("  +", " ", "".join(UNSPACED.sub(r" \g<0> ", block) for block in blocks)).strip()
 
 
 def about_tokens(words):
@@ -872,6 +933,7 @@ def about_tokens(words):
     return sum((len(piece.encode()) + 7) // 8 for piece in regex.findall(PATTERN, words))
 
 
+MANY_LETTERS = re.compile("[^ ]{257}")
 BASE = 0x9E3779B97F4A7C13                                        # odd: it has an inverse modulo 2⁶⁴
 INVERSE = pow(BASE, -1, 2 ** 64)
 TABLE = mix(np.arange(256, dtype=np.uint64))
@@ -882,7 +944,10 @@ FACTOR |= np.uint64(1)
 def shingles_of(words):
     """Spaced text of n words → a hash of each run of 5 words, uint64 (max(0, n - 4),):
          h(run) = Σ_i TABLE[byte i of the run] BASE^i mod 2⁶⁴                                   (3)
-    It is the difference of two prefix sums, times a power of the inverse."""
+    It is the difference of two prefix sums, times a power of the inverse. Of a long word the digest counts,
+    so that 4096 words are some 1 MB at most."""
+    if MANY_LETTERS.search(words):
+        words = " ".join(sha256(word) if len(word) > 256 else word for word in words.split(" "))
     text = np.frombuffer(f" {words} ".encode(), np.uint8)
     blanks = np.flatnonzero(text == 32)                                                    # (n + 1,)
     found = [np.zeros(0, np.uint64)]
@@ -964,31 +1029,36 @@ def in_batches(items, text_of, size):
 def end_with_parent():
     """In a worker process: end with the parent, even if that is killed. Otherwise it would wait for ever, and
     keep the locks that it has inherited."""
+    parent = os.getppid()
+
     def watch():
-        multiprocessing.parent_process().join()
+        while os.getppid() == parent:
+            time.sleep(0.2)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_pool(f, items, workers, kind, **how):
-    """f of each item, in order, computed by a pool of threads or processes; a few items wait at a time."""
+def in_pool(f, items, text_of, size, workers, kind, **how):
+    """f of each batch of items, in order, computed by a pool of threads or processes. Batches have `size`
+    characters; a few of them wait at a time, with IN_FLIGHT bytes of text or one more batch."""
+    batches = in_batches(items, text_of, size)
     if workers < 2:
-        yield from map(f, items)
+        yield from map(f, batches)
         return
     with kind(workers, **how) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(f, item))
-            if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
+        waiting = deque()                                        # (what will be returned, bytes of text)
+        for batch in batches:
+            waiting.append((pool.submit(f, batch), sum(sys.getsizeof(text_of(item)) for item in batch)))
+            batch = None
+            while len(waiting) > workers + 1 or sum(n for _, n in waiting) > IN_FLIGHT and len(waiting) > 1:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
 
 def in_processes(f, texts, workers):
     """f of each batch of texts, in order, computed by worker processes."""
-    batches = in_batches(texts, str, CLEAN_BATCH)
-    return in_pool(f, batches, workers, ProcessPoolExecutor, initializer=end_with_parent)
+    return in_pool(f, texts, str, CLEAN_BATCH, workers, ProcessPoolExecutor, initializer=end_with_parent)
 
 
 # ---- cleaning: which documents stay ------------------------------------------------------------------------
@@ -1236,7 +1306,7 @@ def clean(name, path, out, config=DataConfig(), workers=None):
     return report
 
 
-def cleaned(paths, config):
+def cleaned(paths, config, workers=0):
     """{name: path} → {name: folder in the cache with the clean text}, made if it is not there, and the
     configuration that reads them. Both stay as they are unless config.clean.
 
@@ -1249,10 +1319,11 @@ def cleaned(paths, config):
         files = [f"{file} {stamp(file)}" for file in source.files]
         options = dict(where=source.where, column=source.column, skip_bad=source.skip_bad,
                        budget=config.budget, min_tokens=config.min_tokens)
-        key = sha256(str((READER, source.kind, options)), *files)[:16]
+        key = sha256(how_read(source, config), str(config.min_tokens), *files)[:16]
         out = folders[name] = str(Path(config.cache, f"{name}-clean-{key}"))
         if not Path(out).exists():
-            words = [f"{name}={path}", out, *[f"--{option}={value}" for option, value in options.items()]]
+            words = [f"{name}={path}", out, f"--workers={workers}",
+                     *[f"--{option}={value}" for option, value in options.items()]]
             done = subprocess.run([sys.executable, Path(__file__).resolve(), "clean", *words],
                                   stderr=subprocess.PIPE, text=True)
             if not Path(out).exists():                           # nor has another process made it
@@ -1389,18 +1460,25 @@ def split_documents(docs, val=0.05, together={}):
     return [part for part in train if part], [part for part in held_out if part]
 
 
+def how_read(source, config):
+    """How the files of a source are read, for the keys of the cache."""
+    buckets = [Path(file).absolute().parent.name for file in source.files if source.kind == "txt360"]
+    return str((READER, source.kind, source.where, source.column, source.skip_bad, config.budget, buckets))
+
+
 def text_key(record, name, path=None, config=DataConfig()):
     """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
 
-    Computing it does not extract the text. record: see `digest`."""
+    Computing it does not extract the text; with a budget, it does not even read the files: their stamps have
+    to do. record: see `digest`."""
     if path:
         steps = rows, rows_of_file, records, text_of, split_documents
         source, _ = find_source(name, path, config)
         with reading(name):
-            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {digest(Path(file), record)}"
-                     for file in source.files]
-        how = str((config.skip_bad, config.column, source.kind, source.where))
-        return sha256(how, *parts, *map(inspect.getsource, steps))
+            digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
+            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
+                     for file, hashed in zip(source.files, digests)]
+        return sha256(how_read(source, config), *parts, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
 
@@ -1698,16 +1776,18 @@ def write_shards(about, paths, dtype, tokenizer, docs):
     return facts
 
 
-# ---- large text: one shard for each file, made by worker processes -----------------------------------------
+# ---- large text: one shard for each part, made by worker processes -----------------------------------------
 
-READER = 1                       # raise it when reading or splitting changes: it is part of the shards' key
+READER = 2                       # raise it when reading or splitting changes: it is part of the shards' key
+PART = 64_000_000                # bytes of the files that share a shard; a longer file has one of its own
 BATCH = 1_000_000                # bytes of text that are encoded at a time
 BPE_SAMPLE = 64_000_000          # bytes of text that BPE is trained on if a domain is large
 
 
 class Plan(NamedTuple):
-    """How the shards of a large domain are made. Worker processes get it as JSON."""
+    """How the shards of a large domain are made, one for each part. Worker processes get it as JSON."""
     source: Source
+    parts: list                  # of the source's files: see parts_of
     folder: str                  # of the shards, and of tokenizer.json
     width: int                   # bytes of a token: 2 or 4
     budget: str
@@ -1715,31 +1795,32 @@ class Plan(NamedTuple):
 
 
 class Shards:
-    """The tokens of one side of a domain: arrays in files, mapped into memory when they are first used."""
+    """The tokens of one side of a domain: arrays in files, all mapped into memory at the beginning, so that a
+    later start that makes a shard anew changes nothing for this one."""
 
     def __init__(self, paths, counts, dtype):
         self.paths = paths
         self.counts = counts                                     # tokens of each
-        self.dtype = dtype
-        self.arrays = {}
+        self.arrays = []
+
+        # A mapping keeps its file open.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for path, n in zip(paths, counts):
+            self.arrays.append(np.memmap(path, dtype, "r") if n else np.zeros(0, dtype))
+            if len(self.arrays[-1]) != n:
+                raise ValueError(f"{path}: {len(self.arrays[-1]):,} tokens, not {n:,}: start again")
 
     def __len__(self):
         return sum(self.counts)
 
-    def part(self, i):
-        """The tokens of shard i."""
-        if i not in self.arrays:
-            self.arrays[i] = np.zeros(0, self.dtype)
-            if self.counts[i]:
-                self.arrays[i] = np.memmap(self.paths[i], self.dtype, "r")
-        return self.arrays[i]
-
     def __getitem__(self, cut):
         """The first tokens, [:n]: shards are read one after another."""
-        found = [np.zeros(0, self.dtype)]
+        found = [self.arrays[0][:0]]
         left = len(range(len(self))[cut])
-        for i in range(len(self.paths)):
-            found.append(self.part(i)[:left])
+        for ids in self.arrays:
+            found.append(ids[:left])
             left -= len(found[-1])
             if not left:
                 break
@@ -1762,72 +1843,101 @@ class Windows:
         """Window k → (the shard's tokens, the offset of the window in them)"""
         i = int(np.searchsorted(self.ends, k, side="right"))
         before = self.ends[i - 1] if i else 0
-        ids = self.ids.part(i) if isinstance(self.ids, Shards) else self.ids
+        ids = self.ids.arrays[i] if isinstance(self.ids, Shards) else self.ids
         return ids, int(k - before) * self.T
 
 
-def stem(source, file):
-    """The name of a file's shards: the end of its path below the root, made unique by a digest."""
-    below = os.path.relpath(file, source.root)
-    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(file).name)[-60:]
-    return f"{readable}-{sha256(below)[:12]}"
+def parts_of(files):
+    """Runs of consecutive files of at most PART bytes, or a single one: lists of files. Their shards do not
+    depend on anything else, and windows cross from file to file within a part."""
+    parts = []
+    room = 0
+    for file in files:
+        size = os.stat(file).st_size
+        if size > room:
+            parts.append([])
+            room = PART
+        parts[-1].append(file)
+        room -= size
+    return parts
 
 
-def shard_paths(plan, file):
-    """(manifest, [train tokens, validation tokens], documents) of a file's shards."""
-    start = f"{plan.folder}/{stem(plan.source, file)}"
+def stem(source, part):
+    """The name of a part's shards: that of its first file, made unique by a digest of all its paths."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(part[0]).name)[-60:]
+    return f"{readable}-{sha256(*[os.path.relpath(file, source.root) for file in part])[:12]}"
+
+
+def shard_paths(plan, part):
+    """(manifest, [train tokens, validation tokens], documents) of a part's shards."""
+    start = f"{plan.folder}/{stem(plan.source, part)}"
     return Path(f"{start}.json"), [Path(f"{start}-train.bin"), Path(f"{start}-val.bin")], \
         Path(f"{start}-rows.bin")
 
 
-def shard_of(plan, file, limit, settled=True):
-    """The manifest of a file's shards, if they are whole and were made with this limit; else None.
+def shard_of(plan, part, limit, settled=True):
+    """The manifest of a part's shards, if they are whole and were made with this limit; else None.
 
-    settled: also require that the source is unchanged, and that this launch has verified the digests."""
-    about, paths, table = shard_paths(plan, file)
+    settled: also require that the files are unchanged, and that this launch has verified the digests."""
+    about, paths, table = shard_paths(plan, part)
     dtype = np.dtype(f"<u{plan.width}")
-    facts = intact(about, paths, dtype, None, ("limit", "spent", "source", "counts", "verified"))
+    facts = intact(about, paths, dtype, None, ("limit", "spent", "sources", "counts", "verified",
+                                             "files", "options"))
     if not facts or facts["limit"] != limit or not table.exists():
         return None
-    if table.stat().st_size != 24 * facts["documents"]:
+    if table.stat().st_size != 32 * facts["documents"]:
         return None
-    if settled and (facts["source"][:2] != stamp(file) or plan.verify and facts["verified"] != plan.verify):
+    if settled and (any(known[:2] != stamp(file) for known, file in zip(facts["sources"], part))
+                    or plan.verify and facts["verified"] != plan.verify):
         return None
     return facts
 
 
-def settle(plan, file, limit, tokenizer, threads, tell):
-    """Make the shards of a file, unless those there prove right. The caller holds the claim on them."""
-    facts = shard_of(plan, file, limit)
+def settle(plan, part, limit, tokenizer, threads, tell):
+    """Make the shards of a part, unless those there prove right. The caller holds the claim on them."""
+    facts = shard_of(plan, part, limit)
     if facts:
         return facts
-    about, paths, _ = shard_paths(plan, file)
-    facts = shard_of(plan, file, limit, settled=False)
+    about, paths, _ = shard_paths(plan, part)
+    facts = shard_of(plan, part, limit, settled=False)
     if facts:
-        # They are whole: compare the digests of a source with another time, and of what is to be verified.
-        record = {str(Path(file).absolute()): facts["source"]}
-        same = digest(Path(file), record) == facts["source"][2]
+        # They are whole: compare the digests of files with another time, and of what is to be verified. A
+        # file of which only the beginning was read has none.
+        known = facts["sources"]
+        now = [source_of(file, one) if one[2] or one[:2] == stamp(file) else one[:2]
+               for file, one in zip(part, known)]
+        same = [one[2:] for one in now] == [one[2:] for one in known]
         if same and plan.verify:
             same = [tokens_digest(path) for path in paths] == facts["sha256"]
         if same:
-            now = record.get(str(Path(file).absolute()), [stamp(file)[0], 0, facts["source"][2]])
-            write_atomically(about, json.dumps(dict(facts, source=now, verified=plan.verify)).encode())
+            write_atomically(about, json.dumps(dict(facts, sources=now, verified=plan.verify)).encode())
             return facts
         print(f"{about}: the source or the shards are not those it was written for, building it again",
               file=sys.stderr)
-    return build_shards(plan, file, limit, tokenizer, threads, tell)
+    return build_shards(plan, part, limit, tokenizer, threads, tell)
 
 
-def build_shards(plan, file, limit, tokenizer, threads, tell):
-    """Tokenize a file into its shards, then write their manifest → the manifest.
+def source_of(file, known=None):
+    """[size, time, digest] of a file, hashed unless its stamp is that of `known`. A file that could still
+    change without changing its stamp has the time 0."""
+    name = str(Path(file).absolute())
+    record = {name: known}
+    hashed = digest(Path(file), record)
+    return record.get(name, [stamp(file)[0], 0, hashed])
+
+
+def build_shards(plan, part, limit, tokenizer, threads, tell):
+    """Tokenize the files of a part into its shards, then write their manifest → the manifest.
 
     limit: bytes or documents that may still be read, or None. tell(text=.., tokens=.., at=..) is called with
-    the progress. Memory does not depend on the size of the file, but for 8 bytes a document."""
-    about, paths, table = shard_paths(plan, file)
-    record = {}
-    before = stamp(file)
-    hashed = digest(Path(file), record)
-    source = record.get(str(Path(file).absolute()), [before[0], 0, hashed])
+    the progress. Memory does not depend on the size of the files, but for 8 bytes a document."""
+    about, paths, table = shard_paths(plan, part)
+    before = [stamp(file) for file in part]
+
+    # To hash a file of which a budget takes the beginning could take hours: its stamp has to do.
+    of_bytes = parse_budget(plan.budget)[1]
+    whole = limit is None or of_bytes and limit >= sum(size for size, _ in before)
+    sources = [source_of(file) if whole else [*stamp(file), ""] for file in part]
     counts = Counter()
     dtype = np.dtype(f"<u{plan.width}")
     tokens, sizes, documents, spent = [0, 0], [0, 0], 0, [0]
@@ -1838,45 +1948,54 @@ def build_shards(plan, file, limit, tokenizer, threads, tell):
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(atomic(path, alone=True)) for path in paths]
         rows_file = stack.enter_context(atomic(table, alone=True))
-        chosen = chosen_documents(plan, file, limit, counts, spent)
-        for table, ids in encoded(chosen, tokenizer, threads, dtype):      # (n, 4): row, side, tokens, bytes
-            for side in (0, 1):
-                mine = table[:, 1] == side
-                lengths = table[mine, 2]
-                sizes[side] += int(table[mine, 3].sum())
-                table[mine, 2] = tokens[side] + np.cumsum(lengths) - lengths       # where each begins
+        chosen = chosen_documents(plan, part, limit, counts, spent)
+        for table, ids in encoded(chosen, tokenizer, threads, dtype):      # (n, 5): file, row, side, tokens,
+            for side in (0, 1):                                            # bytes
+                mine = table[:, 2] == side
+                lengths = table[mine, 3]
+                sizes[side] += int(table[mine, 4].sum())
+                table[mine, 3] = tokens[side] + np.cumsum(lengths) - lengths       # where each begins
                 tokens[side] += len(ids[side])
                 sides[side].write(ids[side])
-            rows_file.write(np.ascontiguousarray(table[:, :3], "<i8"))
+            rows_file.write(np.ascontiguousarray(table[:, :4], "<i8"))
             documents += len(table)
-            tell(text=int(table[:, 3].sum()), tokens=len(ids[0]) + len(ids[1]), at=counts["at"])
-    if stamp(file) != before:
-        raise ValueError(f"files: {file} has changed while it was read: start again when it is complete")
+            tell(text=int(table[:, 4].sum()), tokens=len(ids[0]) + len(ids[1]), at=counts["at"])
+    for file, then in zip(part, before):
+        if stamp(file) != then:
+            raise ValueError(f"files: {file} has changed while it was read: start again when it is complete")
 
     # The manifest comes last.
     facts = dict(tokens=tokens, bytes=sizes, documents=documents, sha256=[tokens_digest(p) for p in paths],
-                 limit=limit, spent=spent[0], source=source, verified=plan.verify, file=str(file),
-                 options=dict(column=plan.source.column, where=plan.source.where, set=plan.source.kind,
-                              bucket=Path(file).parent.name if plan.source.kind == "txt360" else ""),
+                 limit=limit, spent=spent[0], sources=sources, verified=plan.verify, files=part,
+                 options=dict(column=plan.source.column, where=plan.source.where, set=plan.source.kind),
                  counts={why: n for why, n in counts.items() if why != "at"})
     write_atomically(about, json.dumps(facts).encode())
     return facts
 
 
-def chosen_documents(plan, file, limit, counts, spent):
-    """(row, side, text) of each document of a file that is kept: side 0 is training, 1 validation.
+def chosen_documents(plan, part, limit, counts, spent):
+    """(file, row, side, text) of each document of a part that is kept: file is an index; side 0 is training,
+    1 validation.
 
-    As in split_documents, its hash decides the side, so that copies in other files have the same; a
-    repetition within the file is left out. Bounds for few documents are not needed here."""
+    As in split_documents, its hash decides the side, so that copies in other parts have the same; a
+    repetition within the part is left out. Bounds for few documents are not needed here."""
     seen = Seen()
     of_bytes = parse_budget(plan.budget)[1]
-    for row in rows_of_file(plan.source, file, counts):
-        hashed = sha256(row.text)
-        if not seen.add(int(hashed[:16], 16)):
-            counts["repeated in their file"] += 1
-            continue
-        yield row.number, int(is_validation(row.split_with or hashed)), row.text
-        spent[0] += len(row.text.encode()) if of_bytes else 1
+    before = 0                                                   # bytes of the files that have been read
+    for i, file in enumerate(part):
+        here = Counter()
+        for row in rows_of_file(plan.source, file, here):
+            counts["at"] = before + here["at"]
+            hashed = sha256(row.text)
+            if not seen.add(int(hashed[:16], 16)):
+                counts["repeated in their shard"] += 1
+                continue
+            yield i, row.number, int(is_validation(row.split_with or hashed)), row.text
+            spent[0] += len(row.text.encode()) if of_bytes else 1
+            if limit is not None and spent[0] >= limit:
+                break
+        counts += here
+        before += os.stat(file).st_size
         if limit is not None and spent[0] >= limit:
             return
 
@@ -1905,8 +2024,8 @@ class Seen:
 
 
 def encoded(chosen, tokenizer, threads, dtype):
-    """(row, side, text) → for each batch a table of (row, side, tokens, bytes of text), and tokens of each
-    side, with an eot after every document, in the same order.
+    """(file, row, side, text) → for each batch a table of (file, row, side, tokens, bytes of text), and the
+    tokens of each side, with an eot after every document, in the same order.
 
     Threads run in parallel here: tiktoken releases the interpreter lock. Few batches wait at a time."""
     end = [tokenizer.eot]
@@ -1914,14 +2033,13 @@ def encoded(chosen, tokenizer, threads, dtype):
     def encode(batch):
         ids = [[np.zeros(0, dtype)], [np.zeros(0, dtype)]]
         table = []
-        for number, side, text in batch:
+        for i, number, side, text in batch:
             here = tokenizer.encode(text)
             ids[side] += here, end
-            table.append((number, side, len(here) + 1, len(text.encode())))
+            table.append((i, number, side, len(here) + 1, len(text.encode())))
         return np.array(table, np.int64), [np.concatenate(part).astype(dtype) for part in ids]
 
-    return in_pool(encode, in_batches(chosen, lambda document: document[2], BATCH), threads,
-                   ThreadPoolExecutor)
+    return in_pool(encode, chosen, operator.itemgetter(3), BATCH, threads, ThreadPoolExecutor)
 
 
 def tokens_digest(path):
@@ -1930,10 +2048,10 @@ def tokens_digest(path):
 
 
 @contextlib.contextmanager
-def claimed(plan, file, wait):
-    """Yield whether the shards of a file are now this process's to make. The kernel ends the claim of a
-    process that dies. Different files are different bytes of the same lock file."""
-    byte = int(sha256(stem(plan.source, file))[:12], 16)
+def claimed(plan, part, wait):
+    """Yield whether the shards of a part are now this process's to make. The kernel ends the claim of a
+    process that dies. Different parts are different bytes of the same lock file."""
+    byte = int(sha256(stem(plan.source, part))[:12], 16)
     with open(Path(plan.folder, "claims"), "w") as claims:
         try:
             fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
@@ -1944,12 +2062,12 @@ def claimed(plan, file, wait):
 
 
 def in_order(plan, get):
-    """[manifest] of the files in order, as far as the budget goes. get(file, limit) gives one, or None."""
+    """[manifest] of the parts in order, as far as the budget goes. get(part, limit) gives one, or None."""
     found = []
     left = parse_budget(plan.budget)[0]
-    for file in plan.source.files:
+    for part in plan.parts:
         limit = None if left == math.inf else left
-        facts = get(file, limit)
+        facts = get(part, limit)
         found.append(facts)
         if limit is not None:
             if facts is None:
@@ -1960,22 +2078,21 @@ def in_order(plan, get):
     return found
 
 
-def work(plan, threads, tell, alive=lambda: None):
+def work(plan, threads, tell):
     """Make the shards that nobody else is making; then wait for those of others, or make them after all."""
     tokenizer = load_tokenizer(Path(plan.folder, "tokenizer.json"))
 
-    def make(file, limit, wait):
-        alive()
-        facts = shard_of(plan, file, limit)
+    def make(part, limit, wait):
+        facts = shard_of(plan, part, limit)
         if facts:
             return facts
-        with claimed(plan, file, wait) as mine:
-            return settle(plan, file, limit, tokenizer, threads,
-                          lambda **seen: (alive(), tell(file=file, **seen))) if mine else None
+        with claimed(plan, part, wait) as mine:
+            return settle(plan, part, limit, tokenizer, threads,
+                          lambda **seen: tell(part=part, **seen)) if mine else None
 
-    # A budget needs to know what the files before have spent, so one after another.
+    # A budget needs to know what the parts before have spent, so one after another.
     for wait in (False, True):
-        in_order(plan, lambda file, limit: make(file, limit, wait or limit is not None))
+        in_order(plan, lambda part, limit: make(part, limit, wait or limit is not None))
 
 
 def work_as_told():
@@ -1990,29 +2107,25 @@ def work_as_told():
     pipe = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    parent = os.getppid()
+    end_with_parent()
     unsaid = Counter()
     last = [0.0]
-
-    def alive():
-        if os.getppid() != parent:
-            raise SystemExit(1)
 
     def say(**message):
         os.write(pipe, json.dumps(message).encode() + b"\n")
 
-    def tell(file, text, tokens, at):
+    def tell(part, text, tokens, at):
         unsaid.update(text=text, tokens=tokens)
         if time.time() - last[0] > 0.5:
             last[0] = time.time()
-            say(**unsaid, file=stem(plan.source, file), at=at)
+            say(**unsaid, part=stem(plan.source, part), at=at)
             unsaid.clear()
 
     try:
-        work(plan, told["threads"], tell, alive)
+        work(plan, told["threads"], tell)
     except (ValueError, OSError, MemoryError) as error:
-        said = str(error) or type(error).__name__
-        if isinstance(error, OSError):
+        said = NO_MEMORY if isinstance(error, MemoryError) else str(error)
+        if isinstance(error, (OSError, MemoryError)):
             said = f"{plan.folder}: {said}; shards that are complete are kept"
         say(error=said[:500])
         raise SystemExit(1) from None
@@ -2022,7 +2135,7 @@ def run_workers(plan, workers, sizes):
     """Run worker processes and print their progress. Raises ValueError if one fails.
 
     They are started afresh, without torch: about 130 MB each, and safe beside threads of this process.
-    sizes {stem: bytes of the file}: those to be made."""
+    sizes {stem: bytes of the part}: those to be made."""
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     count = 1 if plan.budget else min(workers or cores, len(sizes))
     told = json.dumps(dict(plan=plan._replace(source=plan.source._asdict())._asdict(),
@@ -2039,14 +2152,14 @@ def run_workers(plan, workers, sizes):
                     process.stdin.write(told)
             os.close(into)
             progress(plan, messages, sizes)
-            status = max(abs(process.wait()) for process in processes)
+            ended = [process.wait() for process in processes]
         finally:
             for process in processes:
                 process.terminate()
                 process.wait()
-    if status:
-        raise ValueError(f"{plan.folder}: a worker process ended with status {status}; start again to go on: "
-                         "shards that are complete are kept")
+    if any(ended):
+        why = NO_MEMORY if min(ended) < 0 else f"a worker process ended with status {max(ended)}"
+        raise ValueError(f"{plan.folder}: {why}; start again to go on: shards that are complete are kept")
 
 
 def progress(plan, messages, sizes):
@@ -2054,12 +2167,12 @@ def progress(plan, messages, sizes):
     began = said = time.time()
     total = Counter()
     budget, of_bytes = parse_budget(plan.budget)
-    done = {}                                                    # bytes read of each file
+    done = {}                                                    # bytes read of each part
     for message in map(json.loads, messages):
         if "error" in message:
             raise ValueError(message["error"])
         total.update(text=message.get("text", 0), tokens=message.get("tokens", 0))
-        done[message["file"]] = message["at"]
+        done[message["part"]] = message["at"]
         now = time.time()
         if now - said < 5 or os.environ.get("RANK", "0") != "0":
             continue
@@ -2073,7 +2186,7 @@ def progress(plan, messages, sizes):
             share = total["text"] / budget
         seconds = now - began
         left = seconds / max(share, 1e-6) - seconds
-        print(f"{plan.source.name}: {len(finished):,} of {len(sizes):,} files, "
+        print(f"{plan.source.name}: {len(finished):,} of {len(sizes):,} shards, "
               f"{total['text'] / seconds / 1e6:.1f} MB/s, {total['tokens'] / seconds / 1e6:.2f}M tokens/s, "
               f"{left // 60:.0f}:{left % 60:02.0f} min left", flush=True)
 
@@ -2082,11 +2195,10 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
     """The Domain of a large source: its shards are looked at, and made if they are missing."""
     # The folder's name stands for everything that its shards depend on, except the files themselves.
     root = Path(source.root).absolute()
-    key = sha256(tokenizer.fingerprint, str((READER, str(root), source.kind, source.where, source.column,
-                                             source.skip_bad, config.budget)))
+    key = sha256(tokenizer.fingerprint, str(root), how_read(source, config))
     folder = Path(config.cache, f"{source.name}-{key[:16]}")
     width = 2 if tokenizer.n_vocab <= 65536 else 4
-    plan = Plan(source, str(folder), width, config.budget, verify)
+    plan = Plan(source, parts_of(source.files), str(folder), width, config.budget, verify)
 
     # Make what is missing.
     found = in_order(plan, functools.partial(shard_of, plan))
@@ -2095,12 +2207,13 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
     if None in found:
         began = time.time()
         if loud:
-            print(f"{source.name}={source.root}: {len(source.files):,} files{columns(source)}"
+            print(f"{source.name}={source.root}: {several(len(source.files), 'file')}{columns(source)}"
                   f"{reasons(left_out, {})}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "tokenizer.json")
-        missing = [file for file, facts in itertools.zip_longest(source.files, found) if facts is None]
-        run_workers(plan, workers, {stem(source, file): os.stat(file).st_size for file in missing})
+        missing = [part for part, facts in itertools.zip_longest(plan.parts, found) if facts is None]
+        run_workers(plan, workers, {stem(source, part): sum(os.stat(file).st_size for file in part)
+                                    for part in missing})
         found = in_order(plan, functools.partial(shard_of, plan, settled=False))
         if None in found:
             raise ValueError(f"{folder}: shards are missing although they were made: start again")
@@ -2110,30 +2223,35 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
         raise ValueError(f"files: {source.name}={source.root} is empty{reasons({}, counts)}; give text")
     if began and loud:
         tokens = sum(sum(facts["tokens"]) for facts in found)
-        print(f"{folder}: {len(found):,} shards, {sum(sizes) / 1e6:.1f} MB, {tokens:,} tokens, of which "
-              f"{sizes[1] / sum(sizes):.1%} are validation, {time.time() - began:.1f} s{reasons({}, counts)}",
-              flush=True)
+        print(f"{folder}: {several(len(found), 'shard')}, {sum(sizes) / 1e6:.1f} MB, {tokens:,} tokens, of "
+              f"which {sizes[1] / sum(sizes):.1%} are validation, {time.time() - began:.1f} s"
+              f"{reasons({}, counts)}", flush=True)
 
-    # A single shard is an array, as the domains in memory have it.
+    # A single shard is an array, as the domains in memory have it. If a manifest is the same after mapping,
+    # no other process has made its shards anew meanwhile: it would have removed it first.
     sides = []
-    dtype = np.dtype(f"<u{width}")
+    abouts, paths, _ = zip(*[shard_paths(plan, part) for part in plan.parts[:len(found)]])
     for side in (0, 1):
-        paths = [shard_paths(plan, file)[1][side] for file in source.files[:len(found)]]
-        shards = Shards(paths, [facts["tokens"][side] for facts in found], dtype)
-        sides.append(shards.part(0) if len(found) == 1 else shards)
+        shards = Shards([pair[side] for pair in paths], [facts["tokens"][side] for facts in found],
+                        np.dtype(f"<u{width}"))
+        sides.append(shards.arrays[0] if len(found) == 1 else shards)
+    for about, facts in zip(abouts, found):
+        if (read_json(about, "sha256") or {}).get("sha256") != facts["sha256"]:
+            raise ValueError(f"{about}: another process has made these shards anew: start again")
     digests = [one for facts in found for one in facts["sha256"]]
     return Domain(*sides, *sizes, sum(facts["documents"] for facts in found), digests)
 
 
 def sample_of_mixture(config, large, names, weights, texts):
     """The documents that BPE is trained on if a domain is large: about BPE_SAMPLE bytes of training text,
-    each domain with its mean weight. A large one gives them from up to 16 files, spread evenly over all,
+    each domain with its mean weight. A large one gives them from up to 16 parts, spread evenly over all,
     or from the first ones if there is a budget. large {name: Source}; texts(name): a small domain's."""
     found = []
     for name, share in zip(names, weights / weights.sum() * BPE_SAMPLE):
-        files = large[name].files if name in large else [""]
+        parts = parts_of(large[name].files) if name in large else [[""]]
         if not config.budget:
-            files = files[::max(1, len(files) // 16)][:16]
+            parts = parts[::max(1, len(parts) // 16)][:16]
+        files = [file for part in parts for file in part]
         size = 0
         for i, file in enumerate(files):
             goal = share if config.budget else share * (i + 1) / len(files)
@@ -2156,8 +2274,7 @@ def sample_of_mixture(config, large, names, weights, texts):
 def large_key(source, config):
     """Cache key of a large source's text: names and sizes of its files, and how they are read."""
     files = [f"{os.path.relpath(file, source.root)} {os.stat(file).st_size}" for file in source.files]
-    how = (READER, source.kind, source.where, source.column, source.skip_bad, config.budget)
-    return sha256(str(how), *files)
+    return sha256(how_read(source, config), *files)
 
 
 # ---- a corpus: tokenizer and domains -----------------------------------------------------------------------
@@ -2189,8 +2306,10 @@ def prepare(config, vocab_size, launch="", workers=0):
     unchanged. Shards of large text are only verified if config.verify, by all processes of a launch together.
     Raises ValueError, saying what to correct."""
     names, start, end, paths = parse_domains(config)
-    paths, config = cleaned(paths, config)
+    paths, config = cleaned(paths, config, workers)
     found = {name: find_source(name, path, config) for name, path in paths.items()}
+    for line in twice(source for source, _ in found.values()):
+        print(line)
     large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):
         # Digests of text files, from earlier calls.
@@ -2263,14 +2382,16 @@ def origin(corpus, config, name, side, at):
     ids = getattr(corpus.domains[name], side)
     paths, config = cleaned(parse_domains(config)[3], config)
     found = None
-    if isinstance(ids, Shards):
-        ends = np.cumsum(ids.counts)
-        i = int(np.searchsorted(ends, at, side="right"))
-        start = str(ids.paths[i]).removesuffix(f"-{side}.bin")
-        table = np.fromfile(f"{start}-rows.bin", "<i8").reshape(-1, 3)     # row, side, first token
-        table = table[table[:, 1] == (side == "val")]
-        first = np.searchsorted(table[:, 2], at - (ends[i] - ids.counts[i]), side="right") - 1
-        found = json.loads(Path(f"{start}.json").read_bytes())["file"], int(table[first, 0])
+    shards, counts = (ids.paths, ids.counts) if isinstance(ids, Shards) else ([ids.filename], [len(ids)])
+    ends = np.cumsum(counts)
+    i = int(np.searchsorted(ends, at, side="right"))
+    start = str(shards[i]).removesuffix(f"-{side}.bin")
+    if Path(f"{start}-rows.bin").exists():
+        table = np.fromfile(f"{start}-rows.bin", "<i8").reshape(-1, 4)     # file, row, side, first token
+        table = table[table[:, 2] == (side == "val")]
+        first = np.searchsorted(table[:, 3], at - (ends[i] - counts[i]), side="right") - 1
+        files = json.loads(Path(f"{start}.json").read_bytes())["files"]
+        found = files[table[first, 0]], int(table[first, 1])
     else:
         # The document's text, from the eot before it to its own. One that was cut begins or ends with it.
         eots = np.flatnonzero(ids[:at] == corpus.tokenizer.eot)
@@ -2414,6 +2535,12 @@ class Batches:
                     raise ValueError(f"domain {name!r}: {len(windows.ids)} {part} tokens, in no shard "
                                      f"as many as a window: context {context} + 1")
         self.windows = np.array([len(windows) for windows in self.train])                  # (D,)
+
+        # A shard's end is cut off, and all of one that is shorter than a window.
+        for name, train in zip(corpus.domains, self.train):
+            lost = len(train.ids) - context * len(train)
+            if isinstance(train.ids, Shards) and os.environ.get("RANK", "0") == "0":
+                print(f"{name}: {lost:,} of {len(train.ids):,} tokens are in no window")
         self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context)
 
     def __call__(self, step, rank=0, world=1):
@@ -2546,7 +2673,9 @@ def main(argv):
         if command == "sources":
             return datasets().show()
         if command == "clean":
-            name, _, path = source.rpartition("=")
+            name, _, path = ("", "", source) if Path(source).exists() else source.partition("=")
+            if not path:
+                name, path = path, name
             return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
         corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
         if command == "stats":
@@ -2554,6 +2683,8 @@ def main(argv):
         print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None
+    except (MemoryError, BrokenExecutor):
+        raise SystemExit(f"data.py: {NO_MEMORY}") from None
 
 
 if __name__ == "__main__":

@@ -1661,15 +1661,28 @@ def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path, capsys):
     with pytest.raises(ValueError, match="int64"): texts_of(tmp_path / "b.txt")
 
 
-def test_a_folder_of_different_tables_is_refused(tmp_path, capsys):
+def test_text_is_read_without_the_tables_beside_it(tmp_path, capsys):
+    """Tables are read from a folder if nothing else in it is text; different tables are a mistake."""
     write_rows(tmp_path / "a.jsonl", numbered(1, 2))
     (tmp_path / "README.md").write_text("words 5")
     assert texts_of(tmp_path) == [1, 2, 5], "prose beside .jsonl has always been read"
     (tmp_path / "b.csv").write_bytes(csv_file("1,document 3"))
-    with pytest.raises(ValueError, match="mixes .csv and .jsonl: give each a name of its own"):
+    (tmp_path / "c.txt.zst").write_bytes(b"not read")
+    (tmp_path / "d.parquet").write_bytes(b"not read")
+    left_out = "3 a table beside text: name it on its own (b.csv, c.txt.zst, d.parquet)"
+    assert texts_of(tmp_path) == [1, 2, 5] and left_out in capsys.readouterr().out
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("words 6")
+    assert texts_of(tmp_path) == [5, 6] and left_out in capsys.readouterr().out
+    (tmp_path / "a.txt").rename(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('[{"text": "words 7"}]')
+    assert texts_of(tmp_path) == [5, 7] and left_out in capsys.readouterr().out
+    (tmp_path / "a.json").write_text('{"name": "words 7"}')
+    with pytest.raises(ValueError, match="mixes .csv and .parquet: give each a name of its own"):
         texts_of(tmp_path)
-    (tmp_path / "a.jsonl").unlink()
-    assert texts_of(tmp_path) == [3] and "1 beside the data (README.md)" in capsys.readouterr().out
+    (tmp_path / "d.parquet").unlink()
+    (tmp_path / "c.txt.zst").unlink()
+    assert texts_of(tmp_path) == [3] and "2 beside the data (README.md, a.json)" in capsys.readouterr().out
     (tmp_path / "b.csv").rename(tmp_path / "c.jsonl.zst")
     source, _ = data.find_source("x", str(tmp_path), data.DataConfig())
     assert source.files == [f"{tmp_path}/c.jsonl.zst"]
@@ -1723,6 +1736,7 @@ def test_a_large_file_gives_the_tokens_of_a_small_one(tmp_path, monkeypatch):
     config, _ = large_text(tmp_path, 1, 2000)
     small = data.prepare(config, 261)
     monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     large = data.prepare(replace(config, cache=str(tmp_path / "other")), 261)
     assert large.fingerprint == small.fingerprint and len(list(tmp_path.glob("other/mine-*/*.bin"))) == 3
     x = [data.Batches(corpus, config, 0, 8, 64)(3).x for corpus in (small, large)]
@@ -1743,10 +1757,11 @@ def test_documents_held_in_memory_know_their_rows_too(tmp_path):
 def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
     """One shard for each file, in order; every document is on the side of its hash and knows its row."""
     monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     config, docs = large_text(tmp_path)
     found = data.prepare(config, 261, workers=1)
     said = capsys.readouterr().out
-    assert "4 rows repeated in their file" in said and "4 shards" in said, said
+    assert "4 rows repeated in their shard" in said and "4 shards" in said, said
     other = replace(config, cache=str(tmp_path / "other"))
     assert data.prepare(other, 261, workers=3).fingerprint == found.fingerprint
     assert shard_files(config) == shard_files(other) and not list(tmp_path.rglob("*.tmp"))
@@ -1755,7 +1770,7 @@ def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
         len(doc) for part in docs.values() for doc in part)
     for side, shards in enumerate((domain.train, domain.val)):
         for i, (name, part) in enumerate(docs.items()):
-            ids = shards.part(i)
+            ids = shards.arrays[i]
             texts = found.tokenizer.decode(ids).split(data.EOT)[:-1]
             assert texts == [doc for doc in part if data.is_validation(data.sha256(doc)) == side]
             for at in (0, len(ids) // 2, len(ids) - 1):
@@ -1767,13 +1782,14 @@ def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
 def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
     """Each is seen once an epoch; none crosses a shard's end; the global batch does not depend on ranks."""
     monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     config, _ = large_text(tmp_path, 3, 40)
     (tmp_path / "mine/1b.jsonl").write_text('{"text": "short"}')
     corpus = data.prepare(config, 261)
     T, domain = 64, corpus.domains["mine"]
     batches = data.Batches(corpus, config, 5, 4, T)
-    expected = [tuple(domain.train.part(i)[k:k + T + 1].tolist()) for i in range(4)
-                for k in range(0, len(domain.train.part(i)) - T, T)]
+    expected = [tuple(domain.train.arrays[i][k:k + T + 1].tolist()) for i in range(4)
+                for k in range(0, len(domain.train.arrays[i]) - T, T)]
     W = len(expected)
     assert batches.windows.tolist() == [W] and len(set(expected)) == W > 50
     seen = [tuple(row.tolist()) for s in range(W // 2 + 1) for b in [batches(s)]
@@ -1783,13 +1799,68 @@ def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
     assert torch.equal(torch.cat(parts), batches(7).x)
     x, y, _ = batches.val("mine")
     assert len(x) == sum(max(0, (n - 1) // T) for n in domain.val.counts)
-    whole = np.concatenate([domain.train.part(i) for i in range(4)])
+    whole = np.concatenate([domain.train.arrays[i] for i in range(4)])
     assert all(domain.train[:n].tolist() == whole[:n].tolist() for n in (0, 9, 5555, len(whole), 10 ** 9))
     with pytest.raises(ValueError, match="tokens, in no shard as many as a window: context 11111"):
         data.Batches(corpus, config, 0, 4, 10 ** 5 // 9)
 
 
-PREPARE = ("import sys, data; data.LARGE = 0; "
+def test_shards_made_anew_change_nothing_for_a_run_that_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, _ = large_text(tmp_path, 2)
+    first, untouched = [data.Batches(data.prepare(config, 261), config, 0, 4, 64) for _ in range(2)]
+    expected = [first(step).x for step in range(20)]
+    for i in "01":
+        text = (tmp_path / f"mine/{i}.jsonl").read_text()
+        (tmp_path / f"mine/{i}.jsonl").write_text(text[:len(text) // 2].rpartition("\n")[0])
+    assert data.prepare(config, 261).fingerprint != first.corpus.fingerprint
+    assert all(torch.equal(untouched(step).x, x) for step, x in enumerate(expected))
+
+    # A manifest that changes while the shards are mapped, and a shard that is too short.
+    class Raced(data.Shards):
+        def __init__(self, paths, *options):
+            super().__init__(paths, *options)
+            about = Path(str(paths[0]).replace("-train.bin", ".json").replace("-val.bin", ".json"))
+            about.write_text(about.read_text().replace('"sha256": ["', '"sha256": ["0'))
+    monkeypatch.setattr(data, "Shards", Raced)
+    with pytest.raises(ValueError, match="another process has made these shards anew: start again"):
+        data.prepare(config, 261)
+    monkeypatch.undo()
+    (tmp_path / "a.bin").write_bytes(bytes(20))
+    with pytest.raises(ValueError, match="a.bin: 10 tokens, not 11: start again"):
+        data.Shards([tmp_path / "a.bin"], [11], "<u2")
+
+
+def test_small_files_share_a_shard(tmp_path, monkeypatch, capfd):
+    """Windows cross from file to file; a document knows its file; nothing changes with the workers."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    config, docs = large_text(tmp_path, 60, 5)
+    sizes = [os.stat(file).st_size for file in sorted((tmp_path / "mine").iterdir())]
+    parts = data.parts_of(sorted((tmp_path / "mine").iterdir()))
+    assert [len(part) for part in parts] == [60]
+    monkeypatch.setattr(data, "PART", sum(sizes) // 3)
+    corpus = data.prepare(config, 261, workers=2)
+    assert "60 files" in capfd.readouterr().out
+    domain = corpus.domains["mine"]
+    found = data.Batches(corpus, config, 0, 1, 1024).train[0]
+    shards = len(domain.train.arrays)
+    assert shards in (3, 4) and len(found) * 1024 > len(domain.train) - shards * 1025
+    assert f"{len(domain.train) - 1024 * len(found):,} of {len(domain.train):,} tokens are in no window" in \
+        capfd.readouterr().out
+    at = 0
+    for ids in domain.train.arrays:
+        for place in range(0, len(ids), 501):
+            file, row = data.origin(corpus, config, "mine", "train", at + place)
+            text = corpus.tokenizer.decode(ids[:place + 1]).split(data.EOT)
+            assert docs[Path(file).name][row - 1].startswith(text[-1] or text[-2])
+        at += len(ids)
+    os.utime(tmp_path / "mine/7.jsonl", (1e9 + 5, 1e9 + 5))
+    assert data.prepare(config, 261).fingerprint == corpus.fingerprint
+    assert Path(data.origin(corpus, config, "mine", "train", 0)[0]).name == "0.jsonl"
+
+
+PREPARE = ("import sys, data; data.LARGE = data.PART = 0; "
            "data.prepare(data.DataConfig(files=sys.argv[1], tokenizer='bytes', cache=sys.argv[2]), 261)")
 
 
@@ -1819,10 +1890,10 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
 def test_a_shard_is_claimed_by_one_process(tmp_path):
     """While one process makes the shards of a file, another passes them over, and takes those of the next."""
     source = data.Source("x", str(tmp_path), [], "", "", "text", False, True)
-    plan = data.Plan(source, str(tmp_path), 2, "", "")
+    plan = data.Plan(source, [], str(tmp_path), 2, "", "")
     script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
-              f"    with data.claimed(plan, f'{tmp_path}/{{name}}', False) as mine: print(mine)")
-    with data.claimed(plan, f"{tmp_path}/a", False) as mine:
+              f"    with data.claimed(plan, [f'{tmp_path}/{{name}}'], False) as mine: print(mine)")
+    with data.claimed(plan, [f"{tmp_path}/a"], False) as mine:
         done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
     assert mine and done.stdout == "False\nTrue\n", done.stderr
 
@@ -1842,6 +1913,7 @@ def test_a_start_makes_only_what_has_changed(tmp_path, monkeypatch, capfd):
     """A file that was only touched is hashed, one that was changed or whose shards are damaged is made
     again; a digest is compared only on request. Adding a file makes only its shards."""
     monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     config, _ = large_text(tmp_path)
     first = data.prepare(config, 261).fingerprint
     shards = lambda: Path(config.cache).rglob("*-train.bin")
@@ -1878,7 +1950,9 @@ def test_a_start_makes_only_what_has_changed(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("budget, documents, files", [
     ("450documents", 450, 2), ("10KB", None, 1), ("1TB", 1200, 4), ("300 documents", 300, 1)])
-def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files, capsys):
+def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files, capsys, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     config, docs = large_text(tmp_path)
     config = replace(config, budget=budget)
     domain = data.prepare(config, 261).domains["mine"]
@@ -1898,6 +1972,7 @@ def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files,
 
 def test_a_thousand_shards_start_in_two_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
     config, _ = large_text(tmp_path, 1000, 4)
@@ -1930,11 +2005,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     read, tokenizer = [], data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
     monkeypatch.setattr(data, "BATCH", 2000)
     for threads in (1, 3):
-        chosen = ((read.append(i) or i, i % 2, "x" * 100) for i in range(5000))
+        chosen = ((0, read.append(i) or i, i % 2, "x" * 100) for i in range(5000))
         batches = data.encoded(chosen, tokenizer, threads, "<u2")
         table, ids = next(batches)
         assert len(table) == 10 and len(ids[0]) == len(ids[1]) == 505 and len(read) <= 60
-        assert [i for table, _ in batches for i in table[:, 0]] == [*range(10, 5000)], "the order is kept"
+        assert [i for table, _ in batches for i in table[:, 1]] == [*range(10, 5000)], "the order is kept"
         read.clear()
     script = "import sys, data; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
@@ -1942,7 +2017,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 100)
     text = "".join(f"é{i}" * (i % 9) + "\n" for i in range(300)) + "ü" * 700
     (tmp_path / "a.txt").write_text(text)
-    source, _ = data.find_source("x", str(tmp_path / "a.txt"), data.DataConfig(budget="1TB"))
+    monkeypatch.setattr(data, "LARGE", 0)
+    source, _ = data.find_source("x", str(tmp_path / "a.txt"), data.DataConfig())
     found = [row.text for row in data.rows_of_file(source, source.files[0], Counter())]
     assert "".join(found) == text and max(len(part.encode()) for part in found) <= 100 and len(found) > 40
     assert sum(part.endswith("\n") for part in found) > len(found) - 16

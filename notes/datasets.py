@@ -79,18 +79,21 @@ def looks_like(files):
 def traps(kind, root, files):
     """{file: why it is left out} of a set."""
     base = root.absolute() if root.is_dir() else root.absolute().parent
-    parts = {file: (base.name, *file.absolute().relative_to(base).parts[:-1]) for file in files}
+    below = {file: file.absolute().relative_to(base).parts[:-1] for file in files}
+    parts = {file: (base.name, *inner) for file, inner in below.items()}
     folders = set().union(*parts.values())
+    language_of_base = re.fullmatch(LOOKS["fineweb2"], base.parent.name)
     samples = [int(folder[:-2]) for folder in folders if re.fullmatch(r"\d+BT", folder)]
     packed_lines = any(".jsonl.z" in file.name.lower() for file in files)
     copies = [copy for copy in COPIES if copy in folders]
     if all(set(copies) & set(here) for here in parts.values()):
         copies = copies[1:]                                      # the original is not here
 
+    # The name of the folder itself counts if it is part of the set for sure: "test" may be anybody's.
     def why(file, here):
         if kind == "fineweb2" and any(part.endswith("_removed") for part in (base.parent.name, *here)):
             return "rejected by FineWeb2's own filters"
-        if kind == "fineweb2" and "test" in here:
+        if kind == "fineweb2" and ("test" in below[file] or language_of_base and base.name == "test"):
             return "of FineWeb2's test split"
         if kind == "finemath" and any("4plus" in part and part.replace("4", "3") in folders for part in here):
             return "contained in 3plus"
@@ -98,9 +101,9 @@ def traps(kind, root, files):
             return "a copy of the .jsonl.zstd"
         if kind == "txt360" and set(copies) & set(here):
             return "a copy of other documents here"
-        if kind == "fineweb-edu" and "sample" in here:
-            smaller = samples and f"{max(samples)}BT" not in here
-            return "a sample of others here" if "data" in folders or smaller else ""
+        if kind == "fineweb-edu" and any(re.fullmatch(r"\d+BT", part) for part in below[file]):
+            smaller = f"{max(samples)}BT" not in here
+            return "a sample of others here" if smaller or any("data" in p for p in below.values()) else ""
     return {file: reason for file, here in parts.items() if (reason := why(file, here))}
 
 
@@ -162,13 +165,19 @@ def parquet_records(table, file, column, fields, counts):
 
 
 def batch_records(batch):
-    """The rows of a pyarrow RecordBatch as dicts. One that is not UTF-8 is None: nothing else is lost."""
-    try:
-        return [text_in_bytes(record) for record in batch.to_pylist()]
-    except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [None]
-        return [record for i in range(batch.num_rows) for record in batch_records(batch.slice(i, 1))]
+    """The rows of a pyarrow RecordBatch as dicts, one at a time if they are long, or may be: the size of a
+    dictionary says nothing about it. One that is not UTF-8 is None: nothing else is lost."""
+    long = batch.nbytes > 32_000_000 or any("dictionary" in str(kind) for kind in batch.schema.types)
+    if not long or batch.num_rows == 1:
+        try:
+            yield from [text_in_bytes(record) for record in batch.to_pylist()]
+            return
+        except UnicodeDecodeError:
+            if batch.num_rows == 1:
+                yield None
+                return
+    for i in range(batch.num_rows):
+        yield from batch_records(batch.slice(i, 1))
 
 
 def text_in_bytes(record):

@@ -469,9 +469,9 @@ def tokenizing():
         tokenizer.save(Path(folder, "tokenizer.json"))
         file = Path(folder, "code.jsonl")
         file.write_text("".join(json.dumps(dict(text=doc)) + "\n" for doc in docs))
-        source, _ = data.find_source("code", str(file), data.DataConfig(budget="1TB"))
-        plan = data.Plan(source, folder, 2, "", "")
-        manifest, _, _ = data.shard_paths(plan, file)
+        source, _ = data.find_source("code", str(file), data.DataConfig())
+        plan = data.Plan(source._replace(large=True), [source.files], folder, 2, "", "")
+        manifest, _, _ = data.shard_paths(plan, source.files)
 
         def prepared():
             manifest.unlink(missing_ok=True)
