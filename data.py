@@ -334,20 +334,6 @@ def find_source(name, path, config):
                   config.skip_bad, size > LARGE), left_out
 
 
-def twice(sources):
-    """A line for each two domains of the same published set of which one contains text of the other."""
-    for one, other in itertools.combinations([source for source in sources if source.kind], 2):
-        if one.kind != other.kind:
-            continue
-        files = [Path(file).absolute() for file in one.files + other.files]
-        base = Path(os.path.commonpath([file.parent for file in files]))
-        why = set(datasets().traps(one.kind, base, files).values())
-        if len(set(files)) < len(files):
-            why.add("the same files")
-        if why:
-            yield f"warning: {one.name} and {other.name} share text: {', '.join(sorted(why))}"
-
-
 def beside_tables(name, root, files, config):
     """{file: why it is left out}: a folder of tables often has a README beside them. A folder of text is read
     without the tables in it. Raises ValueError if there are different tables, which is a mistake."""
@@ -2308,7 +2294,8 @@ def prepare(config, vocab_size, launch="", workers=0):
     names, start, end, paths = parse_domains(config)
     paths, config = cleaned(paths, config, workers)
     found = {name: find_source(name, path, config) for name, path in paths.items()}
-    for line in twice(source for source, _ in found.values()):
+    sets = [source for source, _ in found.values() if source.kind]
+    for line in datasets().twice(sets) if len(sets) > 1 else ():
         print(line)
     large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):

@@ -5,6 +5,7 @@ Everything runs on CPU; multi-rank tests spawn processes that talk over gloo. To
 """
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -1571,6 +1572,46 @@ def test_txt360_keeps_its_buckets_and_leaves_out_its_copies(tmp_path, capsys):
     assert texts_of(f"txt360:{tmp_path}/TxT360_QA") == [0, 1], "a copy alone is no copy"
 
 
+def test_the_name_of_the_folder_itself_is_no_trap(tmp_path, capsys):
+    """Only the folders below say that a file is of a test split, or a sample of others."""
+    for kind, path in (("fineweb2", "test/train/1.parquet"), ("fineweb-edu", "data/sample/10BT/1.parquet"),
+                       ("fineweb-edu", "sample/10BT/1.parquet")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        root = tmp_path / path.partition("/")[0]
+        source, others = data.find_source("x", f"{kind}:{root}", data.DataConfig())
+        assert source.files == [f"{tmp_path}/{path}"] and not others
+
+
+def test_two_domains_of_one_set_that_share_text_are_named(tmp_path):
+    for path in ("finemath-3plus", "finemath-4plus", "infiwebmath-3plus"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "1.parquet").write_bytes(b"PAR1")
+    sources = [data.find_source(path[:3] + path[-5], f"finemath:{tmp_path}/{path}", data.DataConfig())[0]
+               for path in ("finemath-3plus", "finemath-4plus", "infiwebmath-3plus")]
+    assert list(data.datasets().twice(sources)) == ["warning: fin3 and fin4 share text: contained in 3plus"]
+    same = [sources[2], sources[2]._replace(name="again")]
+    assert list(data.datasets().twice(same)) == ["warning: inf3 and again share text: the same files"]
+
+
+def test_the_cache_knows_the_buckets_of_txt360(tmp_path):
+    """Folders that change their names change what a condition lets through, not the files."""
+    for bucket in ("1-1", "2-5"):
+        write_rows(tmp_path / f"x/{bucket}/a.jsonl", numbered(0, 60, meta={}) * (2 if bucket == "1-1" else 1))
+    config = data.DataConfig(files=f"x=txt360:{tmp_path}/x", tokenizer="bytes", where="bucket=1-1",
+                             cache=str(tmp_path / "cache"))
+    assert data.prepare(config, 261).domains["x"].documents >= 60
+    os.rename(tmp_path / "x/1-1", tmp_path / "x/1-10")
+    with pytest.raises(ValueError, match="is empty"): data.prepare(config, 261)
+
+
+def test_a_packed_file_is_known_by_its_first_line(tmp_path):
+    (tmp_path / "shard.gz").write_bytes(gzip.compress(b'{"text": "document 5"}\n{"text": "document 6"}\n'))
+    assert texts_of(tmp_path / "shard.gz") == [5, 6]
+    (tmp_path / "shard.gz").write_bytes(gzip.compress(b"document 7"))
+    assert texts_of(tmp_path / "shard.gz") == [7]
+
+
 def test_fineweb_edu_reads_one_of_its_samples(tmp_path):
     for i, folder in enumerate(("sample/10BT", "sample/100BT", "data/CC-MAIN-2024-10")):
         write_rows(tmp_path / folder / "000_00000.parquet", numbered(10 * i, score=3.1, int_score=3))
@@ -1594,11 +1635,30 @@ def test_conditions_choose_rows(tmp_path, item, expected):
 @pytest.mark.parametrize("item, says", [
     ("number", "'number' is not FIELD>=VALUE"), ("number>=", "'number>=' is not"), ("number=>1", "is not"),
     ("__import__('os')>1", "is not"), ("score>1", "no field 'score'; it has: text, number"),
-    ("number>many", "'number' is a number in .*a.jsonl"), ("text.x=1", "no field 'text.x'")])
+    ("number>many", "'number' is a number in .*a.jsonl"), ("text.x=1", "no field 'text.x'"),
+    ("number>=4,typo>=1", "no field 'typo'; it has: text, number, ok, more, late"),
+    ("number>nan", "is a number"), ("ok=maybe", "'ok' is true or false in"),
+    ("more.typo=1", "no field 'more.typo'; it has: x, text")])
 def test_a_condition_that_makes_no_sense_is_refused(tmp_path, item, says):
-    write_rows(tmp_path / "a.jsonl", [dict(text="document 1", number=1)])
+    rows = [dict(text="document 1", number=1, ok=True, more=dict(x=1)), dict(text="document 2", late=2)]
+    write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=says):
         texts_of(tmp_path / "a.jsonl", where=item)
+
+
+@pytest.mark.parametrize("item, expected", [
+    ("n>=4", [1, 4]), ("late>=1", [3]), ("late!=2", [3]), ("language=nan", [2, 4]), ("ok=1", [1]),
+    ("ok=False", [2]), ("year<999", [3]), ("year=1000", [3])])
+def test_a_string_is_no_number_and_a_missing_field_meets_nothing(tmp_path, item, expected):
+    """The first row lacks a field; only in a .csv are strings of digits numbers."""
+    rows = [dict(n=10, ok=True), dict(n=3, ok=False, language="nan"), dict(late=1, year="1000"),
+            dict(n=4.5, language="nan", year="999")]
+    write_rows(tmp_path / "a.jsonl", [dict(row, text=f"document {i}") for i, row in enumerate(rows, 1)])
+    assert texts_of(tmp_path / "a.jsonl", where=item) == expected
+    lines = b"text,n,language\ndocument 1,10,nan\ndocument 2,9,0x\ndocument 3,,7\n"
+    (tmp_path / "a.csv").write_bytes(lines)
+    for where in ("n>=9.5", "language=nan"):
+        assert texts_of(tmp_path / "a.csv", where=where) == [1]
 
 
 def csv_file(*rows):
@@ -1968,6 +2028,104 @@ def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files,
     for wrong in ("lots", "0MB", "5", "-1MB", "3 MBit"):
         with pytest.raises(ValueError, match="is not like 100MB, 2GB or 5000documents"):
             data.prepare(replace(config, budget=wrong), 261)
+
+
+def test_a_small_budget_is_held_in_memory_and_reads_no_whole_file(tmp_path, monkeypatch):
+    """Few documents get a validation side as without a budget, and no file is hashed for a part of it."""
+    config, docs = large_text(tmp_path, 2, 6)
+    small = data.prepare(replace(config, budget="14documents"), 261).domains["mine"]
+    assert small.sha256 == data.prepare(config, 261).domains["mine"].sha256 and len(small.val)
+    hashed, file_digest = [], data.file_digest
+    monkeypatch.setattr(data, "file_digest",
+                        lambda path, *head: hashed.append(str(path)) or file_digest(path, *head))
+    data.prepare(replace(config, budget="1KB"), 261)
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
+    for budget in ("1KB", "5documents"):
+        some = replace(config, budget=budget)
+        first = data.prepare(some, 261).fingerprint
+        assert not any(path.endswith(".jsonl") for path in hashed)
+        os.utime(tmp_path / "mine/0.jsonl", (1e9 + 5, 1e9 + 5))
+        assert data.prepare(some, 261).fingerprint == first
+        text = (tmp_path / "mine/0.jsonl").read_text()
+        (tmp_path / "mine/0.jsonl").write_text(text[:20] + "a" + text[20:])
+        assert data.prepare(some, 261).fingerprint != first
+    assert not any(path.endswith(".jsonl") for path in hashed)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch, tmp_path):
+    config, _ = large_text(tmp_path, 1, 9)
+    for error in (MemoryError(), concurrent.futures.process.BrokenProcessPool("a long story")):
+        def fails(*args, **options): raise error
+        monkeypatch.setattr(data, "prepare", fails)
+        with pytest.raises(SystemExit, match="^data.py: a worker was killed, probably for memory: fewer"):
+            data.main(["prepare", "--files=x=y"])
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "LARGE", 0)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(data, "progress", lambda *_: [process.kill() for process in started])
+    with pytest.raises(ValueError, match="a worker was killed, probably for memory: fewer --workers; start"):
+        data.prepare(config, 261)
+
+
+def test_a_source_with_a_time_in_the_future_counts_as_settled(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    later = time.time() + 9e4
+    os.utime(tmp_path / "a.txt", (later, later))
+    record = {}
+    data.digest(tmp_path / "a.txt", record)
+    assert len(record) == 1
+
+
+def test_long_rows_and_batches_are_bounded(tmp_path, monkeypatch):
+    """A long row is refused in every format of large text; a batch of long texts goes alone; rows of a table
+    that are or may be long are decoded one at a time; long words take no memory."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    long = [dict(text="document 1"), dict(text="x" * 1001)]
+    (tmp_path / "a.csv").write_text("text\ndocument 1\n" + "é" * 501 + "\n")
+    write_rows(tmp_path / "a.jsonl", long)
+    for name in ("a.csv", "a.jsonl"):
+        with pytest.raises(ValueError, match=f"{name}, (row|line) 2 is longer than 0 MB"):
+            texts_of(tmp_path / name)
+    (tmp_path / "a.json").write_text('{"text": "document 1"}\n' + json.dumps(long[1]))
+    with pytest.raises(ValueError, match="a.json, line 2 is longer than"): texts_of(tmp_path / "a.json")
+    held = []
+    monkeypatch.setattr(data, "IN_FLIGHT", 10_000)
+
+    def texts():
+        for i in range(40):
+            held.append(i)
+            yield "x" * 9000
+    found = data.in_pool(len, texts(), str, 9000, 8, data.ThreadPoolExecutor)
+    assert next(found) == 1 and len(held) <= 2 and sum(found) == 39
+    one, two = "a" * 300, "b" * 300
+    assert len(set(data.shingles_of(f"{one} {two} c d e {one} {two} c d e").tolist())) == 5
+    tracemalloc.start()
+    assert len(data.shingles_of(" ".join([one * 1000] * 9))) == 5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6, peak
+    pa = pytest.importorskip("pyarrow")
+    write_rows(tmp_path / "a.parquet", long)
+    with pytest.raises(ValueError, match="a.parquet, row 2 is longer than"): texts_of(tmp_path / "a.parquet")
+    words = pa.RecordBatch.from_pydict(dict(text=pa.array(["x" * 10 ** 6] * 50).dictionary_encode()))
+    plain = pa.RecordBatch.from_pydict(dict(text=["x" * 10 ** 6] * 50))
+    for batch in (words, plain):
+        tracemalloc.start()
+        assert sum(1 for _ in datasets.batch_records(batch)) == 50
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6, peak
+
+
+def test_the_last_piece_of_a_long_text_is_not_tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 100)
+    for end in ("the last", "", "x" * 150, "y" * 60):
+        raw = (("x" * 24 + "\n") * 100 + end).encode()
+        found = [text for _, text in data.pieces("a.txt", io.BytesIO(raw), 1600)]
+        assert "".join(found).encode() == raw and all(49 <= len(text) <= 100 for text in found), found
 
 
 def test_a_thousand_shards_start_in_two_seconds(tmp_path, monkeypatch):
@@ -2545,6 +2703,18 @@ def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
     for name in ("00000.jsonl", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in", "out"]
+
+
+def test_a_run_can_clean_a_path_with_an_equals_sign(tmp_path, monkeypatch):
+    """As Hive names its folders. The workers of the run are those of the cleaning."""
+    make_source(tmp_path / "lang=ko")
+    config = data.DataConfig(files=f"web={tmp_path}/lang=ko", clean=True, min_tokens=5, tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: ran.append(words) or run(words, **how))
+    assert data.prepare(config, 261, workers=2).domains["web"].documents > 9 and "--workers=2" in ran[0]
+    for given in (f"{tmp_path}/lang=ko", f"a={tmp_path}/lang=ko"):
+        data.main(["clean", given, f"{tmp_path}/{len(given)}", "--min_tokens=5"])
 
 
 def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):

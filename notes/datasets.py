@@ -6,6 +6,7 @@
 
 Run:  python data.py sources        what is known of each set, and what to download
 """
+import itertools
 import os
 import re
 from pathlib import Path
@@ -105,6 +106,20 @@ def traps(kind, root, files):
             smaller = f"{max(samples)}BT" not in here
             return "a sample of others here" if smaller or any("data" in p for p in below.values()) else ""
     return {file: reason for file, here in parts.items() if (reason := why(file, here))}
+
+
+def twice(sources):
+    """A line for each two sources of the same set of which one contains text of the other."""
+    for one, other in itertools.combinations(sources, 2):
+        if one.kind != other.kind:
+            continue
+        files = [Path(file).absolute() for file in one.files + other.files]
+        base = Path(os.path.commonpath([file.parent for file in files]))
+        why = set(traps(one.kind, base, files).values())
+        if len(set(files)) < len(files):
+            why.add("the same files")
+        if why:
+            yield f"warning: {one.name} and {other.name} share text: {', '.join(sorted(why))}"
 
 
 # ---- formats that need a package ---------------------------------------------------------------------------
