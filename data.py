@@ -141,7 +141,7 @@ def parse_domains(config):
     for name in paths:
         if name not in names:
             raise ValueError(f"files: {name!r} is not in domains ({', '.join(names)})")
-    for condition in parse_where(config.where):
+    for condition in conditions(config.where):
         if condition.domain not in ("", *paths):
             raise ValueError(f"where: {condition.domain!r} is not in files ({', '.join(paths)})")
     parse_budget(config.budget)
@@ -315,7 +315,13 @@ def find_source(name, path, config):
     else:
         kind, root = "", path
         files, left_out = own_files(name, root)
-        traps = beside_tables(name, root, files, config)
+        probe = Source(name, root, [], "", "", config.column, False, False)
+        tables = [file for file in files if bare(file).endswith((".csv", ".parquet"))
+                  or file.name.lower().endswith(PACKED[1:])]
+        traps = {}
+        if tables and len(files) > 1:
+            about = [file for file in files if kind_of(file) == "json" and not holds_text(probe, file)]
+            traps = datasets().beside_tables(f"{name}={root}", files, tables, about)
     for file, why in traps.items():
         left_out[why].append(file)
     files = [file for file in files if file not in traps]
@@ -329,29 +335,9 @@ def find_source(name, path, config):
                    for file in files)
     budget, of_bytes = parse_budget(config.budget)
     size = min(size, budget if of_bytes else budget * 50_000)    # a long document
-    where = [c.said for c in parse_where(config.where) if c.domain in ("", name)]
+    where = [c.said for c in conditions(config.where) if c.domain in ("", name)]
     return Source(name, root, [str(file) for file in files], kind, ",".join(where), config.column,
                   config.skip_bad, size > LARGE), left_out
-
-
-def beside_tables(name, root, files, config):
-    """{file: why it is left out}: a folder of tables often has a README beside them. A folder of text is read
-    without the tables in it. Raises ValueError if there are different tables, which is a mistake."""
-    tables = [file for file in files
-              if bare(file).endswith((".csv", ".parquet")) or file.name.lower().endswith(PACKED[1:])]
-    others = [file for file in files if file not in set(tables)]
-
-    def about(file):                                             # the tables, and no text
-        source = Source(name, str(root), [], "", "", config.column, False, False)
-        return re.match("readme|licen[cs]e", file.name.lower()) or \
-            kind_of(file) == "json" and not holds_text(source, file)
-    if tables and not all(map(about, others)):
-        return {file: "a table beside text: name it on its own" for file in tables}
-    endings = {bare(file).rpartition(".")[2] for file in tables} & {"csv", "parquet", "jsonl"}
-    if len(endings) > 1:
-        raise ValueError(f"files: {name}={root} mixes .{' and .'.join(sorted(endings))}: give each a name of "
-                         "its own")
-    return dict.fromkeys(others, "beside the data") if tables else {}
 
 
 def bare(file):
@@ -439,8 +425,13 @@ def embedded():
 
 
 def datasets():
-    """The module that knows published sets, and formats that need a package."""
-    return from_notes("datasets", "published sets, parquet and zstd are read by")
+    """The module that knows published sets, conditions, and formats that need a package."""
+    return from_notes("datasets", "published sets, tables, zstd and conditions need")
+
+
+def conditions(text):
+    """DataConfig.where → its conditions. Raises ValueError, naming a faulty one."""
+    return datasets().parse_where(text) if text else []
 
 
 # ---- sources: their rows -----------------------------------------------------------------------------------
@@ -481,15 +472,15 @@ def rows(name, path, config):
 
     # One line: what was read, and for each reason the number and the first names left out.
     print(f"{name}={path}: {several(read, 'file')}, {several(documents, 'document')}, {size:,} bytes"
-          f"{columns(source)}{reasons(left_out, total)}")
+          f"{described(source)}{reasons(left_out, total)}")
 
 
-def columns(source):
+def described(source):
     """For a line: the column that is read, and those there are; what set the files look like."""
     line = ""
     there = fields_there(source, source.files[0])
     if there:
-        line = f"; text from `{source.column}` (there are: {listed(there)})"
+        line = f"; text from `{source.column}` (there are: {shortened(there)})"
     if source.large and any(kind_of(file) == "text" and os.stat(file).st_size > 16 * PIECE
                             for file in source.files):
         line += f"; text files above {16 * PIECE:,} bytes are cut into documents of {PIECE:,}"
@@ -545,13 +536,11 @@ def rows_of_file(source, file, counts):
         if kind == "json" and Path(file) != Path(source.root) and not holds_text(source, file):
             counts["without a `text`"] += 1
             return
-        where = parse_where(source.where)
-        quality = datasets().SETS[source.kind].quality if source.kind else ""
-        where = [c._replace(field=quality) if quality and c.field == "quality" else c for c in where]
+        where = [c._replace(field=datasets().SETS[source.kind].quality or c.field) if source.kind
+                 and c.field == "quality" else c for c in conditions(source.where)]
+        check = datasets().Check(where, file, kind) if where else None
         unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
         limit = LONGEST_ROW if source.large else LARGE
-        missing = {c.field: {} for c in where}                   # fields not seen yet: what is there instead
-        judged = 0
         for number, record in records(source, file, kind, counts, {c.field for c in where}):
             counts["rows"] += 1
             try:
@@ -566,33 +555,22 @@ def rows_of_file(source, file, counts):
             if len(text) > limit // 4 and len(text.encode()) > limit:
                 raise ValueError(f"files: {file}, {unit} {number} is longer than {limit // 10 ** 6} MB")
 
-            # Blank documents do not count. All conditions are looked at, so that an unknown field shows; a
-            # row is counted by the first that it fails.
+            # Blank documents do not count. Each row is counted by the first condition that it fails.
             if not text.strip():
                 counts["blank"] += 1
                 continue
             if source.kind == "txt360":
                 record["bucket"] = Path(file).parent.name
-            judged += 1
-            failed = []
-            for c in where:
-                there, value = look_up(record, c.field)
-                if there:
-                    missing.pop(c.field, None)
-                elif c.field in missing and len(missing[c.field]) < 100:
-                    missing[c.field].update(dict.fromkeys(value))
-                if not (there and holds(c, value, file, kind)):
-                    failed.append(c.said)
+            failed = check and check.failed(record)
             if failed:
-                counts[f"not {failed[0]}"] += 1
+                counts[f"not {failed}"] += 1
             else:
                 together = str(record.get("split_with", ""))
                 yield Row(text, file, number, together if re.fullmatch("[0-9a-f]{16}", together) else "")
 
-        # No row met a condition on such a field.
-        for field, names in missing.items():
-            if judged:
-                raise ValueError(f"where: {file} has no field {field!r}; it has: {listed(names)}")
+        for field, names in check.missing.items() if check else ():
+            if names:
+                raise ValueError(f"where: {file} has no field {field!r}; it has: {shortened(names)}")
 
 
 def bad_row(source, file, unit, number, record, error):
@@ -601,13 +579,13 @@ def bad_row(source, file, unit, number, record, error):
     if unit == "row":
         why = f"no string in the column `{source.column}`"
     if isinstance(record, dict) and source.column not in record:
-        why += f", only {listed(record)}"
+        why += f", only {shortened(record)}"
     if isinstance(error, UnicodeError):
         why = "no text in UTF-8"
     return ValueError(f"files: {file}, {unit} {number}: {why}; mend it, or --data.skip_bad=true")
 
 
-def listed(names):
+def shortened(names):
     """The first names, for a message of one line."""
     names = [str(name)[:40].replace("\n", " ") for name in names]
     return ", ".join(names[:24]) + (f", and {len(names) - 24} more" if len(names) > 24 else "")
@@ -762,11 +740,11 @@ def csv_records(source, file, stream, fields):
 def has_columns(source, file, names, fields=()):
     """Raise ValueError unless a table has the column of the text, and those of the conditions."""
     if source.column not in names:
-        raise ValueError(f"files: {file} has no column {source.column!r}; it has: {listed(names) or 'none'}; "
-                         "name one with --data.column=NAME")
+        raise ValueError(f"files: {file} has no column {source.column!r}; it has: "
+                         f"{shortened(names) or 'none'}; name one with --data.column=NAME")
     for field in fields:
         if field not in names and field.partition(".")[0] not in names and field != "bucket":
-            raise ValueError(f"where: {file} has no field {field!r}; it has: {listed(names)}")
+            raise ValueError(f"where: {file} has no field {field!r}; it has: {shortened(names)}")
 
 
 def text_of(record, column="text"):
@@ -785,66 +763,6 @@ def holds_text(source, file):
             text_of(json.loads(record) if isinstance(record, bytes) else record, source.column)
             return True
     return False
-
-
-# ---- sources: conditions and budgets -----------------------------------------------------------------------
-
-class Condition(NamedTuple):
-    domain: str                  # "": every domain of files
-    field: str                   # "a.b" is the field b within a
-    sign: str
-    value: str
-    said: str                    # without the domain
-
-
-DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
-SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, "=": operator.eq,
-         ">": operator.gt, "<": operator.lt}
-
-
-def parse_where(text):
-    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming the faulty item."""
-    found = []
-    for item in filter(None, text.split(",")):
-        match = re.fullmatch(r"\s*(?:([\w.-]+):)?([\w.-]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!].*?)\s*", item)
-        if not match:
-            raise ValueError(f"where: {item!r} is not FIELD>=VALUE, with one of {' '.join(SIGNS)}")
-        domain, *parts = match.groups()
-        found.append(Condition(domain or "", *parts, "".join(parts)))
-    return found
-
-
-def look_up(record, field):
-    """(True, the value of a field), or (False, the names that stand in its place)."""
-    value = record
-    for part in field.split(".") if field not in record else [field]:
-        if not isinstance(value, dict) or part not in value:
-            return False, list(value if isinstance(value, dict) else record)
-        value = value[part]
-    return True, value
-
-
-def holds(condition, value, file, kind):
-    """Whether a value meets a condition; null meets none. Numbers are compared as numbers; a table of .csv
-    has only strings, which count as numbers if both are. Raises ValueError if the types differ."""
-    if value is None:
-        return False
-    wanted = condition.value
-    what = f"where: {condition.said}: {condition.field!r} is"
-    if isinstance(value, bool):
-        if wanted.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(f"{what} true or false in {file}")
-        wanted = wanted.lower() in ("true", "1")
-    elif isinstance(value, (dict, list)):
-        raise ValueError(f"{what} not a number or a string in {file}")
-    elif hasattr(value, "__float__") or kind == "csv" and DECIMAL.fullmatch(value):
-        if DECIMAL.fullmatch(wanted):
-            value, wanted = float(value), float(wanted)
-        elif kind != "csv":
-            raise ValueError(f"{what} a number in {file}")
-    else:
-        value = str(value)
-    return SIGNS[condition.sign](value, wanted)
 
 
 def parse_budget(text):
@@ -1398,8 +1316,12 @@ def documents(name, path=None, config=DataConfig(), together=None):
     if path is None:
         return embedded().documents(name)
     found = []
+    size = 0
     for row in rows(name, path, config):
         found.append(row.text)
+        size += len(row.text)
+        if config.budget and size > 4 * LARGE:
+            raise ValueError(f"budget: {config.budget} of {name} are too long for it: give it in MB")
         if row.split_with and together is not None:
             together[row.text] = row.split_with
     return found
@@ -1777,7 +1699,7 @@ class Plan(NamedTuple):
     folder: str                  # of the shards, and of tokenizer.json
     width: int                   # bytes of a token: 2 or 4
     budget: str
-    verify: str                  # the launch whose processes verify the digests, or ""
+    verified_by: str             # the launch whose processes verify the digests, or ""
 
 
 class Shards:
@@ -1867,14 +1789,14 @@ def shard_of(plan, part, limit, settled=True):
     settled: also require that the files are unchanged, and that this launch has verified the digests."""
     about, paths, table = shard_paths(plan, part)
     dtype = np.dtype(f"<u{plan.width}")
-    facts = intact(about, paths, dtype, None, ("limit", "spent", "sources", "counts", "verified",
+    facts = intact(about, paths, dtype, None, ("limit", "spent", "sources", "counts", "verified_by",
                                              "files", "options"))
     if not facts or facts["limit"] != limit or not table.exists():
         return None
     if table.stat().st_size != 32 * facts["documents"]:
         return None
     if settled and (any(known[:2] != stamp(file) for known, file in zip(facts["sources"], part))
-                    or plan.verify and facts["verified"] != plan.verify):
+                    or plan.verified_by and facts["verified_by"] != plan.verified_by):
         return None
     return facts
 
@@ -1893,10 +1815,11 @@ def settle(plan, part, limit, tokenizer, threads, tell):
         now = [source_of(file, one) if one[2] or one[:2] == stamp(file) else one[:2]
                for file, one in zip(part, known)]
         same = [one[2:] for one in now] == [one[2:] for one in known]
-        if same and plan.verify:
+        if same and plan.verified_by:
             same = [tokens_digest(path) for path in paths] == facts["sha256"]
         if same:
-            write_atomically(about, json.dumps(dict(facts, sources=now, verified=plan.verify)).encode())
+            facts.update(sources=now, verified_by=plan.verified_by)
+            write_atomically(about, json.dumps(facts).encode())
             return facts
         print(f"{about}: the source or the shards are not those it was written for, building it again",
               file=sys.stderr)
@@ -1952,7 +1875,7 @@ def build_shards(plan, part, limit, tokenizer, threads, tell):
 
     # The manifest comes last.
     facts = dict(tokens=tokens, bytes=sizes, documents=documents, sha256=[tokens_digest(p) for p in paths],
-                 limit=limit, spent=spent[0], sources=sources, verified=plan.verify, files=part,
+                 limit=limit, spent=spent[0], sources=sources, verified_by=plan.verified_by, files=part,
                  options=dict(column=plan.source.column, where=plan.source.where, set=plan.source.kind),
                  counts={why: n for why, n in counts.items() if why != "at"})
     write_atomically(about, json.dumps(facts).encode())
@@ -2193,7 +2116,7 @@ def large_domain(config, source, left_out, tokenizer, verify, workers):
     if None in found:
         began = time.time()
         if loud:
-            print(f"{source.name}={source.root}: {several(len(source.files), 'file')}{columns(source)}"
+            print(f"{source.name}={source.root}: {several(len(source.files), 'file')}{described(source)}"
                   f"{reasons(left_out, {})}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "tokenizer.json")

@@ -136,7 +136,7 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
     refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     asked = "--data.files=NAME=PATH: the default text is made by notes/corpus.py, which is not here"
     missing = "No module named 'notes'"
-    sets = "data.py: published sets, parquet and zstd are read by notes/datasets.py, which is not here"
+    sets = "data.py: published sets, tables, zstd and conditions need notes/datasets.py, which is not here"
     expected = asked, asked, missing, missing, sets, sets, sets
     assert [says in line for says, line in zip(expected, refused, strict=True)] == [True] * 7
 
@@ -2183,7 +2183,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
     with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(text.encode())}"):
         list(data.rows_of_file(source, source.files[0], Counter()))
-    assert "cut into documents of 100" in data.columns(source)
+    assert "cut into documents of 100" in data.described(source)
     monkeypatch.setattr(data, "LONGEST_ROW", 1000)
     (tmp_path / "a.json").write_text(json.dumps(numbered(0, 99)))
     source, _ = data.find_source("x", str(tmp_path / "a.json"), data.DataConfig(budget="1TB"))

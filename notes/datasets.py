@@ -1,12 +1,14 @@
-"""Published sets that `data.py` reads by name, and formats that need a package of their own.
+"""Published sets that `data.py` reads by name, conditions, and formats that need a package of their own.
 
   by name      NAME=SET:PATH, for the sets in SETS, whose folders hold things not to be read: rejects, test
                splits, second copies
+  conditions   on the fields of a row, parsed and never evaluated
   formats      .parquet by pyarrow; zstd by Python 3.14 or backports.zstd, which notice a file cut short
 
 Run:  python data.py sources        what is known of each set, and what to download
 """
 import itertools
+import operator
 import os
 import re
 from pathlib import Path
@@ -122,6 +124,102 @@ def twice(sources):
             yield f"warning: {one.name} and {other.name} share text: {', '.join(sorted(why))}"
 
 
+# ---- tables beside text, and conditions --------------------------------------------------------------------
+
+def beside_tables(where, files, tables, about):
+    """{file: why it is left out}: a folder of tables often has a README, or JSON about them, beside them. A
+    folder of text is read without the tables in it. Raises ValueError if there are different tables."""
+    others = [file for file in files if file not in set(tables)]
+    if any(file not in about and not re.match("readme|licen[cs]e", file.name.lower()) for file in others):
+        return dict.fromkeys(tables, "a table beside text: name it on its own")
+    names = " ".join(file.name.lower() for file in tables)
+    endings = set(re.findall(r"\.(?:csv|parquet|jsonl)\b(?!\.(?:csv|parquet))", names))
+    if len(endings) > 1:
+        raise ValueError(f"files: {where} mixes {' and '.join(sorted(endings))}: give each a name of its own")
+    return dict.fromkeys(others, "beside the data")
+
+
+class Condition(NamedTuple):
+    domain: str                  # "": every domain of files
+    field: str                   # "a.b" is the field b within a
+    sign: str
+    value: str
+    said: str                    # without the domain
+
+
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
+SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, "=": operator.eq,
+         ">": operator.gt, "<": operator.lt}
+
+
+def parse_where(text):
+    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming the faulty item."""
+    found = []
+    for item in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*(?:([\w.-]+):)?([\w.-]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!].*?)\s*", item)
+        if not match:
+            raise ValueError(f"where: {item!r} is not FIELD>=VALUE, with one of {' '.join(SIGNS)}")
+        domain, *parts = match.groups()
+        found.append(Condition(domain or "", *parts, "".join(parts)))
+    return found
+
+
+def look_up(record, field):
+    """(True, the value of a field), or (False, the names that stand in its place)."""
+    value = record
+    for part in field.split(".") if field not in record else [field]:
+        if not isinstance(value, dict) or part not in value:
+            return False, list(value if value and isinstance(value, dict) else record)
+        value = value[part]
+    return True, value
+
+
+def holds(condition, value, file, kind):
+    """Whether a value meets a condition; null meets none. Numbers are compared as numbers; a table of .csv
+    has only strings, which count as numbers if both are. Raises ValueError if the types differ."""
+    if value is None:
+        return False
+    wanted = condition.value
+    what = f"where: {condition.said}: {condition.field!r} is"
+    if isinstance(value, bool):
+        if wanted.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{what} true or false in {file}")
+        wanted = wanted.lower() in ("true", "1")
+    elif isinstance(value, (dict, list)):
+        raise ValueError(f"{what} not a number or a string in {file}")
+    elif hasattr(value, "__float__") or kind == "csv" and DECIMAL.fullmatch(value):
+        if DECIMAL.fullmatch(wanted):
+            value, wanted = float(value), float(wanted)
+        elif kind != "csv":
+            raise ValueError(f"{what} a number in {file}")
+    else:
+        value = str(value)
+    return SIGNS[condition.sign](value, wanted)
+
+
+class Check:
+    """The conditions on the rows of a file."""
+
+    def __init__(self, conditions, file, kind):
+        self.conditions = conditions
+        self.file = file
+        self.kind = kind
+        self.missing = {c.field: {} for c in conditions}         # fields not seen yet: what is there instead
+
+    def failed(self, record):
+        """The first condition that a record does not meet, or "". All are looked at, for unknown fields."""
+        failed = []
+        for c in self.conditions:
+            there, value = look_up(record, c.field)
+            if there:
+                self.missing.pop(c.field, None)
+            elif c.field in self.missing and len(self.missing[c.field]) < 100:
+                self.missing[c.field].update(dict.fromkeys(value))
+            if not (there and holds(c, value, self.file, self.kind)):
+                failed.append(c.said)
+        return failed[0] if failed else ""
+
+
 # ---- formats that need a package ---------------------------------------------------------------------------
 
 def open_zstd(file, raw):
@@ -165,10 +263,11 @@ def parquet_records(table, file, column, fields, counts):
     about, size = table.metadata, os.stat(file).st_size
     whole = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
     count = max(1, min(1000, 4_000_000 * about.num_rows // max(1, whole)))
-    names = [column, *sorted(fields - {column, "bucket"})] if fields else [column]
+    there = table.schema_arrow.names
+    names = {column, *(field if field in there else field.partition(".")[0] for field in fields)} & {*there}
     number = 0
     try:
-        for batch in table.iter_batches(count, columns=names, use_threads=False):
+        for batch in table.iter_batches(count, columns=sorted(names), use_threads=False):
             for record in batch_records(batch):
                 number += 1
                 yield number, record
