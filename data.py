@@ -17,12 +17,12 @@ Letters:  N windows  D domains  W windows of a domain  b windows of a rank's bat
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
           python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
           python data.py clean IN OUT [--min_tokens=24] ...      IN: a file, a folder, or NAME=PATH
+          python data.py origin --at=TOKEN ...         file and row of a training token of each domain
           python data.py sources                       what is known of published sets, and what to download
 """
 from __future__ import annotations     # Batch names torch, which is imported only where it is used: worker
                                        # processes do without it
 import contextlib
-import csv
 import fcntl
 import functools
 import gzip
@@ -141,9 +141,8 @@ def parse_domains(config):
     for name in paths:
         if name not in names:
             raise ValueError(f"files: {name!r} is not in domains ({', '.join(names)})")
-    for condition in conditions(config.where):
-        if condition.domain not in ("", *paths):
-            raise ValueError(f"where: {condition.domain!r} is not in files ({', '.join(paths)})")
+    if config.where:
+        datasets().parse_where(config.where, paths)
     parse_budget(config.budget)
 
     # The weights of each end of the schedule sum to 1.
@@ -315,13 +314,10 @@ def find_source(name, path, config):
     else:
         kind, root = "", path
         files, left_out = own_files(name, root)
-        probe = Source(name, root, [], "", "", config.column, False, False)
-        tables = [file for file in files if bare(file).endswith((".csv", ".parquet"))
-                  or file.name.lower().endswith(PACKED[1:])]
         traps = {}
-        if tables and len(files) > 1:
-            about = [file for file in files if kind_of(file) == "json" and not holds_text(probe, file)]
-            traps = datasets().beside_tables(f"{name}={root}", files, tables, about)
+        if len(files) > 1 and any(re.search(r"\.(csv|parquet|zstd?)\b", file.name.lower()) for file in files):
+            probe = Source(name, root, [], "", "", config.column, False, False)
+            traps = datasets().beside_tables(name, root, files, functools.partial(holds_text, probe))
     for file, why in traps.items():
         left_out[why].append(file)
     files = [file for file in files if file not in traps]
@@ -335,17 +331,15 @@ def find_source(name, path, config):
                    for file in files)
     budget, of_bytes = parse_budget(config.budget)
     size = min(size, budget if of_bytes else budget * 50_000)    # a long document
-    where = [c.said for c in conditions(config.where) if c.domain in ("", name)]
-    return Source(name, root, [str(file) for file in files], kind, ",".join(where), config.column,
-                  config.skip_bad, size > LARGE), left_out
+    where = datasets().parse_where(config.where) if config.where else []
+    return Source(name, root, [str(file) for file in files], kind,
+                  ",".join(c.said for c in where if c.domain in ("", name)), config.column, config.skip_bad,
+                  size > LARGE), left_out
 
 
 def bare(file):
     """The name of a file in lower case, without .gz or .zst."""
-    name = Path(file).name.lower()
-    for ending in PACKED:
-        name = name.removesuffix(ending)
-    return name
+    return re.sub(r"\.(gz|zstd?)$", "", Path(file).name.lower())
 
 
 def own_files(name, path, kinds=KINDS):
@@ -427,11 +421,6 @@ def embedded():
 def datasets():
     """The module that knows published sets, conditions, and formats that need a package."""
     return from_notes("datasets", "published sets, tables, zstd and conditions need")
-
-
-def conditions(text):
-    """DataConfig.where → its conditions. Raises ValueError, naming a faulty one."""
-    return datasets().parse_where(text) if text else []
 
 
 # ---- sources: their rows -----------------------------------------------------------------------------------
@@ -536,12 +525,10 @@ def rows_of_file(source, file, counts):
         if kind == "json" and Path(file) != Path(source.root) and not holds_text(source, file):
             counts["without a `text`"] += 1
             return
-        where = [c._replace(field=datasets().SETS[source.kind].quality or c.field) if source.kind
-                 and c.field == "quality" else c for c in conditions(source.where)]
-        check = datasets().Check(where, file, kind) if where else None
+        check = datasets().Check(source, file, kind) if source.where else None
         unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
         limit = LONGEST_ROW if source.large else LARGE
-        for number, record in records(source, file, kind, counts, {c.field for c in where}):
+        for number, record in records(source, file, kind, counts, check.fields if check else ()):
             counts["rows"] += 1
             try:
                 if isinstance(record, bytes):
@@ -623,10 +610,9 @@ def packing_of(file):
 
 def records(source, file, kind, counts, fields=()):
     """(number, record) of each row of a file; a .jsonl line is left as bytes. fields: what else is read."""
+    columns = functools.partial(has_columns, source, file, fields)
     if kind == "parquet":
-        table = datasets().open_parquet(file)
-        has_columns(source, file, table.schema_arrow.names, fields)
-        yield from datasets().parquet_records(table, file, source.column, fields, counts)
+        yield from datasets().parquet_records(file, source.column, fields, columns, counts)
         return
     limit = LONGEST_ROW if source.large else LARGE
     if kind == "json":
@@ -645,8 +631,7 @@ def records(source, file, kind, counts, fields=()):
         if kind == "text":
             found = pieces(file, stream, 16 * PIECE if source.large else LARGE)
         elif kind == "csv":
-            csv.field_size_limit(limit)
-            found = csv_records(source, file, stream, fields)
+            found = datasets().csv_records(file, stream, limit, columns)
         else:
             found = lines(file, stream, limit)
         for number, record in found:
@@ -722,22 +707,7 @@ def pieces(file, stream, limit):
             rest += stream.read(2 * PIECE)
 
 
-def csv_records(source, file, stream, fields):
-    """(number, {column: value}) of a .csv file with a header; the header is not counted."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    table = csv.reader(text, strict=True)
-    number = 0
-    try:
-        header = next(table, [])
-        has_columns(source, file, header, fields)
-        for number, row in enumerate(table, 1):
-            if row:
-                yield number, dict(zip(header, row)) if len(row) == len(header) else None
-    except csv.Error as error:
-        raise ValueError(f"files: {file}, row {number + 1}: {error}") from None
-
-
-def has_columns(source, file, names, fields=()):
+def has_columns(source, file, fields, names):
     """Raise ValueError unless a table has the column of the text, and those of the conditions."""
     if source.column not in names:
         raise ValueError(f"files: {file} has no column {source.column!r}; it has: "
@@ -1712,9 +1682,9 @@ class Shards:
         self.arrays = []
 
         # A mapping keeps its file open.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = min(most, 10_240) if sys.platform == "darwin" else most
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
         for path, n in zip(paths, counts):
             self.arrays.append(np.memmap(path, dtype, "r") if n else np.zeros(0, dtype))
             if len(self.arrays[-1]) != n:
@@ -1724,15 +1694,10 @@ class Shards:
         return sum(self.counts)
 
     def __getitem__(self, cut):
-        """The first tokens, [:n]: shards are read one after another."""
-        found = [self.arrays[0][:0]]
-        left = len(range(len(self))[cut])
-        for ids in self.arrays:
-            found.append(ids[:left])
-            left -= len(found[-1])
-            if not left:
-                break
-        return np.concatenate(found)
+        """The first tokens, [:n]."""
+        n = len(range(len(self))[cut])
+        before = np.cumsum([0, *self.counts])
+        return np.concatenate([ids[:max(0, n - start)] for ids, start in zip(self.arrays, before.tolist())])
 
 
 class Windows:
@@ -1741,8 +1706,8 @@ class Windows:
     def __init__(self, ids, T):
         self.ids = ids
         self.T = T
-        counts = ids.counts if isinstance(ids, Shards) else [len(ids)]
-        self.ends = np.cumsum([max(0, (n - 1) // T) for n in counts])                      # (shards,)
+        self.arrays = ids.arrays if isinstance(ids, Shards) else [ids]
+        self.ends = np.cumsum([max(0, (len(one) - 1) // T) for one in self.arrays])        # (shards,)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -1751,8 +1716,7 @@ class Windows:
         """Window k → (the shard's tokens, the offset of the window in them)"""
         i = int(np.searchsorted(self.ends, k, side="right"))
         before = self.ends[i - 1] if i else 0
-        ids = self.ids.arrays[i] if isinstance(self.ids, Shards) else self.ids
-        return ids, int(k - before) * self.T
+        return self.arrays[i], int(k - before) * self.T
 
 
 def parts_of(files):
@@ -1890,11 +1854,8 @@ def chosen_documents(plan, part, limit, counts, spent):
     repetition within the part is left out. Bounds for few documents are not needed here."""
     seen = Seen()
     of_bytes = parse_budget(plan.budget)[1]
-    before = 0                                                   # bytes of the files that have been read
     for i, file in enumerate(part):
-        here = Counter()
-        for row in rows_of_file(plan.source, file, here):
-            counts["at"] = before + here["at"]
+        for row in rows_of_file(plan.source, file, counts):
             hashed = sha256(row.text)
             if not seen.add(int(hashed[:16], 16)):
                 counts["repeated in their shard"] += 1
@@ -1902,11 +1863,7 @@ def chosen_documents(plan, part, limit, counts, spent):
             yield i, row.number, int(is_validation(row.split_with or hashed)), row.text
             spent[0] += len(row.text.encode()) if of_bytes else 1
             if limit is not None and spent[0] >= limit:
-                break
-        counts += here
-        before += os.stat(file).st_size
-        if limit is not None and spent[0] >= limit:
-            return
+                return
 
 
 class Seen:
@@ -2076,7 +2033,7 @@ def progress(plan, messages, sizes):
     began = said = time.time()
     total = Counter()
     budget, of_bytes = parse_budget(plan.budget)
-    done = {}                                                    # bytes read of each part
+    done = {}                                                    # bytes read of the last file of each part
     for message in map(json.loads, messages):
         if "error" in message:
             raise ValueError(message["error"])
@@ -2440,17 +2397,14 @@ class Batches:
         self.train = [Windows(domain.train, context) for domain in corpus.domains.values()]
         self.held_out = {name: Windows(domain.val, context) for name, domain in corpus.domains.items()}
         for name, train in zip(corpus.domains, self.train):
+            if len(train.arrays) > 1 and os.environ.get("RANK", "0") == "0":
+                lost = len(train.ids) - context * len(train)
+                print(f"{name}: {lost:,} of {len(train.ids):,} tokens are in no window, at ends of shards")
             for part, windows in (("train", train), ("validation", self.held_out[name])):
                 if not len(windows):
                     raise ValueError(f"domain {name!r}: {len(windows.ids)} {part} tokens, in no shard "
                                      f"as many as a window: context {context} + 1")
         self.windows = np.array([len(windows) for windows in self.train])                  # (D,)
-
-        # A shard's end is cut off, and all of one that is shorter than a window.
-        for name, train in zip(corpus.domains, self.train):
-            lost = len(train.ids) - context * len(train)
-            if isinstance(train.ids, Shards) and os.environ.get("RANK", "0") == "0":
-                print(f"{name}: {lost:,} of {len(train.ids):,} tokens are in no window")
         self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context)
 
     def __call__(self, step, rank=0, world=1):
@@ -2569,8 +2523,8 @@ def main(argv):
     command, *options = argv or ["(none)"]
     if command == "work":
         return work_as_told()
-    if command not in ("stats", "prepare", "clean", "sources"):
-        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, sources")
+    if command not in ("stats", "prepare", "clean", "origin", "sources"):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources")
     if command == "clean":
         if len(options) < 2 or any(option.startswith("--") for option in options[:2]):
             raise SystemExit("python data.py clean IN OUT [options]: IN is a file, a folder or NAME=PATH; "
@@ -2578,7 +2532,7 @@ def main(argv):
         source, out, *options = options
 
     # Report errors in the input as one line, without a traceback.
-    config, numbers = read_options(options, vocab=4096, workers=0)
+    config, numbers = read_options(options, vocab=4096, workers=0, at=0)
     try:
         if command == "sources":
             return datasets().show()
@@ -2588,6 +2542,10 @@ def main(argv):
                 name, path = path, name
             return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
         corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
+        if command == "origin":
+            for name in parse_domains(config)[3]:
+                print(f"{name}: token {numbers['at']} is of", "%s, row %d" % origin(
+                    corpus, config, name, "train", min(numbers["at"], len(corpus.domains[name].train) - 1)))
         if command == "stats":
             stats(corpus)
         print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")

@@ -1915,6 +1915,11 @@ def test_small_files_share_a_shard(tmp_path, monkeypatch, capfd):
             text = corpus.tokenizer.decode(ids[:place + 1]).split(data.EOT)
             assert docs[Path(file).name][row - 1].startswith(text[-1] or text[-2])
         at += len(ids)
+    place = len(domain.train) // 2
+    words = f"--files={config.files} --at={place} --tokenizer=bytes --cache={config.cache}"
+    data.main(["origin", *words.split()])
+    told = "mine: token %d is of %s, row %d" % (place, *data.origin(corpus, config, "mine", "train", place))
+    assert told in capfd.readouterr().out
     os.utime(tmp_path / "mine/7.jsonl", (1e9 + 5, 1e9 + 5))
     assert data.prepare(config, 261).fingerprint == corpus.fingerprint
     assert Path(data.origin(corpus, config, "mine", "train", 0)[0]).name == "0.jsonl"
@@ -2039,6 +2044,9 @@ def test_a_small_budget_is_held_in_memory_and_reads_no_whole_file(tmp_path, monk
     monkeypatch.setattr(data, "file_digest",
                         lambda path, *head: hashed.append(str(path)) or file_digest(path, *head))
     data.prepare(replace(config, budget="1KB"), 261)
+    with pytest.raises(ValueError, match="budget: 9documents of mine are too long for it: give it in MB"):
+        with mock.patch.object(data, "LARGE", 99): data.documents("mine", str(tmp_path / "mine"),
+                                                                  replace(config, budget="9documents"))
     monkeypatch.setattr(data, "LARGE", 0)
     monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
     for budget in ("1KB", "5documents"):

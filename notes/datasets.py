@@ -7,6 +7,8 @@
 
 Run:  python data.py sources        what is known of each set, and what to download
 """
+import csv
+import io
 import itertools
 import operator
 import os
@@ -126,17 +128,22 @@ def twice(sources):
 
 # ---- tables beside text, and conditions --------------------------------------------------------------------
 
-def beside_tables(where, files, tables, about):
+def beside_tables(name, root, files, holds_text):
     """{file: why it is left out}: a folder of tables often has a README, or JSON about them, beside them. A
     folder of text is read without the tables in it. Raises ValueError if there are different tables."""
+    tables = [file for file in files
+              if re.search(r"\.((csv|parquet)(\.gz)?|zstd?)$", file.name.lower())]
     others = [file for file in files if file not in set(tables)]
-    if any(file not in about and not re.match("readme|licen[cs]e", file.name.lower()) for file in others):
+    about = [file for file in others if re.match("readme|licen[cs]e", file.name.lower())
+             or re.search(r"\.json(\.gz)?$", file.name.lower()) and not holds_text(file)]
+    if tables and len(about) < len(others):
         return dict.fromkeys(tables, "a table beside text: name it on its own")
-    names = " ".join(file.name.lower() for file in tables)
-    endings = set(re.findall(r"\.(?:csv|parquet|jsonl)\b(?!\.(?:csv|parquet))", names))
+    endings = {ending for file in tables
+               for ending in re.findall(r"\.(?:csv|parquet|jsonl)(?=$|\.gz$|\.zstd?$)", file.name.lower())}
     if len(endings) > 1:
-        raise ValueError(f"files: {where} mixes {' and '.join(sorted(endings))}: give each a name of its own")
-    return dict.fromkeys(others, "beside the data")
+        raise ValueError(f"files: {name}={root} mixes {' and '.join(sorted(endings))}: give each a name of "
+                         "its own")
+    return dict.fromkeys(about, "beside the data") if tables else {}
 
 
 class Condition(NamedTuple):
@@ -152,14 +159,16 @@ SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator
          ">": operator.gt, "<": operator.lt}
 
 
-def parse_where(text):
-    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming the faulty item."""
+def parse_where(text, domains=None):
+    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming a faulty item, or one not of `domains`."""
     found = []
     for item in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(?:([\w.-]+):)?([\w.-]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!].*?)\s*", item)
         if not match:
             raise ValueError(f"where: {item!r} is not FIELD>=VALUE, with one of {' '.join(SIGNS)}")
         domain, *parts = match.groups()
+        if domain and domains is not None and domain not in domains:
+            raise ValueError(f"where: {domain!r} is not in files ({', '.join(domains)})")
         found.append(Condition(domain or "", *parts, "".join(parts)))
     return found
 
@@ -200,11 +209,14 @@ def holds(condition, value, file, kind):
 class Check:
     """The conditions on the rows of a file."""
 
-    def __init__(self, conditions, file, kind):
-        self.conditions = conditions
+    def __init__(self, source, file, kind):
+        quality = SETS[source.kind].quality if source.kind else ""
+        self.conditions = [c._replace(field=quality) if quality and c.field == "quality" else c
+                           for c in parse_where(source.where)]
+        self.fields = {c.field for c in self.conditions}
         self.file = file
         self.kind = kind
-        self.missing = {c.field: {} for c in conditions}         # fields not seen yet: what is there instead
+        self.missing = {c.field: {} for c in self.conditions}    # fields not seen yet: what is there instead
 
     def failed(self, record):
         """The first condition that a record does not meet, or "". All are looked at, for unknown fields."""
@@ -220,7 +232,7 @@ class Check:
         return failed[0] if failed else ""
 
 
-# ---- formats that need a package ---------------------------------------------------------------------------
+# ---- formats -----------------------------------------------------------------------------------------------
 
 def open_zstd(file, raw):
     """(stream of the unpacked bytes of a zstd file; what it raises if they are damaged)"""
@@ -239,6 +251,23 @@ def first_line(error):
     return str(error).split("\n")[0][:200]
 
 
+def csv_records(file, stream, limit, columns):
+    """(number, {column: value}) of a .csv file with a header, which is not counted. columns(names)
+    raises ValueError unless those that are needed are there."""
+    csv.field_size_limit(limit)
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    table = csv.reader(text, strict=True)
+    number = 0
+    try:
+        header = next(table, [])
+        columns(header)
+        for number, row in enumerate(table, 1):
+            if row:
+                yield number, dict(zip(header, row)) if len(row) == len(header) else None
+    except csv.Error as error:
+        raise ValueError(f"files: {file}, row {number + 1}: {error}") from None
+
+
 def open_parquet(file):
     """A pyarrow ParquetFile, which reads a column in blocks instead of whole."""
     try:
@@ -251,8 +280,11 @@ def open_parquet(file):
         raise ValueError(f"files: {file} is a damaged parquet file: {first_line(error)}") from None
 
 
-def parquet_records(table, file, column, fields, counts):
-    """(number, {column: value}) of an open parquet file: the column of the text, and those of `fields`."""
+def parquet_records(file, column, fields, columns, counts):
+    """(number, {column: value}) of a parquet file: the column of the text, and those of `fields`. columns:
+    see csv_records."""
+    table = open_parquet(file)
+    columns(table.schema_arrow.names)
     kind = str(table.schema_arrow.field(column).type)
     if not any(name in kind for name in ("string", "binary", "null")) or "<" in kind.replace(
             "dictionary<", "", 1):
