@@ -160,7 +160,7 @@ SIGNS = {">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator
 
 
 def parse_where(text, domains=None):
-    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming a faulty item, or one not of `domains`."""
+    """[NAME:]FIELD>=VALUE,... → [Condition]. Raises ValueError, naming a faulty item or an unknown domain."""
     found = []
     for item in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(?:([\w.-]+):)?([\w.-]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!].*?)\s*", item)
