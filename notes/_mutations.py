@@ -213,7 +213,7 @@ TABLE = {
          "            read = functools.partial(rows, name, path, config)\n",
          "            os.rename(partial, out)\n            partial = out\n"
          "            read = functools.partial(rows, name, path, config)\n", "clean_that_is_killed"),
-        ("workers outlive a killed parent", "while os.getppid() == parent:", "while True:",
+        ("workers outlive a killed parent", "while os.getppid() == parent:", "for _ in range(100):",
          "clean_that_is_killed"),
         ("what a killed clean has left stays", "                old.unlink()\n", "                pass\n",
          "clean_that_is_killed"),

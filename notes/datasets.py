@@ -282,7 +282,8 @@ def open_parquet(file):
 
 def parquet_records(file, column, fields, columns, counts):
     """(number, {column: value}) of a parquet file: the column of the text, and those of `fields`. columns:
-    see csv_records."""
+    see csv_records. pyarrow unpacks a page of a column as a whole: usually 1 MB, but 1,024 long rows in one
+    take as much memory as they are long."""
     table = open_parquet(file)
     columns(table.schema_arrow.names)
     kind = str(table.schema_arrow.field(column).type)
