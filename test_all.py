@@ -4293,8 +4293,7 @@ def test_memory_predicts_what_is_alive_in_a_backward(tmp_path):
         assert (len(found) > 1) * (1 << 18) <= max(most for _, most in found) <= 1 << 20
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("recipe", ["laptop", "laptop-k2"])
+@pytest.mark.parametrize("recipe, split", [("laptop", False), ("laptop-k2", True)])
 def test_activations_are_predicted_and_a_meter_agrees(recipe, split):
     """Within 1%, in one process, with micro-batches of two windows and of three, the last one shorter.
     A split backward does not keep the inputs of matmuls that it can make again."""
@@ -4704,8 +4703,7 @@ def every_weave(rank, text):
     for pp, ep in WOVEN:
         kinds = dict(plain={}, woven=dict(overlap=True))
         if pp == ep:
-            kinds |= dict(split=dict(overlap=True, split=True),
-                          saved=dict(overlap=True, recompute="norm,act,mla", offload=True))
+            kinds["saved"] = dict(overlap=True, split=True, recompute="norm,act,mla", offload=True)
         found = {}
         for kind, options in kinds.items():
             with layout(rank, pp * ep) as here, pytest.MonkeyPatch.context() as monkeypatch:
