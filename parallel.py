@@ -41,14 +41,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional    # imported after a process group exists, its defaults would hold it
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels import (
-    GroupedLinear,
-    accumulation_dtype,
-    fp8_pack,
-    fp8_unpack,
-    linears,
-    listed,
-)
+from kernels import GroupedLinear, accumulation_dtype, fp8_pack, fp8_unpack, linears, listed
 
 RECOMPUTED = "norm", "act", "mla"        # what mesh.recompute may name: see Savings
 STORED_IN_FP8 = "expert_up", "act"       # what mesh.fp8 may name
@@ -1611,7 +1604,7 @@ class Host:
         pairs = []
         room = 0
         for box in boxes:
-            for data in self.cut(box.data, room):
+            for data in self.pieces(box.data, room):
                 if room == 0:
                     cargo.blocks.append(self.free.pop() if self.free else Block(self.new_block()))
                     room = self.BLOCK
@@ -1627,7 +1620,7 @@ class Host:
         for box in boxes:
             box.data = box.kept = None
 
-    def cut(self, data, room):
+    def pieces(self, data, room):
         """The bytes of a storage in pieces: the first fills `room` bytes, the others a block each."""
         first = min(room, len(data))
         return [piece for piece in (data[:first], *data[first:].split(self.BLOCK)) if len(piece)]
@@ -1784,7 +1777,7 @@ class Meter:
 
 class Held(NamedTuple):
     """Bytes that a chunk keeps of one micro-batch."""
-    forward: int                 # from its forward on, the boundary before it included
+    forward: int                 # from its forward on
     more: int                    # in its backward, at most, in addition
     queued: int                  # from its backward until its W
     leaves: int                  # of `forward`: what may wait in the memory of the host

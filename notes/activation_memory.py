@@ -80,10 +80,10 @@ def in_a_process(config, pipe):
     pipe.send(resident("VmHWM") - before)
 
 
-def on_a_cpu(name, rounds):
+def on_a_cpu(name, config):
     """Bytes by meter, by prediction and of a process; the time of a step over that of a step without savings,
     the two taking turns."""
-    config = with_savings(train.RECIPES["laptop-k2"], name)
+    config = with_savings(config, name)
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=in_a_process, args=(config, theirs))
     process.start()
@@ -97,7 +97,7 @@ def on_a_cpu(name, rounds):
     run(meter)
     (predicted, _), = train.activations(replace(config, batch=IN_FLIGHT, micro=1), 1, False)
     ratios = []
-    for _ in range(rounds):
+    for _ in range(25):
         times = []
         for f in (plain, run):
             began = time.perf_counter()
@@ -124,14 +124,15 @@ def of_k2(name, windows):
 # ---- the grid ----------------------------------------------------------------------------------------------
 
 def cells(quick):
-    config = train.RECIPES["laptop-k2"]
-    config = replace(config, tokens=config.tokens // 2)
+    whole = train.RECIPES["laptop-k2"]
+    config = replace(whole, tokens=whole.tokens // 2)
     losses = {"loss: stored whole": config,
               "loss: stored in FP8": replace(config, mesh=parallel.MeshConfig(**FP8))}
     if quick:
         losses = {arm: _note.toy(c) for arm, c in losses.items()}
     windows = 512 if quick else train.RECIPES["kimi-k2"].batch
-    found = [(f"CPU: {name}", 0, 3 if quick else 25) for name in (["all"] if quick else SAVINGS)]
+    found = [(f"CPU: {name}", 0, _note.toy(whole) if quick else whole)
+             for name in (["all"] if quick else SAVINGS)]
     found += [(f"K2: {name}", 0, windows) for name in (["all"] if quick else K2)]
     return found + [(arm, seed, c) for seed in range(5 if not quick else 1) for arm, c in losses.items()]
 
