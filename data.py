@@ -17,6 +17,7 @@ Letters:  N windows  D domains  W windows of a domain  b windows of a rank's bat
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
           python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
           python data.py clean IN OUT [--min_tokens=24] ...      IN: a file, a folder, or NAME=PATH
+          python data.py rephrase|learning-notes|exam|evolve|fuse|reject IN OUT.jsonl ...       see --help
           python data.py origin --at=TOKEN ...         file and row of a training token of each domain
           python data.py sources                       what is known of published sets, and what to download
 """
@@ -45,6 +46,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
@@ -2480,6 +2482,731 @@ def bigram_bits(train, val, tokenizer):
     return float(-np.log2(p).sum() / tokenizer.token_bytes[b].sum())
 
 
+# ---- conversations -----------------------------------------------------------------------------------------
+
+CONVENTIONS = "messages", "conversations", "prompt/chosen/rejected", "prompt/completion", "instruction/output"
+ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
+             bot="assistant", system="system")
+
+
+class Conversation(NamedTuple):
+    """A record of a chat set, and where it lies."""
+    messages: list               # of {"role", "content"}; of a pair those with the chosen answer
+    record: dict
+    file: str
+    number: int                  # from 1, as in Row
+
+
+def convention_of(record):
+    """The one of CONVENTIONS whose fields a record has, or ""."""
+    for names in ("chosen", "rejected"), ("messages",), ("conversations",), ("prompt", "completion"), \
+            ("instruction", "output"):
+        if all(name in record for name in names):
+            return next(convention for convention in CONVENTIONS if convention.endswith(names[-1]))
+    return ""
+
+
+def turns(value, role):
+    """A field of a record → messages: of a string one with this role, or of a list of {"role", "content"} or
+    {"from", "value"}. Raises ValueError, saying what is wrong."""
+    if isinstance(value, str):
+        value = [dict(role=role, content=value)]
+    if not isinstance(value, list) or not value:
+        raise ValueError("there is no list of messages")
+    found = []
+    for i, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"message {i} is no object with a role and a content")
+        said = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(said, str) or said.lower() not in ROLES:
+            raise ValueError(f"message {i} has the unknown role {said!r}; known: {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {i}, of {said!r}, is empty")
+        content.encode()                                         # JSON may hold a lone surrogate
+        found.append(dict(role=ROLES[said.lower()], content=content))
+    return found
+
+
+def messages_of(record):
+    """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
+    convention = convention_of(record)
+    found = []
+    if not convention:
+        raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
+    if record.get("system") and isinstance(record["system"], str):
+        found += turns(record["system"], "system")
+    if convention == "prompt/chosen/rejected":
+        prompt, chosen, _ = pair_of(record)
+        found += prompt + chosen
+    elif convention == "prompt/completion":
+        found += turns(record["prompt"], "user") + turns(record["completion"], "assistant")
+    elif convention == "instruction/output":
+        for asked, answered in record.get("history") or []:
+            found += turns(asked, "user") + turns(answered, "assistant")
+        more = "\n\n" + record["input"] if record.get("input") else ""
+        found += turns(record["instruction"] + more, "user") + turns(record["output"], "assistant")
+    else:
+        found += turns(record[convention], "user")
+    if not any(message["role"] == "user" for message in found):
+        raise ValueError("no message is a user's")
+    return convention, found
+
+
+def pair_of(record):
+    """A record with a chosen and a rejected answer → (prompt, chosen, rejected), lists of messages.
+
+    Some sets repeat the whole conversation in both answers, beside a prompt that is its first message: then
+    the prompt is all that they have in common. Raises ValueError, saying what is wrong."""
+    chosen, rejected = turns(record["chosen"], "assistant"), turns(record["rejected"], "assistant")
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+
+    # Messages that begin with an answer go on from the prompt.
+    prompt = chosen[:n]
+    if not n or chosen[0]["role"] == "assistant":
+        given = record.get("prompt") or record.get("instruction")
+        if not given:
+            raise ValueError("the two answers have no beginning in common, and there is no prompt")
+        prompt = turns(given, "user") + prompt
+    if n == min(len(chosen), len(rejected)):
+        raise ValueError("the chosen and the rejected answer are equal, or one is the beginning of the other")
+    if not chosen[n]["role"] == rejected[n]["role"] == "assistant":
+        raise ValueError("the chosen and the rejected conversation differ before an answer")
+    return prompt, chosen[n:], rejected[n:]
+
+
+def conversations(name, path, config):
+    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and `skip_bad`
+    as in `rows`. Prints how many there were, and of which convention."""
+    source, left_out = find_source(name, path, config)
+    left, of_bytes = parse_budget(config.budget)
+    found, counts = Counter(), Counter()
+    for file, number, record in chat_records(source, counts):
+        try:
+            convention, messages = messages_of(record)
+        except BAD_RECORD as error:
+            if not source.skip_bad:
+                why = error if type(error) is ValueError else "a field of the conversation has the wrong type"
+                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --skip_bad=true") from None
+            counts["bad"] += 1
+            continue
+        found[convention] += 1
+        left -= len(as_text(messages).encode()) if of_bytes else 1
+        yield Conversation(messages, record, file, number)
+        if left <= 0:
+            break
+    if not found:
+        raise ValueError(f"files: {name}={path} has no conversations{reasons({}, counts)}")
+    conventions = " and ".join(f"{n:,} as {convention}" for convention, n in found.items())
+    print(f"{name}={path}: {several(found.total(), 'conversation')}: {conventions}{reasons(left_out, counts)}")
+
+
+def chat_records(source, counts):
+    """(file, number, record) of the records of a source that meet its conditions. Bad JSON gives {}."""
+    for file in source.files:
+        with reading(source.name):
+            kind = "parquet" if packing_of(file) == "parquet" else kind_of(file)
+            if kind in ("text", "csv"):
+                raise ValueError(f"files: {file} holds no conversations: give .jsonl, .json or .parquet")
+            read = datasets().parquet_rows(file) if kind == "parquet" else records(source, file, kind, counts)
+            check = datasets().Check(source, file, kind) if source.where else None
+            for number, record in read:
+                if isinstance(record, bytes):
+                    try:
+                        record = json.loads(record)
+                    except (ValueError, RecursionError):
+                        record = {}
+                failed = check and isinstance(record, dict) and check.failed(record)
+                if failed:
+                    counts[f"not {failed}"] += 1
+                else:
+                    yield file, number, record if isinstance(record, dict) else {}
+
+
+def as_text(messages):
+    """A conversation as plain text, for a run that reads text."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
+
+
+# ---- generation: without a server --------------------------------------------------------------------------
+
+def offline_answer(name, row, seed):
+    """What the endpoint "offline" answers to the prompt of that name: text made by rules from the fields of
+    the row, the same for the same seed, so that every recipe runs without a server.
+
+    It does not understand what it rewrites. It keeps every number, date and name, exchanges some general
+    words, moves clauses, and puts sentences in order into the form that is asked for: it paraphrases little,
+    and the reader makes no difference to it. What it evolves, answers, scores or fuses makes as much sense as
+    its templates; of arithmetic it works out + - * / of two whole numbers. Its output shows how a recipe
+    works; to train on it teaches little more than its source."""
+    return from_notes("offline", "the endpoint \"offline\" is in").answer(name, row, seed)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------
+
+# A recipe is a function of documents, its options `o`, and `asking(rows, prompt, parse, accept)`, which is
+# `generate` at the chosen endpoint. It yields the rows of the output in the order of the documents. Where one
+# call needs the answer of another, calls are made in waves, over GROUP documents at a time.
+
+GROUP = 1000                     # bounds the memory
+
+
+class Document(NamedTuple):
+    """What a recipe reads."""
+    id: str                      # FILE#ROW
+    text: str
+    messages: list               # of a conversation, otherwise empty
+    split_with: str              # decides its side of the split, and that of all that is made of it
+
+
+def read_documents(name, path, config, what):
+    """The Documents of a source in order. what: "conversations", or "text", which may be the text of
+    conversations if there is nothing else."""
+    source, _ = find_source(name, path, config)
+    there = fields_there(source, source.files[0]) if what == "text" else []
+    as_chat = what == "conversations" or config.column not in there and convention_of(there)
+    for row in (conversations if as_chat else rows)(name, path, config):
+        file = Path(row.file).name if row.file == source.root else os.path.relpath(row.file, source.root)
+        text = as_text(row.messages) if as_chat else row.text
+        together = row.record.get("split_with") if as_chat else row.split_with
+        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
+                       together or sha256(text)[:16])
+
+
+def groups(documents):
+    documents = iter(documents)
+    return iter(lambda: list(itertools.islice(documents, GROUP)), [])
+
+
+def in_order_of(key, items):
+    """The items in an order that the key and their values decide."""
+    return sorted(items, key=lambda item: sha256(key, str(item)))
+
+
+def made(documents, result, id, **fields):
+    """A row of the output: its fields, then where it comes from."""
+    return dict(fields, id=id, parent=" ".join(document.id for document in documents),
+                recipe=result["recipe"], prompt_name=result["prompt"], prompt_sha256=result["prompt_sha256"],
+                model=result["model"], seed=result["seed"], split_with=documents[0].split_with)
+
+
+def as_it_is(row, answer):
+    return dict(text=answer)
+
+
+SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)", re.S)
+
+
+def cut(text, most):
+    """A text in parts of about equal size and at most `most` tokens, by an estimate. They end with a sentence
+    or a line where these are not longer than that. Joined, they are the text."""
+    size = estimated_tokens(text)
+    size /= math.ceil(size / most)
+    parts, length, total = [""], 0, 0
+    for sentence in SENTENCE.findall(text):
+        whole = len(sentence.encode()) <= most * BYTES_PER_TOKEN
+        for piece in [sentence] if whole else re.findall(r"\s*\S{1,64}|\s+", sentence):
+            n = len(piece.encode()) / BYTES_PER_TOKEN
+            if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
+                parts.append("")
+                length = 0
+            parts[-1] += piece
+            length += n
+            total += n
+    return parts
+
+
+def last_tokens(text, most):
+    """The end of a text, from the beginning of a word on."""
+    end = text.encode()[-most * BYTES_PER_TOKEN:].decode(errors="ignore")
+    return text if len(end) == len(text) else end.partition(" ")[2]
+
+
+# ---- recipes: text from documents --------------------------------------------------------------------------
+
+@dataclass
+class Rewrite:
+    """A rewrite in progress."""
+    document: Document
+    asked: dict                  # what the prompt gets beside the text
+    parts: list                  # of the document
+    written: list                # the results so far
+
+    def text(self):
+        return "\n\n".join(result["text"] for result in self.written)
+
+
+def rewritten(rewrites, prompt, accept, o, asking):
+    """Rewrite part after part, each with the end of what was written so far as its context → a row of the
+    output for each rewrite of which every part was accepted."""
+    for j in range(max(len(rewrite.parts) for rewrite in rewrites)):
+        live = [rewrite for rewrite in rewrites if len(rewrite.parts) > j == len(rewrite.written)]
+        asked = [dict(rewrite.asked, id=f"{rewrite.asked['id']}/{j}", text=rewrite.parts[j].strip(),
+                      context=last_tokens(rewrite.text(), o.context)) for rewrite in live]
+        for (_, result), rewrite in zip(asking(asked, prompt, accept=accept), live):
+            if result:
+                rewrite.written.append(result)
+    for rewrite in rewrites:
+        if len(rewrite.written) == len(rewrite.parts):
+            way = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
+            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=rewrite.text(), **way)
+
+
+def rephrase(documents, o, asking):
+    """Rewrites every document n times, each time in another form (questions and answers, a table, a tutorial,
+    a dialogue, ...) or for another reader. A long document is rewritten part by part, each with what was
+    written before it as context. A part that loses or adds a number, a date or a name, or is a copy, is
+    refused, and with it that rewrite of the document."""
+    prompt = load_prompt("rephrase")
+    forms, readers = listed("rephrase-forms", o.forms), listed("rephrase-readers", o.readers)
+    if o.n > len(forms) * len(readers):
+        raise ValueError(f"rephrase: n={o.n} is more than {len(forms)} forms × {len(readers)} readers")
+    for group in groups(documents):
+        rewrites = []
+        for document in group:
+            parts = cut(document.text, o.chunk)
+            key = sha256(str(o.seed), document.text)
+            for k in range(o.n):
+                form = in_order_of(key, forms)[k % len(forms)]
+                reader = in_order_of(key + form, readers)[k // len(forms)]
+                asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
+                             form_is=forms[form], reader_is=readers[reader])
+                rewrites.append(Rewrite(document, asked, parts, []))
+        yield from rewritten(rewrites, prompt, faithful, o, asking)
+
+
+def listed(name, chosen):
+    """The lines NAME: DESCRIPTION of a prompt file as a dict; of those in `chosen` if it names any."""
+    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines())
+    chosen = chosen.split(",") if chosen else list(known)
+    for word in chosen:
+        if word not in known:
+            raise ValueError(f"{name}: {word!r} is unknown; known: {', '.join(known)}")
+    return {word: known[word] for word in chosen}
+
+
+def faithful(row, result):
+    """"" or why a rewritten part is not taken. What its context says may be said again."""
+    m = fidelity(row["text"], result["text"])
+    if row["context"]:
+        whole = fidelity(f"{row['context']}\n\n{row['text']}", result["text"])
+        m = m._replace(numbers_added=whole.numbers_added, dates_added=whole.dates_added,
+                       names_added=whole.names_added, supported=whole.supported)
+    return unfaithful(m)
+
+
+def learning_notes(documents, o, asking):
+    """Rewrites documents as notes for learning: what is about the page and not about its matter is left out,
+    missing steps are put in, and all is worked step by step, as SwallowMath does. Notes with a false statement
+    of arithmetic, with less than half of the numbers or with a new name are refused."""
+    prompt = load_prompt("learning-notes")
+    for group in groups(documents):
+        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk), [])
+                    for document in group]
+        yield from rewritten(rewrites, prompt, instructive, o, asking)
+
+
+def instructive(row, result):
+    """"" or why learning notes are not taken. Steps may bring numbers; what is left out may take some away."""
+    m = fidelity(row["text"], result["text"])
+    if m.numbers < 0.5:
+        return "numbers are lost"
+    if m.names_added:
+        return "a name is new"
+    if m.copied > COPIED and m.length < 1.1:
+        return "copied"
+    return false_arithmetic(result["text"])
+
+
+def false_arithmetic(text):
+    """"" or a reason: a statement such as 3 + 4 = 8 is false. Only whole numbers and their fractions are
+    judged; a statement with a decimal, a percentage or a letter right beside it is passed over."""
+    corpus = from_notes("corpus", "arithmetic is checked by")
+    for found in corpus.STATEMENT.finditer(text):
+        said = found[0].rstrip(" (-")
+        before, after = text[:found.start()][-1:], text[found.start() + len(said):][:2]
+        if before in ".,$" and before or re.match(r"[.,]\d|[%^a-zA-Z]|/", after):
+            continue
+        with contextlib.suppress(SyntaxError, KeyError, ZeroDivisionError, ValueError, AttributeError):
+            if len({corpus.value(side) for side in said.split("=")}) > 1:
+                return "false arithmetic"
+    return ""
+
+
+EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\n"
+                  r"Reasoning: *(\S[\s\S]*)")
+
+
+def exam(documents, o, asking):
+    """Makes n examination questions of every document, each about another part of it, with four options and
+    the reasoning that leads to the answer. The place of the right option is balanced. A question with options
+    that are alike, one that needs the text at hand, or whose answer the text does not have, is refused."""
+    prompt = load_prompt("exam")
+    count = 0
+    for group in groups(documents):
+        asked = []
+        for document in group:
+            parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))[:o.n]
+            asked += [(document, dict(id=f"{document.id}/{k}", text=part.strip()))
+                      for k, part in enumerate(parts)]
+        results = asking([row for _, row in asked], prompt, exam_question, exam_worthy)
+        for (row, result), (document, _) in zip(results, asked):
+            if not result:
+                continue
+
+            # Of four questions in a row each has the right answer at another place.
+            place = in_order_of(f"{o.seed} {count // 4}", range(4))[count % 4]
+            count += 1
+            options = in_order_of(row["id"], result["wrong"])
+            options.insert(place, result["correct"])
+            question = "\n".join([result["question"], *map("{}. {}".format, "ABCD", options)])
+            answer = f"{result['reasoning']}\n\nThe answer is {'ABCD'[place]}."
+            yield made([document], result, row["id"], text=f"{question}\n\n{answer}\n", answer="ABCD"[place],
+                       messages=[dict(role="user", content=question), dict(role="assistant", content=answer)])
+
+
+def exam_question(row, answer):
+    """An answer of exactly the form that the prompt asks for → its fields. Raises Refused at any other."""
+    match = EXAM.fullmatch(answer)
+    if not match:
+        raise Refused("not in the form of a question")
+    question, correct, *wrong, reasoning = match.groups()
+    if len({folded(option).strip(".") for option in (correct, *wrong)}) < 4:
+        raise Refused("options are alike")
+    return dict(question=question, correct=correct, wrong=wrong, reasoning=reasoning)
+
+
+def exam_worthy(row, result):
+    """"" or why a question is not taken."""
+    if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
+        return "it needs the text at hand"
+    words, there = words_of(result["correct"]), set(words_of(row["text"]))
+    if 2 * sum(word in there for word in words) < len(words):
+        return "the text does not have the answer"
+    if not set(words) & set(words_of(result["reasoning"])):
+        return "the reasoning does not reach the answer"
+    return false_arithmetic(result["reasoning"])
+
+
+# ---- recipes: conversations from conversations -------------------------------------------------------------
+
+def request_of(document):
+    """The first request of a conversation."""
+    return next(message["content"] for message in document.messages if message["role"] == "user")
+
+
+def conversation(documents, result, id, messages, **fields):
+    """A row of the output with a conversation; also as text, which a run can read."""
+    return made(documents, result, id, messages=messages, text=as_text(messages), **fields)
+
+
+def evolve(documents, o, asking):
+    """Makes the first request of every conversation harder (depth), or puts a rarer one of the same field in
+    its place (breadth), in several rounds, and has the last one answered. The prompts that say how are tried
+    first: a model writes a better one from what went wrong on the first requests, and the one that fails less
+    often is used. A request that gained nothing, says nothing or repeats the prompt is dropped, and its parent
+    has another try in the next round; one whose answer asks back, stalls or refuses is dropped for good."""
+    methods = []
+    for group in groups(documents):
+        now = [request_of(document) for document in group]
+        methods = methods or [better(load_prompt(f"evolve-{way}"), now[:o.dev], asking)
+                              for way in ("depth", "breadth")]
+        evolved = set()
+        for turn in range(o.rounds):
+            broad = [digest64(f"{o.seed} {turn} {document.text}") % 100 < o.breadth for document in group]
+            for which, method in enumerate(methods):
+                live = [i for i in range(len(group)) if broad[i] == which]
+                asked = [dict(id=f"{group[i].id}/{turn}", instruction=now[i]) for i in live]
+                for (_, result), i in zip(asking(asked, method, accept=gained), live):
+                    if result:
+                        now[i] = result["text"]
+                        evolved.add(i)
+
+        live = sorted(evolved)
+        asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
+        for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
+            if result:
+                messages = [dict(role="user", content=now[i]), dict(role="assistant", content=result["text"])]
+                yield conversation([group[i]], result, group[i].id, messages, evolved_from=request_of(group[i]))
+
+
+def better(method, requests, asking):
+    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]."""
+    failures = trial(method, requests, asking)
+    asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
+    for _, result in asking([asked] if failures else [], load_prompt("evolve-improve"), accept=has_place):
+        if result:
+            new = Prompt(method.name, result["text"], hashlib.sha256(result["text"].encode()).hexdigest())
+            again = trial(new, requests, asking)
+            print(f"{method.name}: {len(failures)} of {len(requests)} failed, {len(again)} with a new version")
+            return new if len(again) < len(failures) else method
+    return method
+
+
+def has_place(row, result):
+    return "" if result["text"].count("{instruction}") == 1 else "no place for the instruction"
+
+
+def trial(method, requests, asking):
+    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason."""
+    asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
+    failures = []
+    for prompt, accept, chat in (method, gained, False), (load_prompt("answer"), answered, True):
+        passed = []
+        for row, result in asking(asked, prompt, chat=chat):
+            why = accept(row, result) if result else "no usable answer"
+            if why:
+                failures.append(f"- {why}: {row['instruction']}")
+            else:
+                passed.append(dict(id=f"{row['id']}/answer", instruction=result["text"]))
+        asked = passed
+    return failures
+
+
+def gained(row, result):
+    """"" or why an evolved request is eliminated."""
+    old, new = set(content(row["instruction"])), set(content(result["text"]))
+    if len(new) < 2:
+        return "it says nothing"
+    if re.search(r"\b(given|original|evolved|rewritten|new|created) (prompt|request|instruction)|#",
+                 result["text"].lower()):
+        return "it repeats the prompt"
+    return "no gain" if len(new - old) < 2 else ""
+
+
+FAILURES = {
+    "it asks back": r"\b(could|can|would) you (please )?(provide|clarify|share|specify|tell)|what do you mean|"
+                    r"please (provide|share|specify|clarify)|need (some )?more (information|details|context)",
+    "it only agrees": r"\A(understood|sure|certainly|of course|thanks?|got it|i understand)\b[^.]*\?\s*\Z",
+    "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
+
+
+def answered(row, result):
+    """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
+    text = result["text"].lower()
+    if not content(text) and not re.search(r"\d", text):
+        return "it says nothing"
+    return next((why for why, pattern in FAILURES.items() if re.search(pattern, text)), "")
+
+
+def fuse(documents, o, asking):
+    """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that they
+    share: similar, unlike, or random. A result that puts one after the other, or their sentences in turn, or
+    leaves one out, is refused."""
+    prompt = load_prompt("fuse")
+    for group in groups(documents):
+        asked, members = [], []
+        for chosen in selected([document.text for document in group], o.k, o.select, o.seed):
+            members.append([group[i] for i in chosen])
+            said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
+            asked.append(dict(id=" ".join(document.id for document in members[-1]),
+                              conversations="\n".join(said), sources=[d.text for d in members[-1]]))
+        for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
+            if result:
+                yield conversation(together, result, row["id"], result["messages"], select=o.select)
+
+
+def selected(texts, k, select, seed):
+    """Lists of k indices. Each text is used once; fewer than k that are left over are not used.
+
+    Similar or unlike to the first of a list by the cosine of their words, which count less the more texts have
+    them. A list is begun by the first text that is not used, in an order that the seed decides."""
+    if select not in ("similar", "unlike", "random") or not 2 <= k <= 8:
+        raise ValueError(f"fuse: select={select} k={k}: similar, unlike or random, and 2 to 8")
+    bags = np.zeros((len(texts), 4096), np.float32)
+    for bag, text in zip(bags, texts):
+        bag[[zlib.crc32(word.encode()) % 4096 for word in content(text)]] = 1
+    bags *= np.log((1 + len(texts)) / (1 + bags.sum(0)))
+    bags /= np.maximum(1e-9, np.linalg.norm(bags, axis=1, keepdims=True))
+    rank = dict(similar=-1, unlike=1, random=0)[select] * bags @ bags.T                    # (N, N)
+    free = in_order_of(str(seed), range(len(texts)))
+    while len(free) >= k:
+        chosen = [free[0], *sorted(free[1:], key=lambda i: rank[free[0], i])[:k - 1]]
+        free = [i for i in free if i not in chosen]
+        yield chosen
+
+
+def conversation_in(row, answer):
+    """Turns that begin with "User:" and "Assistant:" → messages. Raises Refused at any other form."""
+    before, *parts = re.split(r"^(User|Assistant): *", answer, flags=re.M)
+    roles, said = parts[::2], [part.strip() for part in parts[1::2]]
+    if before or not roles or roles != ["User", "Assistant"] * (len(roles) // 2) or not all(said):
+        raise Refused("not in the form of a conversation")
+    return dict(messages=[dict(role=role.lower(), content=text) for role, text in zip(roles, said)])
+
+
+def integrated(row, result):
+    return concatenated(integration(row["sources"], "\n\n".join(turn["content"] for turn in result["messages"])))
+
+
+def reject(documents, o, asking):
+    """Has the last request of every conversation answered n times and keeps the best answer, if it reaches the
+    threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1; without it, an answer
+    scores 1 if its arithmetic is right and its last number that of the conversation's own answer, otherwise 0.
+    With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
+    for group in groups(documents):
+        asked = []
+        for document in group:
+            messages, _ = split_last(document)
+            request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
+            asked += [dict(id=f"{document.id}/{k}", instruction=request) for k in range(o.n)]
+        answers = asking(asked, load_prompt("answer"), accept=answered, chat=True)
+        answers = [(row, result) for row, result in answers]
+
+        # Scores of the answers that were taken.
+        there = [i for i, (_, result) in enumerate(answers) if result]
+        scored = defaultdict(list)                               # number of the document → [(score, result)]
+        if o.score_endpoint:
+            rows = [dict(answers[i][0], id=f"{answers[i][0]['id']}/score", answer=answers[i][1]["text"])
+                    for i in there]
+            judge = dict(endpoint=o.score_endpoint, model=o.score_model)
+            for (_, result), i in zip(asking(rows, load_prompt("score"), points, **judge), there):
+                if result:
+                    scored[i // o.n].append((result["points"] / 10, answers[i][1]))
+        else:
+            for i in there:
+                right = split_last(group[i // o.n])[1]
+                scored[i // o.n].append((verified(answers[i][1]["text"], right), answers[i][1]))
+        for i, document in enumerate(group):
+            yield from best_of(document, scored[i], o)
+
+
+def split_last(document):
+    """A conversation → (the messages up to its last request, the answer to that, "" if there is none)."""
+    *messages, last = document.messages
+    return (messages, last["content"]) if messages and last["role"] == "assistant" else (document.messages, "")
+
+
+def best_of(document, scored, o):
+    """The row of the output from [(score, result)] of the answers to a conversation, or none."""
+    scored = sorted(scored, key=lambda found: -found[0])         # equal ones stay in the order of their seeds
+    if not scored or scored[0][0] < o.threshold:
+        return
+    (score, best), (least, worst) = scored[0], scored[-1]
+    prompt, _ = split_last(document)
+    chosen, rejected = ([dict(role="assistant", content=result["text"])] for result in (best, worst))
+    about = dict(score=score, answers=len(scored))
+    if not o.pairs:
+        yield conversation([document], best, document.id, prompt + chosen, **about)
+    elif least < o.threshold:
+        yield made([document], best, document.id, prompt=prompt, chosen=chosen, rejected=rejected,
+                   text=as_text(prompt + chosen), **about, rejected_score=least)
+
+
+def points(row, answer):
+    """A number from 0 to 10. Raises Refused at anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?: */ *10)?\.?", answer.strip("* \n"))
+    if not match or float(match[1]) > 10:
+        raise Refused("not a number from 0 to 10")
+    return dict(points=float(match[1]))
+
+
+def verified(answer, right):
+    """1 if an answer's arithmetic is right and its last number that of the right one, otherwise 0."""
+    last, expected = (re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))[-1:]
+                      for text in (answer, right))
+    return float(last == expected != [] and not false_arithmetic(answer))
+
+
+# ---- recipes: the command ----------------------------------------------------------------------------------
+
+class Recipe(NamedTuple):
+    run: object                  # its docstring is the help
+    reads: str                   # "text" | "conversations"
+    costs: str                   # in calls
+    options: dict                # name: (default, what it is)
+
+
+CONTEXT = 4096, "tokens of what was written before that a call sees at most                   [K2 Figure 4]"
+RECIPES = {
+    "rephrase": Recipe(rephrase, "text", "n for each part of a document", dict(
+        n=(2, "rewrites of a document; K2 made at most two                                 [K2 §2.2]"),
+        forms=("", "names out of notes/prompts/rephrase-forms.txt, with commas; all"),
+        readers=("", "the same, out of rephrase-readers.txt"),
+        chunk=(256, "tokens of the document in a part                                       [K2 Figure 4]"),
+        context=CONTEXT)),
+    "learning-notes": Recipe(learning_notes, "text", "1 for each part of a document", dict(
+        chunk=(1024, "tokens of the document in a part"), context=CONTEXT)),
+    "exam": Recipe(exam, "text", "n for each document", dict(
+        n=(1, "questions about a document"), chunk=(512, "tokens of the part that a question is about"))),
+    "evolve": Recipe(evolve, "conversations", "rounds + 1 for each; before, at most 8 dev + 2 for the prompts", dict(
+        rounds=(3, "times that a request evolves"), dev=(8, "requests that the prompts are tried on"),
+        breadth=(17, "percent of the steps that go into breadth; one of WizardLM's six kinds"))),
+    "fuse": Recipe(fuse, "conversations", "1 for every k conversations", dict(
+        k=(2, "conversations that become one"), select=("unlike", "similar | unlike | random"))),
+    "reject": Recipe(reject, "conversations", "n for each, and as many for scores with score_endpoint", dict(
+        n=(4, "answers to a request"), threshold=(0.7, "the least score that is kept"),
+        score_endpoint=("", "where a model scores answers: http://HOST/v1"), score_model=("", "its name there"),
+        pairs=(False, "write prompt, chosen and rejected"))),
+}
+SHARED = {"dry_run": False, "skip_bad": False, "column": "text", "where": "", "budget": ""}
+
+
+def help_of(name):
+    """What `python data.py NAME --help` prints."""
+    recipe = RECIPES[name]
+    about = {**recipe.options, **{field.name: (field.default, "") for field in fields(Endpoint)},
+             **{option: (default, "") for option, default in SHARED.items()}}
+    lines = [f"--{option}={default}".ljust(36) + " ".join(what.split()) for option, (default, what) in about.items()]
+    return "\n".join([f"python data.py {name} IN OUT [options]", "", inspect.cleandoc(recipe.run.__doc__), "",
+                      f"IN: {recipe.reads}: a file, a folder or NAME=PATH. OUT: a .jsonl file; OUT.calls.jsonl keeps "
+                      "every answer,\nso that the same command goes on after a kill and pays for no call twice.",
+                      f"Calls: {recipe.costs}; see --dry_run=true.", "", *lines, "",
+                      "The endpoint \"offline\":", inspect.cleandoc(offline_answer.__doc__)])
+
+
+def recipe_options(name, words):
+    """Options --NAME=VALUE → (DataConfig, Endpoint, dry_run, the recipe's own). Raises SystemExit at an
+    unknown one."""
+    own = {option: default for option, (default, _) in RECIPES[name].options.items()}
+    known = {**{field.name: field.default for field in fields(Endpoint)}, **SHARED, **own}
+    given = dict(known)
+    for word in words:
+        option, _, value = word.removeprefix("--").partition("=")
+        option = option.replace("-", "_")
+        if option not in known:
+            raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(known)}=")
+        kind = type(known[option])
+        try:
+            given[option] = value.lower() in ("", "true") if kind is bool else kind(value)
+        except ValueError:
+            raise SystemExit(f"{name}: {word}: not a number") from None
+    config = DataConfig(**{option: given[option] for option in SHARED if option != "dry_run"})
+    endpoint = Endpoint(**{field.name: given[field.name] for field in fields(Endpoint)})
+    return config, endpoint, given["dry_run"], types.SimpleNamespace(**{o: given[o] for o in own}, seed=endpoint.seed)
+
+
+def run_recipe(name, words):
+    """`python data.py NAME IN OUT [options]` → how many rows are missing."""
+    if len(words) < 2 or any(word.startswith("--") for word in words[:2]):
+        raise SystemExit(f"python data.py {name} IN OUT [options]; see python data.py {name} --help")
+    (given, out, *words), recipe = words, RECIPES[name]
+    config, endpoint, dry_run, options = recipe_options(name, words)
+    source, path = named(given)
+    root, _ = find_source(source, path, config)
+    if Path(out).resolve() == Path(root.root).resolve() or Path(root.root).resolve() in Path(out).resolve().parents:
+        raise ValueError(f"{name}: {out} is inside {given}, from where it would be read; write elsewhere")
+    with Journal(f"{out}.calls.jsonl", endpoint, dry_run) as journal:
+
+        def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
+            rows = (dict(row, recipe=name) for row in rows)
+            return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
+
+        made = recipe.run(read_documents(source, path, config, recipe.reads), options, asking)
+        with contextlib.ExitStack() as stack:
+            file = io.StringIO() if dry_run else stack.enter_context(atomic(out, "w", encoding="utf-8"))
+            count = 0
+            for row in made:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        missing = summary(journal)
+    if not dry_run:
+        print(f"{out}: {several(count, 'row')}")
+    return missing
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def stats(corpus):
@@ -2515,16 +3242,27 @@ def read_options(options, **numbers):
     return config, numbers
 
 
+def named(given):
+    """PATH or NAME=PATH → (name, path)."""
+    name, equals, path = given.partition("=")
+    if Path(given).exists() or not equals:
+        name, path = Path(given).name, given
+    return name, path
+
+
 def main(argv):
     """The command line. Raises SystemExit with one line for whatever the user has to correct."""
     if {"-h", "--help"} & set(argv):
+        if argv[0] in RECIPES:
+            return print(help_of(argv[0]))
         print(__doc__)
         return
     command, *options = argv or ["(none)"]
     if command == "work":
         return work_as_told()
-    if command not in ("stats", "prepare", "clean", "origin", "sources"):
-        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources")
+    if command not in ("stats", "prepare", "clean", "origin", "sources", *RECIPES):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources, "
+                         f"{', '.join(RECIPES)}")
     if command == "clean":
         if len(options) < 2 or any(option.startswith("--") for option in options[:2]):
             raise SystemExit("python data.py clean IN OUT [options]: IN is a file, a folder or NAME=PATH; "
@@ -2532,15 +3270,14 @@ def main(argv):
         source, out, *options = options
 
     # Report errors in the input as one line, without a traceback.
-    config, numbers = read_options(options, vocab=4096, workers=0, at=0)
+    config, numbers = read_options([] if command in RECIPES else options, vocab=4096, workers=0, at=0)
     try:
+        if command in RECIPES:
+            return 1 if run_recipe(command, options) else None
         if command == "sources":
             return datasets().show()
         if command == "clean":
-            name, _, path = ("", "", source) if Path(source).exists() else source.partition("=")
-            if not path:
-                name, path = path, name
-            return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
+            return print_report(clean(*named(source), out, config, numbers["workers"]))
         corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
         if command == "origin":
             for name in parse_domains(config)[3]:
@@ -2556,4 +3293,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
