@@ -50,7 +50,7 @@ import types
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -2630,6 +2630,479 @@ def as_text(messages):
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
 
 
+# ---- generation: one function, any endpoint ----------------------------------------------------------------
+
+FIRST_WAIT = 0.5                 # seconds before the second try of a call; doubled for each further try
+LONGEST_WAIT = 600               # seconds; a server that asks for more ends the run
+LOOK_AHEAD = 32                  # rows for each thread that may be begun before an earlier one is done
+USUAL_WINDOWS = {2 ** n for n in range(11, 18)}                  # tokens of prompt and answer together
+OVERFLOW = re.compile("(?i)context.?(length|size|window)|exceed_context|too many tokens|too long")
+NO_USE = re.compile("(?i)model_not_found|insufficient_quota|invalid_api_key|model .{0,80}(not found|not exist)")
+REFUSAL = re.compile(r"(?i)(unfortunately, |i['’]m |i am )?((really |very )?sorry,? (but|i)|i( am|['’]m) (un|not )"
+                     r"able to|i (cannot|can['’]t|won['’]t) (help|assist|provide|comply|fulfil|create|generate|"
+                     r"rewrite|answer|write|continue|complete|process|do|access))\b")
+AS_MACHINE = re.compile(r"(?i)\bas an? (large |ai )*(ai|language model|assistant)\b")
+PREAMBLE = re.compile(r"(?i)(sure|certainly|of course|okay|absolutely)[,.!:]|here(['’]s| is| are)\b[^.\n]{0,150}:")
+LEAK = re.compile(r"(?m)<\|[\w▁｜ -]{1,40}\|>|</?think>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|^</?s>|</s>$"
+                  r"|^### (Instruction|Response|Input):")
+
+
+class Refused(Exception):
+    """An answer that is not taken; its text is the short reason, by which it is counted."""
+
+
+class Hopeless(Refused):
+    """No answer to this prompt would be taken."""
+
+
+class Unanswered(Exception):
+    """A call without an answer: (why, seconds to wait before the next try, at least). inf: no try helps."""
+
+
+class Prompt(NamedTuple):
+    name: str
+    text: str
+    sha256: str                  # of the file
+
+
+def load_prompt(name):
+    """The Prompt in notes/prompts/NAME.txt. Raises ValueError if there is none."""
+    file = Path(__file__).parent / "notes" / "prompts" / f"{name}.txt"
+    if not file.is_file():
+        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.txt")))
+        raise ValueError(f"no prompt {name!r} in notes/prompts; known: {known or 'none'}")
+    return Prompt(name, file.read_text("utf-8"), file_digest(file))
+
+
+def fill(prompt, row):
+    """The text of a prompt with {field} replaced by the row's; braces around anything else stay."""
+    return re.sub(r"\{(\w+)\}", lambda found: str(row.get(found[1], found[0])), prompt.text)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    endpoint: str = "offline"    # or the address of a server with OpenAI's interface: http://HOST/v1
+    model: str = ""              # the model's name there
+    key_env: str = "OPENAI_API_KEY"      # the environment variable that holds the key, if one is needed
+    extra: str = ""              # a JSON object of further fields of a request; null leaves a field out
+    temperature: float = -1.0    # below 0: the server's own
+    max_tokens: int = 2048       # of an answer
+    window: int = 0              # tokens of prompt and answer that the server holds; 0: not known
+    threads: int = 8             # calls at a time
+    attempts: int = 3            # answers for a row, each with its own seed, before it is refused for good
+    retries: int = 7             # further tries of a call that brings no answer
+    timeout: float = 300.0       # seconds for a try
+    calls: int = 0               # budget of OUT over all runs; 0: none
+    tokens: int = 0              # budget of prompts and answers, which calls in flight may pass; 0: none
+    seed: int = 1
+
+    def __post_init__(self):
+        if self.endpoint != "offline" and not (re.match("https?://[^/]", self.endpoint) and self.model):
+            raise ValueError(f"endpoint: {self.endpoint!r} is not \"offline\", nor is it http://HOST/v1 with "
+                             "a model: the server's name for it, under which answers are kept")
+        for name in ("max_tokens", "threads", "attempts", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
+        if not re.fullmatch("[!-~]*", self.key()):
+            raise ValueError(f"the variable {self.key_env} has characters that no key has")
+        try:
+            self.request("", 0)
+        except (ValueError, TypeError):
+            raise ValueError(f"extra: {self.extra!r} is no JSON object of fields, or has one that is ours: "
+                             "messages, model, stream, n") from None
+
+    def key(self):
+        """The API key. It goes into requests and nowhere else."""
+        return os.environ.get(self.key_env, "").strip()
+
+    def request(self, text, seed):
+        """The fields of a request. They are few, since some servers refuse those that they do not know."""
+        body = dict(max_tokens=self.max_tokens, seed=seed)
+        if self.temperature >= 0:
+            body["temperature"] = self.temperature
+        extra = dict(model=self.model or "offline", messages=[dict(role="user", content=text)], stream=False)
+        body = {name: value for name, value in (body | json.loads(self.extra or "{}")).items()
+                if value is not None}
+        if body.keys() & {*extra, "n"}:
+            raise ValueError
+        return body | extra
+
+
+def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
+    """Have an answer to the prompt for each row → (row, result) in the order of rows.
+
+    rows: dicts with "id" and what the prompt needs. parse(row, answer) → result, a dict; accept(row, result)
+    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is None for a row
+    that is refused for good or could not be answered: the journal counts which. chat: an answer may begin as
+    one to a person does, "Sure" or "I cannot". Equal requests are made once."""
+    rows = iter(rows)
+    ahead = deque()                                              # (row, its future), in the order of rows
+    latest = {}                                                  # id → the last future for it in `ahead`
+    with ThreadPoolExecutor(endpoint.threads) as pool:
+        try:
+            while True:
+                for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
+                    future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
+                                         latest.get(row["id"]))
+                    latest[row["id"]] = future
+                    ahead.append((row, future))
+                if not ahead:
+                    return
+                row, future = ahead.popleft()
+                while not wait([future], 1).done:
+                    journal.progress()
+                journal.progress()
+                if latest[row["id"]] is future:
+                    del latest[row["id"]]
+                yield row, future.result()
+        except BaseException:
+            # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
+            journal.stop("interrupted")
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
+    """The result for a row, or None: up to `attempts` answers, from the journal if they are there.
+
+    twin: the future of an earlier row with this id, whose requests may be the same."""
+    if twin:
+        wait([twin])
+    text = fill(prompt, row)
+    for attempt in range(endpoint.attempts):
+        # The seed is hashed beside the request as well, because `extra` may leave it out.
+        seed = digest64(json.dumps([endpoint.seed, prompt.name, row["id"], attempt])) >> 33
+        request = endpoint.request(text, seed)
+        key = sha256(json.dumps(request, sort_keys=True), str(seed))
+        call = journal.find(key)
+        new = call is None
+        if new and journal.may_call(text):
+            if endpoint.endpoint == "offline" or journal.dry_run:
+                call = dict(answer=offline_answer(prompt.name, row, seed), finish="stop", usage=None)
+            else:
+                call = ask(endpoint, request, key, journal)
+            call = journal.add(text, call, key=key, id=row["id"], prompt=prompt.name, attempt=attempt)
+        if call is None:
+            return journal.count("rows", "missing")
+
+        # The journal has answers as they came; whether one is taken is decided anew in each run.
+        try:
+            result = parse(row, judged(call, text, prompt, endpoint.window, chat))
+            why = accept(row, result)
+            if why:
+                raise Refused(why)
+        except Refused as error:
+            hopeless = isinstance(error, Hopeless)
+            journal.count("answers refused", str(error), new and hopeless)
+            if hopeless or journal.dry_run:
+                break
+            continue
+        journal.count("rows", "taken")
+        return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
+                             prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
+                             parent=row.get("parent", ""))
+    return journal.count("rows", "refused for good")
+
+
+def judged(call, text, prompt, window, chat):
+    """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
+    if "error" in call:
+        raise Hopeless("over the context window" if OVERFLOW.search(call["error"]) else call["error"][:3])
+    if call["finish"] != "stop":
+        raise Refused(f"finish_reason {str(call['finish'])[:20]}")
+
+    # Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
+    # tokens than words mean a cut; and prompt and answer then tend to fill the window exactly. Without
+    # `window` that is only a suspicion, but another answer would hardly be as long by chance.
+    asked, answered = call["usage"] or (0, 0)
+    if 0 < asked < len(text.split()):
+        raise Hopeless("prompt cut by the server")
+    if asked + answered >= window if window else asked + answered in USUAL_WINDOWS:
+        raise Refused("fills the window")
+
+    # Thinking comes first, at times without the tag that opens it.
+    answer = call["answer"]
+    if not isinstance(answer, str):
+        raise Refused("null content")
+    before, _, after = answer.partition("</think>")
+    if after and "<think>" not in before.lstrip()[1:]:
+        answer = after
+    answer = answer.strip()
+    if not answer or answer.endswith("</think>"):
+        raise Refused("empty content")
+    if re.search("[\ud800-\udfff]", answer):
+        raise Refused("no text in UTF-8")
+
+    # Marks of a chat template and lines of the prompt, unless the document itself has them.
+    if any(found[0] not in text for found in LEAK.finditer(answer)):
+        raise Refused("template leak")
+    for line in prompt.text.splitlines():
+        if len(line) >= 50 and line in answer and text.count(line) == 1:
+            raise Refused("repeats the prompt")
+    if not chat and REFUSAL.match(answer) or any(m[0] not in text for m in AS_MACHINE.finditer(answer[:300])):
+        raise Refused("refusal")
+    if not chat and PREAMBLE.match(answer):
+        raise Refused("preamble")
+    return answer
+
+
+# ---- generation: one call ----------------------------------------------------------------------------------
+
+def ask(endpoint, request, key, journal):
+    """Make a call, again if need be → {answer, finish, usage} or {error}; None if it was not answered."""
+    for tried in range(endpoint.retries + 1):
+        if journal.stopped:
+            return None
+        try:
+            return completion(*post(endpoint, request), endpoint.key())
+        except Unanswered as error:
+            why, seconds = error.args
+            if seconds > LONGEST_WAIT:
+                journal.stop(why)
+            elif tried < endpoint.retries:
+                # Exponential back-off. The request's hash spreads calls by 0.75 to 1.25.
+                journal.count("calls tried again", why)
+                spread = 0.75 + int(key[tried:tried + 8], 16) / 2 ** 33
+                journal.ending.wait(seconds + min(FIRST_WAIT * 2 ** tried, 60) * spread)
+    return None
+
+
+def post(endpoint, request):
+    """One HTTP request → (status, headers, body). Redirections are not followed, nor is a proxy used."""
+    import http.client
+    scheme, _, rest = f"{endpoint.endpoint.rstrip('/')}/chat/completions".partition("://")
+    host, _, path = rest.partition("/")
+    headers = {"Content-Type": "application/json"}
+    if endpoint.key():
+        headers["Authorization"] = f"Bearer {endpoint.key()}"
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    late = time.monotonic() + endpoint.timeout
+    try:
+        with contextlib.closing(kind(host, timeout=endpoint.timeout)) as connection:
+            connection.request("POST", f"/{path}", json.dumps(request), headers)
+            response = connection.getresponse()
+            body = b""
+            while block := response.read1(1 << 20):
+                body += block
+                if time.monotonic() > late:                      # the connection's timeout is for each block
+                    raise TimeoutError
+            return response.status, response.headers, body
+    except (OSError, http.client.HTTPException) as error:
+        why = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
+        raise Unanswered(why, 0) from None
+
+
+def completion(status, headers, body, key):
+    """A response → {answer, finish, usage}, or {error} if this request is never answered."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        reply = None
+    error = reply.get("error") if isinstance(reply, dict) else None
+    if status == 200 and not error:
+        try:
+            choice = reply["choices"][0]
+            call = dict(answer=choice["message"].get("content"), finish=choice.get("finish_reason"),
+                        usage=None)
+        except (TypeError, LookupError, AttributeError):
+            raise Unanswered("half an answer", 0) from None
+        usage = reply.get("usage")
+        if isinstance(usage, dict):
+            tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+            if all(type(n) is int and n >= 0 for n in tokens):
+                call["usage"] = tokens
+        return call
+
+    # An error, at times in a response of status 200. Servers differ in its form, so its text decides.
+    said = json.dumps(error or reply) if reply else body.decode(errors="replace")
+    said = " ".join(said.replace(key or "\0", "[key]").split())[:300]
+    why = str(status)
+    if status == 200:
+        why = "error in a 200"
+        code = error.get("code") if isinstance(error, dict) else 0
+        status = code if type(code) is int and code >= 400 else 500
+    if OVERFLOW.search(said) or status in (400, 413, 422) and not NO_USE.search(said):
+        return dict(error=f"{status} {said}")
+    if NO_USE.search(said) or status < 500 and status not in (408, 409, 425, 429):
+        raise Unanswered(f"the server says {status} {said}", math.inf)
+    seconds = seconds_to_wait(headers)
+    if seconds > LONGEST_WAIT:
+        why = f"the server says {status} and to wait {seconds:,.0f} s"
+    raise Unanswered(why, seconds)
+
+
+def seconds_to_wait(headers):
+    """What retry-after-ms or Retry-After, in seconds or as a date, asks for; else 0."""
+    from email.utils import parsedate_to_datetime
+    asked = headers.get("Retry-After")
+    for read in (lambda: float(headers.get("retry-after-ms")) / 1000, lambda: float(asked),
+                 lambda: parsedate_to_datetime(asked).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError):
+            return max(0.0, read())
+    return 0.0
+
+
+# ---- generation: the journal of calls ----------------------------------------------------------------------
+
+class Journal:
+    """The answers of all runs of OUT, in OUT.calls.jsonl: one line each, which is only appended; and counts.
+
+    A line is found by the hash of its request. That has neither the API key nor the server's address in it,
+    so a model may move. A line is written before its answer is used: a process that is killed loses the calls
+    in flight, one a thread at most, and nothing else. It is on the disk a second later: a sync for each line
+    would take longer than many a call, so a power cut may lose that second. Memory: 150 bytes a line."""
+
+    def __init__(self, path, endpoint, dry_run=False):
+        self.path = path
+        self.endpoint = endpoint                                 # for its budget
+        self.dry_run = dry_run                                   # offline answers stand for those of calls
+        self.lock = threading.Lock()
+        self.places = {}                                         # first 64 bits of a key → start of its line
+        self.end = self.calls = self.tokens = 0                  # of the file, of all runs
+        self.made = self.flying = self.asked = 0                 # calls of this run; tokens of their prompts
+        self.fruitless = Counter()                               # in a row
+        self.counts = defaultdict(Counter)                       # of rows, answers refused, ...: by reason
+        self.total = 0                                           # rows to come, if that is known
+        self.stopped = ""                                        # why no more calls are made
+        self.ending = threading.Event()
+        self.example = ""                                        # the first prompt
+        self.said = self.synced = self.begun = time.monotonic()
+        if dry_run:
+            self.file = open(path, "rb") if os.path.exists(path) else io.BytesIO()
+        else:
+            self.file = open(path, "a+b")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process writes it; give another OUT") from None
+
+        # Where each line begins. After a kill the last one may not be whole: it is cut off.
+        self.file.seek(0)
+        for number, line in enumerate(self.file, 1):
+            if not line.endswith(b"\n"):
+                if not dry_run:
+                    self.file.truncate(self.end)
+                break
+            try:
+                call = json.loads(line)
+                self.places[int(call["key"][:16], 16)] = self.end
+                self.tokens += call["tokens"]
+            except BAD_RECORD:
+                raise ValueError(f"{path}, line {number} is damaged: remove the line, and its call is made "
+                                 "again") from None
+            self.calls += 1
+            self.end += len(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.dry_run:
+            os.fsync(self.file.fileno())
+        self.file.close()
+
+    def find(self, key):
+        """The call with that key, or None."""
+        with self.lock:
+            place = self.places.get(int(key[:16], 16))
+            if place is None:
+                return None
+            self.file.seek(place)
+            call = json.loads(self.file.readline())
+        return call if call["key"] == key else None
+
+    def may_call(self, text):
+        """Whether a call may be made; `add` has to end it."""
+        with self.lock:
+            self.example = self.example or text
+            for what, spent in (("calls", self.calls + self.flying), ("tokens", self.tokens)):
+                budget = getattr(self.endpoint, what)
+                if 0 < budget <= spent and not self.dry_run:
+                    self.stop(f"the budget of {budget:,} {what} is spent")
+            self.flying += not self.stopped
+            return not self.stopped
+
+    def add(self, text, found, **call):
+        """Write a call that has ended → the call. found: what it brought; None: no answer."""
+        with self.lock:
+            self.flying -= 1
+            if found is None:
+                self.in_a_row("calls without an answer", 3)
+                return None
+            asked = estimated_tokens(text)
+            tokens = sum(found.get("usage") or (asked, estimated_tokens(found.get("answer"))))
+            call |= found | dict(tokens=tokens)
+            if not self.dry_run:
+                line = json.dumps(call).encode() + b"\n"
+                self.file.write(line)
+                self.file.flush()
+                self.places[int(call["key"][:16], 16)] = self.end
+                self.end += len(line)
+                if time.monotonic() > self.synced + 1:
+                    os.fsync(self.file.fileno())
+                    self.synced = time.monotonic()
+            self.made += 1
+            self.calls += 1
+            self.asked += asked
+            self.tokens += tokens
+            self.fruitless["calls without an answer"] = 0
+            return call
+
+    def in_a_row(self, what, most):
+        self.fruitless[what] += 1
+        if self.fruitless[what] >= most:
+            self.stop(f"{most} {what} in a row")
+
+    def stop(self, why):
+        """Make no more calls: what is not in the journal is missing."""
+        if not self.stopped and why != "interrupted":
+            print(f"no more calls: {why}; every answer is kept in {self.path}", flush=True)
+        self.stopped = self.stopped or why
+        self.ending.set()
+
+    def count(self, what, why, hopeless=False):
+        """hopeless: a new answer that no other could better. A server that gives only such is left alone."""
+        with self.lock:
+            self.counts[what][why] += 1
+            if hopeless:
+                self.in_a_row(f"rows that the server refuses ({why})", 20)
+            elif why == "taken":
+                self.fruitless.clear()
+
+    def progress(self):
+        """A line every five seconds."""
+        now = time.monotonic()
+        if now > self.said + 5 and self.made:
+            self.said = now
+            done = self.counts["rows"].total()
+            speed = self.made / (now - self.begun)
+            line = f"{done:,} of {self.total or '?'} rows, {self.counts['rows']['refused for good']:,} refused; "
+            line += f"{self.made:,} calls, {speed:.1f} a second; {self.tokens:,} tokens in all"
+            if self.total:
+                line += f"; {(self.total - done) / speed:,.0f} s left"
+            print(line, flush=True)
+
+
+def estimated_tokens(text):
+    """Some four bytes of English text are a token."""
+    return len((text or "").encode(errors="replace")) // 4 + 1
+
+
+def summary(journal):
+    """Print what a run, or a dry run, has done → the number of rows that are missing."""
+    if journal.dry_run:
+        print(f"The first prompt:\n{journal.example}\n\ndry run, nothing is sent: {journal.made:,} calls, "
+              f"some {journal.asked:,} tokens of prompts and {journal.made * journal.endpoint.max_tokens:,} of "
+              f"answers at most; up to {journal.endpoint.attempts} times that if answers are refused")
+        return 0
+    print(f"{journal.made:,} calls now; {journal.calls:,} and {journal.tokens:,} tokens in all")
+    for what, counts in journal.counts.items():
+        print(f"{what}: {', '.join(f'{n:,} {why}' for why, n in counts.most_common())}")
+    missing = journal.counts["rows"]["missing"]
+    if missing:
+        print(f"{several(missing, 'row')} missing: the same command goes on from here")
+
+
 # ---- generation: without a server --------------------------------------------------------------------------
 
 def offline_answer(name, row, seed):
@@ -3204,6 +3677,8 @@ def run_recipe(name, words):
         missing = summary(journal)
     if not dry_run:
         print(f"{out}: {several(count, 'row')}")
+
+
     return missing
 
 
