@@ -3169,6 +3169,7 @@ def as_it_is(row, answer):
     return dict(text=answer)
 
 
+BYTES = 4                        # of a token, as in `estimated_tokens`
 SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)", re.S)
 
 
@@ -3179,9 +3180,9 @@ def cut(text, most):
     size /= math.ceil(size / most)
     parts, length, total = [""], 0, 0
     for sentence in SENTENCE.findall(text):
-        whole = len(sentence.encode()) <= most * BYTES_PER_TOKEN
+        whole = len(sentence.encode()) <= most * BYTES
         for piece in [sentence] if whole else re.findall(r"\s*\S{1,64}|\s+", sentence):
-            n = len(piece.encode()) / BYTES_PER_TOKEN
+            n = len(piece.encode()) / BYTES
             if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
                 parts.append("")
                 length = 0
@@ -3193,7 +3194,7 @@ def cut(text, most):
 
 def last_tokens(text, most):
     """The end of a text, from the beginning of a word on."""
-    end = text.encode()[-most * BYTES_PER_TOKEN:].decode(errors="ignore")
+    end = text.encode()[-most * BYTES:].decode(errors="ignore")
     return text if len(end) == len(text) else end.partition(" ")[2]
 
 
@@ -3299,8 +3300,9 @@ def false_arithmetic(text):
     corpus = from_notes("corpus", "arithmetic is checked by")
     for found in corpus.STATEMENT.finditer(text):
         said = found[0].rstrip(" (-")
-        before, after = text[:found.start()][-1:], text[found.start() + len(said):][:2]
-        if before in ".,$" and before or re.match(r"[.,]\d|[%^a-zA-Z]|/", after):
+        before, after = text[:found.start()], text[found.start() + len(said):]
+        part_of_more = r"[\w)] *$" if said[0] == "-" else r"[.,$]$|[-+*/^=] *$"
+        if re.search(part_of_more, before[-9:]) or re.match(r"[.,]\d|[%^a-zA-Z]| ?(/|rem|r\b)", after):
             continue
         with contextlib.suppress(SyntaxError, KeyError, ZeroDivisionError, ValueError, AttributeError):
             if len({corpus.value(side) for side in said.split("=")}) > 1:
@@ -3313,21 +3315,22 @@ EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: 
 
 
 def exam(documents, o, asking):
-    """Makes n examination questions of every document, each about another part of it, with four options and
+    """Makes n examination questions of every document, about one part of it after another, with four options and
     the reasoning that leads to the answer. The place of the right option is balanced. A question with options
     that are alike, one that needs the text at hand, or whose answer the text does not have, is refused."""
     prompt = load_prompt("exam")
     count = 0
     for group in groups(documents):
-        asked = []
+        asked, of = [], []
         for document in group:
-            parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))[:o.n]
-            asked += [(document, dict(id=f"{document.id}/{k}", text=part.strip()))
-                      for k, part in enumerate(parts)]
-        results = asking([row for _, row in asked], prompt, exam_question, exam_worthy)
-        for (row, result), (document, _) in zip(results, asked):
-            if not result:
+            parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))
+            asked += [dict(id=f"{document.id}/{k}", text=parts[k % len(parts)].strip()) for k in range(o.n)]
+            of += [document] * o.n
+        known = set()
+        for (row, result), document in zip(asking(asked, prompt, exam_question, exam_worthy), of):
+            if not result or (document.id, result["question"]) in known:
                 continue
+            known.add((document.id, result["question"]))
 
             # Of four questions in a row each has the right answer at another place.
             place = in_order_of(f"{o.seed} {count // 4}", range(4))[count % 4]
@@ -3614,71 +3617,78 @@ RECIPES = {
         score_endpoint=("", "where a model scores answers: http://HOST/v1"), score_model=("", "its name there"),
         pairs=(False, "write prompt, chosen and rejected"))),
 }
-SHARED = {"dry_run": False, "skip_bad": False, "column": "text", "where": "", "budget": ""}
+SHARED = dict(column=("text", "the field that holds the text"), where=("", "as --data.where of a run"),
+              budget=("", "100MB or 5000documents of IN"), skip_bad=(False, "count bad records and go on"),
+              dry_run=(False, "print how many calls and tokens it takes"))
 
 
 def help_of(name):
     """What `python data.py NAME --help` prints."""
     recipe = RECIPES[name]
-    about = {**recipe.options, **{field.name: (field.default, "") for field in fields(Endpoint)},
-             **{option: (default, "") for option, default in SHARED.items()}}
-    lines = [f"--{option}={default}".ljust(36) + " ".join(what.split()) for option, (default, what) in about.items()]
-    return "\n".join([f"python data.py {name} IN OUT [options]", "", inspect.cleandoc(recipe.run.__doc__), "",
-                      f"IN: {recipe.reads}: a file, a folder or NAME=PATH. OUT: a .jsonl file; OUT.calls.jsonl keeps "
-                      "every answer,\nso that the same command goes on after a kill and pays for no call twice.",
-                      f"Calls: {recipe.costs}; see --dry_run=true.", "", *lines, "",
-                      "The endpoint \"offline\":", inspect.cleandoc(offline_answer.__doc__)])
+    options = [f"  --{option}={default}".ljust(28) + re.sub("  +", "  ", what)
+               for option, (default, what) in {**recipe.options, **SHARED}.items()]
+    endpoint = inspect.getsource(Endpoint).partition("def ")[0].splitlines()[2:]
+    return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
+
+{inspect.cleandoc(recipe.run.__doc__)}
+
+IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.calls.jsonl keeps every answer, so
+that the same command goes on after a kill and pays for no call twice.
+Calls: {recipe.costs}; an answer that is refused is asked for again.
+
+{chr(10).join(options)}
+
+Options of the endpoint:
+{chr(10).join(endpoint).rstrip()}
+
+The endpoint "offline": {inspect.cleandoc(offline_answer.__doc__)}"""
 
 
 def recipe_options(name, words):
-    """Options --NAME=VALUE → (DataConfig, Endpoint, dry_run, the recipe's own). Raises SystemExit at an
-    unknown one."""
-    own = {option: default for option, (default, _) in RECIPES[name].options.items()}
-    known = {**{field.name: field.default for field in fields(Endpoint)}, **SHARED, **own}
-    given = dict(known)
+    """Options --NAME=VALUE → (DataConfig, Endpoint, the recipe's own and dry_run). Raises SystemExit at an
+    unknown one, or at a value that is no number."""
+    own = {option: default for option, (default, _) in {**RECIPES[name].options, **SHARED}.items()}
+    given = {field.name: field.default for field in fields(Endpoint)} | own
     for word in words:
         option, _, value = word.removeprefix("--").partition("=")
         option = option.replace("-", "_")
-        if option not in known:
-            raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(known)}=")
-        kind = type(known[option])
+        if option not in given:
+            raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(given)}=")
+        kind = type(given[option])
         try:
             given[option] = value.lower() in ("", "true") if kind is bool else kind(value)
         except ValueError:
-            raise SystemExit(f"{name}: {word}: not a number") from None
-    config = DataConfig(**{option: given[option] for option in SHARED if option != "dry_run"})
+            raise SystemExit(f"{name}: {word}: {value!r} is no {kind.__name__}") from None
+    config = DataConfig(**{option: given[option] for option in ("column", "where", "budget", "skip_bad")})
     endpoint = Endpoint(**{field.name: given[field.name] for field in fields(Endpoint)})
-    return config, endpoint, given["dry_run"], types.SimpleNamespace(**{o: given[o] for o in own}, seed=endpoint.seed)
+    return config, endpoint, types.SimpleNamespace(**{option: given[option] for option in (*own, "seed")})
 
 
 def run_recipe(name, words):
     """`python data.py NAME IN OUT [options]` → how many rows are missing."""
     if len(words) < 2 or any(word.startswith("--") for word in words[:2]):
         raise SystemExit(f"python data.py {name} IN OUT [options]; see python data.py {name} --help")
-    (given, out, *words), recipe = words, RECIPES[name]
-    config, endpoint, dry_run, options = recipe_options(name, words)
+    given, out, *words = words
+    config, endpoint, options = recipe_options(name, words)
     source, path = named(given)
-    root, _ = find_source(source, path, config)
-    if Path(out).resolve() == Path(root.root).resolve() or Path(root.root).resolve() in Path(out).resolve().parents:
-        raise ValueError(f"{name}: {out} is inside {given}, from where it would be read; write elsewhere")
-    with Journal(f"{out}.calls.jsonl", endpoint, dry_run) as journal:
+    root = Path(find_source(source, path, config)[0].root).resolve()
+    if root in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ValueError(f"{name}: {out} is inside {path}, from where it would be read; write elsewhere")
+    with Journal(f"{out}.calls.jsonl", endpoint, options.dry_run) as journal, contextlib.ExitStack() as stack:
 
         def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
             rows = (dict(row, recipe=name) for row in rows)
             return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
 
-        made = recipe.run(read_documents(source, path, config, recipe.reads), options, asking)
-        with contextlib.ExitStack() as stack:
-            file = io.StringIO() if dry_run else stack.enter_context(atomic(out, "w", encoding="utf-8"))
-            count = 0
-            for row in made:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
+        file = io.StringIO()
+        if not options.dry_run:
+            file = stack.enter_context(atomic(out, "w", encoding="utf-8"))
+        count = 0
+        for row in RECIPES[name].run(read_documents(source, path, config, RECIPES[name].reads), options, asking):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
         missing = summary(journal)
-    if not dry_run:
-        print(f"{out}: {several(count, 'row')}")
-
-
+    print(f"{out}: " + ("nothing is written" if options.dry_run else several(count, "row")))
     return missing
 
 

@@ -8,25 +8,30 @@ import random
 import re
 
 # Exchanged both ways. None of them changes with what stands around it.
-SYNONYMS = dict(pair.split("/") for pair in """began/started begins/starts ended/finished built/constructed
-    bought/purchased helped/aided helps/aids needs/requires needed/required chosen/selected chose/selected
-    changed/altered changes/alters whole/entire usually/normally quickly/rapidly almost/nearly famous/well-known
-    often/frequently because/since although/though however/yet therefore/thus perhaps/maybe many/numerous big/large
-    show/indicate shows/indicates showed/indicated used/employed uses/employs obtain/get obtains/gets keep/retain
-    keeps/retains happens/occurs happened/occurred main/chief important/significant enough/sufficient
-    each/every person/individual people/persons idea/notion area/region goal/aim method/procedure also/likewise
-    approximately/roughly entirely/completely mostly/mainly later/afterwards described/portrayed wrote/authored
-    received/got led/headed moved/relocated died/passed-away job/occupation stays/remains stayed/remained""".split())
+SYNONYMS = dict(pair.split("/") for pair in """
+    began/started begins/starts ended/finished built/constructed bought/purchased helped/aided helps/aids
+    needs/requires needed/required chosen/selected chose/selected changed/altered entire/whole usually/normally
+    quickly/rapidly almost/nearly famous/renowned frequently/often although/though therefore/thus perhaps/maybe
+    big/large shows/indicates showed/indicated obtains/gets retains/keeps happens/occurs happened/occurred
+    chief/main important/significant individual/person people/persons idea/notion area/region aim/goal
+    method/procedure also/likewise approximately/roughly completely/entirely mainly/mostly described/portrayed
+    authored/wrote got/received moved/relocated job/occupation remains/stays remained/stayed""".split())
 SYNONYMS.update({new: old for old, new in SYNONYMS.items()})
 
 # Words that begin a sentence with a capital only because they begin it.
-OPENERS = frozenset("""a an the this that these those it its he she they we you his her their our your there here in
-    on at during after before when if while since by with for as although because from to of all each every many most
-    some such then thus so also later today both what which who how why where is are was were can do does""".split())
+OPENERS = frozenset("""a an the this that these those it its he she they we you his her their our your there here
+    in on at during after before when if while since by with for as although because from to of all each every
+    many most some such then thus so also later today both what which who how why where is are was were can do
+    does""".split())
+DULL = OPENERS | {"about", "would", "could", "should", "explain", "describe", "write", "please", "compute"}
 VERB = r"(?:is|are|was|were|has|have|had|can|could|may|might|must|will|would|does|did)"
 BOILERPLATE = re.compile(r"\b(cookies?|subscribe|newsletter|log ?in|sign up|all rights reserved|copyright|click here|"
-                         r"share (this|on)|posted (by|on|in)|read more|advertisement|privacy policy|views|"
-                         r"comments?|home ?[|>])\b", re.I)
+                         r"share (this|on)|posted (by|on|in)|read more|advertisement|privacy policy|\d views|"
+                         r"\d comments?)\b|\bhome ?[|>]", re.I)
+
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|St|vs|No)\.)(?<!\bMrs\.)\s+(?=[A-Z\"“(])")
+FRONT = re.compile(r"((?:In|On|At|During|After|Before|By|Since|With|For|From) [^,.;:()]{3,50}), ([^.;:]+)\.")
+BACK = re.compile(r"([^.;:()]{12,}?) ((?:in|on|during|after|before|since|until) (?:\w+ ){0,3}\d[\w ]{0,12})\.")
 
 
 def answer(name, row, seed):
@@ -42,11 +47,11 @@ def answer(name, row, seed):
 # ---- sentences ---------------------------------------------------------------------------------------------
 
 def sentences(text):
-    """The sentences of a text; a line ends one."""
+    """The sentences of a text. A line ends one, unless the next goes on in small letters."""
+    text = re.sub(r"(?<=[\w,;)]) *\n[ \t]*(?=[a-z(])", " ", text)
     found = []
     for line in text.splitlines():
-        parts = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|St|vs|No)\.)(?<!\bMrs\.)\s+(?=[A-Z\"“(])", line.strip())
-        found += [part for part in parts if part]
+        found += [part for part in SENTENCE_END.split(line.strip()) if part]
     return found
 
 
@@ -65,35 +70,37 @@ def upper(sentence):
 def reworded(sentence, rng):
     """The sentence with some general words exchanged, and a clause moved to its other end."""
     words = re.split(r"(\W+)", sentence)
-    sentence = "".join(SYNONYMS[word].replace("-", " ") if word in SYNONYMS and rng.random() < 0.8 else word
-                       for word in words)
-    front = re.fullmatch(r"((?:In|On|At|During|After|Before|By|Since|With|For|From) [^,.;:()]{3,50}), ([^.;:]+)\.", sentence)
-    back = re.fullmatch(r"([^,.;:()]{12,}?) ((?:in|on|during|after|before|since|until) [^,.;:()]*\d[^,.;:()]*)\.",
-                        sentence)
+    words = [SYNONYMS[word] if word in SYNONYMS and rng.random() < 0.8 else word for word in words]
+    sentence = "".join(words)
+    front, back = FRONT.fullmatch(sentence), BACK.fullmatch(sentence)
     if front:
         return f"{upper(front[2])} {lower(front[1])}."
-    if back:
+    if back and " and " not in back[2]:
         return f"{upper(back[2])}, {lower(back[1])}."
 
     # What cannot be turned round gets a word behind its verb, at times.
     verb = re.search(rf" {VERB} (?!not\b|never\b|no\b)", sentence)
     if verb and rng.random() < 0.7:
-        return f"{sentence[:verb.end()]}{rng.choice(['indeed', 'in fact', 'also', 'in turn'])} {sentence[verb.end():]}"
+        more = rng.choice(["indeed", "in fact", "also", "in turn"])
+        return f"{sentence[:verb.end()]}{more} {sentence[verb.end():]}"
     return sentence
 
 
 def subject(sentence):
-    """What a sentence is about, roughly: the words before its verb, or its longest word."""
+    """What a sentence is about, roughly: the words before its verb, a name in it, or its longest word."""
     found = re.match(rf"(?:(?:In|On|At|After|Before|During) [^,]+, )?([^,.;:()|]{{3,60}}?) {VERB}\b", sentence)
-    if found and len(found[1].split()) <= 7:
+    if found and len(found[1].split()) <= 7 and lower(found[1]) not in OPENERS:
         return lower(found[1])
-    return max(re.findall(r"\w+", sentence) or ["this"], key=len)
+    names = re.search(r"(?<=[a-z,] )[A-Z]\w+(?: [A-Z]\w+)*", lower(sentence))
+    if names:
+        return names[0]
+    words = [word for word in re.findall(r"\w+", sentence) if not re.search("(ed|ing|ly)$", word)]
+    return "the " + max(words or ["matter"], key=len)
 
 
 def keywords(text):
     """Its long words, the most frequent and longest first; each once."""
-    words = [word for word in re.findall(r"[A-Za-z][a-z]{4,}", text) if word.lower() not in OPENERS | {
-        "about", "would", "could", "should", "explain", "describe", "write", "please", "assistant", "there", "their"}]
+    words = [word for word in re.findall(r"[A-Za-z][a-z]{4,}", text) if word.lower() not in DULL]
     return sorted(dict.fromkeys(words), key=lambda word: (-words.count(word), -len(word))) or ["this", "that"]
 
 
@@ -120,29 +127,35 @@ def rephrase(row, rng):
     if form == "outline":
         return "\n".join(f"- {upper(what)}\n  - {sentence}" for what, sentence in said)
     if form == "tutorial":
-        links = ["" if row.get("context") else "To begin with, "] + [rng.choice(LINKS) for _ in said[1:]]
-        return "\n\n".join(link + (lower(sentence) if link else sentence) for link, (_, sentence) in zip(links, said))
+        links = [rng.choice(LINKS) for _ in said]
+        if not row.get("context"):
+            links[0] = "To begin with, "
+        return "\n\n".join(link + lower(sentence) for link, (_, sentence) in zip(links, said))
     return " ".join(sentence for _, sentence in said)
 
 
 def learning_notes(row, rng):
-    """The text without the lines that are about the page, and each calculation worked in steps."""
-    lines = []
+    """The text without the lines that are about the page, and each calculation worked in steps, once."""
+    lines, known = [], set()
     for line in row["text"].splitlines():
         if BOILERPLATE.search(line) or not line.strip():
             continue
         lines += [reworded(sentence, rng) for sentence in sentences(line)]
-        for a, sign, b in calculations(line):
-            lines += ["Step by step:", *worked(a, sign, b)[0]]
+        for calculation in calculations(line):
+            steps, _ = worked(*calculation)
+            if calculation not in known and len(steps) > 1:
+                lines += ["Step by step:", *steps]
+            known.add(calculation)
     return "\n".join(lines)
 
 
 # ---- arithmetic --------------------------------------------------------------------------------------------
 
-ASKED = [(r"(\d+) ?(?:\*|×) ?(\d+)|multiply (\d+) by (\d+)|(\d+) times (\d+)", "*"),
-         (r"(\d+) \+ (\d+)|add (\d+) (?:and|to) (\d+)|(\d+) plus (\d+)|sum of (\d+) and (\d+)", "+"),
-         (r"(\d+) - (\d+)|(\d+) minus (\d+)|how much more is (\d+) than (\d+)", "-"),
-         (r"(\d+) [/÷] (\d+)|divide (\d+) by (\d+)|(\d+) divided by (\d+)|long division: (\d+) by (\d+)", "/")]
+# Not of numbers with a sign or a decimal point.
+ASKED = [(r"(?<![-(.\d])(\d+) ?(?:\*|×) ?(\d+)|multiply (\d+) by (\d+)|(\d+) times (\d+)", "*"),
+         (r"(?<![-(.\d])(\d+) \+ (\d+)|add (\d+) (?:and|to) (\d+)|(\d+) plus (\d+)|sum of (\d+) and (\d+)", "+"),
+         (r"(?<![-(.\d])(\d+) - (\d+)|(\d+) minus (\d+)|how much more is (\d+) than (\d+)", "-"),
+         (r"(?<![-(.\d])(\d+) [/÷] (\d+)|divide (\d+) by (\d+)|(\d+) divided by (\d+)|long division: (\d+) by (\d+)", "/")]
 
 
 def calculations(text):
@@ -150,8 +163,8 @@ def calculations(text):
     found = []
     for pattern, sign in ASKED:
         for match in re.finditer(pattern, text, re.I):
-            if text[match.end():][:1] not in (".", ",") or not text[match.end() + 1:][:1].isdigit():
-                a, b = (int(part) for part in match.groups() if part)
+            a, b = (int(part) for part in match.groups() if part)
+            if not re.match(r"[.,]?\w| *[*×/÷^]", text[match.end():]):
                 found.append((a, sign, b))
     for match in re.finditer(r"subtract (\d+) from (\d+)", text, re.I):
         found.append((int(match[2]), "-", int(match[1])))
@@ -180,12 +193,15 @@ def worked(a, sign, b):
 
 # ---- questions and conversations ---------------------------------------------------------------------------
 
+GAP = r"(?<=[a-z,] )(?:\d+|[A-Z][a-z]{2,})\b(?![.,]\d)"       # a number or a name
+
+
 def exam(row, rng):
     """A sentence with a gap where a number or a name stood; the other options come from the text, or near."""
     found = []
     for sentence in sentences(row["text"]):
         if 6 <= len(sentence.split()) <= 60:
-            found += [(sentence, match) for match in re.finditer(r"(?<=[a-z,] )(?:\d+|[A-Z][a-z]{2,})\b(?![.,]\d)", sentence)]
+            found += [(sentence, match) for match in re.finditer(GAP, sentence)]
     if not found:
         return "There is nothing to ask about."
     sentence, gap = rng.choice(found)
@@ -194,12 +210,13 @@ def exam(row, rng):
     others = [word for word in dict.fromkeys(others) if word != right and word not in sentence]
     rng.shuffle(others)
     if right.isdigit():
-        others += [str(int(right) + step) for step in rng.sample([-3, -2, -1, 1, 2, 3, 10], 4) if int(right) + step >= 0]
+        others += [str(int(right) + step) for step in rng.sample([1, 2, 3, 5, 10], 3)]
     else:
         others += [name for name in ("London", "Vienna", "Newton", "Monday") if name not in row["text"]]
-    lines = [f"Question: Which word or number completes this statement? {sentence[:gap.start()]}____{sentence[gap.end():]}",
-             f"Correct: {right}", *[f"Wrong: {other}" for other in dict.fromkeys(others)][:3],
-             f"Reasoning: It is known that {lower(sentence)} So {right} belongs into the gap, and nothing else does."]
+    gapped = f"{sentence[:gap.start()]}____{sentence[gap.end():]}"
+    lines = [f"Question: Which word or number completes this statement? {gapped}", f"Correct: {right}",
+             *[f"Wrong: {other}" for other in dict.fromkeys(others)][:3],
+             f"Reasoning: It is known that {lower(sentence)} So {right} completes it, and no other option does."]
     return "\n".join(lines)
 
 
@@ -211,7 +228,7 @@ DEEPER = ("Give the reason for each step and name the most common mistake.",
           "Point out an exception, and show how to recognise it early.",
           "Finish with a table that summarises causes, effects and remedies.",
           "Begin from the definition and derive everything that is used later.")
-BROADER = ("Explain how {0} could be taught to somebody who knows nothing but {1}, and where the comparison breaks down.",
+BROADER = ("Explain how {0} could be taught to somebody who knows only {1}, and where the comparison ends.",
            "Which rarely discussed property of {0} matters most in practice, and how would you measure it?",
            "Design a small experiment that separates the influence of {0} from that of {1}.",
            "Write a short guide for archivists who catalogue documents about {0}.")
