@@ -2636,15 +2636,15 @@ FIRST_WAIT = 0.5                 # seconds before the second try of a call; doub
 LONGEST_WAIT = 600               # seconds; a server that asks for more ends the run
 LOOK_AHEAD = 32                  # rows for each thread that may be begun before an earlier one is done
 USUAL_WINDOWS = {2 ** n for n in range(11, 18)}                  # tokens of prompt and answer together
-OVERFLOW = re.compile("(?i)context.?(length|size|window)|exceed_context|too many tokens|too long")
-NO_USE = re.compile("(?i)model_not_found|insufficient_quota|invalid_api_key|model .{0,80}(not found|not exist)")
-REFUSAL = re.compile(r"(?i)(unfortunately, |i['’]m |i am )?((really |very )?sorry,? (but|i)|i( am|['’]m) (un|not )"
-                     r"able to|i (cannot|can['’]t|won['’]t) (help|assist|provide|comply|fulfil|create|generate|"
-                     r"rewrite|answer|write|continue|complete|process|do|access))\b")
+OVERFLOW = re.compile("(?i)context.?(length|size|window)|exceed_context|(prompt|input).{0,30}too long")
+NO_USE = re.compile("(?i)model_not_found|insufficient_quota|invalid_api_key|model .{0,80}not (found|exist)")
+REFUSAL = re.compile(r"(?i)(unfortunately, |i['’]m |i am )?((really |very )?sorry,? (but|i)|i( am|['’]m) "
+                     r"(unable|not able) to|i (cannot|can['’]t|won['’]t) (help|assist|provide|comply|fulfil|"
+                     r"create|generate|rewrite|answer|write|continue|complete|process|do|access))\b")
 AS_MACHINE = re.compile(r"(?i)\bas an? (large |ai )*(ai|language model|assistant)\b")
-PREAMBLE = re.compile(r"(?i)(sure|certainly|of course|okay|absolutely)[,.!:]|here(['’]s| is| are)\b[^.\n]{0,150}:")
-LEAK = re.compile(r"(?m)<\|[\w▁｜ -]{1,40}\|>|</?think>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|^</?s>|</s>$"
-                  r"|^### (Instruction|Response|Input):")
+PREAMBLE = re.compile(r"(?i)(sure|certainly|of course|okay)[,.!:]|here(['’]s| is| are)\b[^.\n]{0,150}:")
+LEAK = re.compile(r"(?m)<\|[\w▁｜ -]{1,40}\|>|</?think>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|^</?s>"
+                  r"|</s>$|^### (Instruction|Response|Input):")
 
 
 class Refused(Exception):
@@ -2666,11 +2666,8 @@ class Prompt(NamedTuple):
 
 
 def load_prompt(name):
-    """The Prompt in notes/prompts/NAME.txt. Raises ValueError if there is none."""
+    """The Prompt in notes/prompts/NAME.txt."""
     file = Path(__file__).parent / "notes" / "prompts" / f"{name}.txt"
-    if not file.is_file():
-        known = ", ".join(sorted(other.stem for other in file.parent.glob("*.txt")))
-        raise ValueError(f"no prompt {name!r} in notes/prompts; known: {known or 'none'}")
     return Prompt(name, file.read_text("utf-8"), file_digest(file))
 
 
@@ -2720,12 +2717,11 @@ class Endpoint:
         body = dict(max_tokens=self.max_tokens, seed=seed)
         if self.temperature >= 0:
             body["temperature"] = self.temperature
-        extra = dict(model=self.model or "offline", messages=[dict(role="user", content=text)], stream=False)
-        body = {name: value for name, value in (body | json.loads(self.extra or "{}")).items()
-                if value is not None}
-        if body.keys() & {*extra, "n"}:
+        body = body | json.loads(self.extra or "{}")
+        ours = dict(model=self.model or "offline", messages=[dict(role="user", content=text)], stream=False)
+        if body.keys() & {*ours, "n"}:
             raise ValueError
-        return body | extra
+        return {name: value for name, value in body.items() if value is not None} | ours
 
 
 def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
@@ -2824,11 +2820,11 @@ def judged(call, text, prompt, window, chat):
     answer = call["answer"]
     if not isinstance(answer, str):
         raise Refused("null content")
-    before, _, after = answer.partition("</think>")
-    if after and "<think>" not in before.lstrip()[1:]:
+    before, closed, after = answer.partition("</think>")
+    if closed and "<think>" not in before.lstrip()[1:]:
         answer = after
     answer = answer.strip()
-    if not answer or answer.endswith("</think>"):
+    if not answer or answer.startswith("<think>"):
         raise Refused("empty content")
     if re.search("[\ud800-\udfff]", answer):
         raise Refused("no text in UTF-8")
@@ -2921,7 +2917,7 @@ def completion(status, headers, body, key):
         why = "error in a 200"
         code = error.get("code") if isinstance(error, dict) else 0
         status = code if type(code) is int and code >= 400 else 500
-    if OVERFLOW.search(said) or status in (400, 413, 422) and not NO_USE.search(said):
+    if OVERFLOW.search(said) and status != 429 or status in (400, 413, 422) and not NO_USE.search(said):
         return dict(error=f"{status} {said}")
     if NO_USE.search(said) or status < 500 and status not in (408, 409, 425, 429):
         raise Unanswered(f"the server says {status} {said}", math.inf)
@@ -3072,15 +3068,20 @@ class Journal:
     def progress(self):
         """A line every five seconds."""
         now = time.monotonic()
-        if now > self.said + 5 and self.made:
+        if now > self.said + 5:
             self.said = now
             done = self.counts["rows"].total()
             speed = self.made / (now - self.begun)
-            line = f"{done:,} of {self.total or '?'} rows, {self.counts['rows']['refused for good']:,} refused; "
-            line += f"{self.made:,} calls, {speed:.1f} a second; {self.tokens:,} tokens in all"
-            if self.total:
+            line = f"{done:,} of {self.total or '?'} rows, {self.counts['rows']['refused for good']:,} "
+            line += f"refused; {self.made:,} calls, {speed:.1f} a second; {self.tokens:,} tokens in all"
+            if self.total and speed:
                 line += f"; {(self.total - done) / speed:,.0f} s left"
-            print(line, flush=True)
+            print(f"{line}{listed('; tried again', self.counts['calls tried again'])}", flush=True)
+
+
+def listed(what, counts):
+    """": 3 timeout, 1 429" after `what`, most frequent first; "" if there is none."""
+    return f"{what}: {', '.join(f'{n:,} {why}' for why, n in counts.most_common())}" if counts else ""
 
 
 def estimated_tokens(text):
@@ -3091,13 +3092,14 @@ def estimated_tokens(text):
 def summary(journal):
     """Print what a run, or a dry run, has done → the number of rows that are missing."""
     if journal.dry_run:
+        answers = journal.made * journal.endpoint.max_tokens
         print(f"The first prompt:\n{journal.example}\n\ndry run, nothing is sent: {journal.made:,} calls, "
-              f"some {journal.asked:,} tokens of prompts and {journal.made * journal.endpoint.max_tokens:,} of "
-              f"answers at most; up to {journal.endpoint.attempts} times that if answers are refused")
+              f"some {journal.asked:,} tokens of prompts and {answers:,} of answers at most; up to "
+              f"{journal.endpoint.attempts} times that if answers are refused")
         return 0
     print(f"{journal.made:,} calls now; {journal.calls:,} and {journal.tokens:,} tokens in all")
-    for what, counts in journal.counts.items():
-        print(f"{what}: {', '.join(f'{n:,} {why}' for why, n in counts.most_common())}")
+    for what, counts in sorted(journal.counts.items()):
+        print(listed(what, counts))
     missing = journal.counts["rows"]["missing"]
     if missing:
         print(f"{several(missing, 'row')} missing: the same command goes on from here")

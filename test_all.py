@@ -12,6 +12,8 @@ import csv
 import fcntl
 import functools
 import gzip
+import hashlib
+import http.server
 import importlib
 import inspect
 import io
@@ -2831,6 +2833,476 @@ def test_near_duplicates_that_stay_are_on_one_side(large, tmp_path, monkeypatch)
             sides.setdefault(re.match(r"c\d+x", text)[0], []).append(side)
     assert len(sides) == 60 and max(map(len, sides.values())) == 2
     assert {*map(tuple, sides.values())} == {("train",), ("val",), ("train", "train"), ("val", "val")}
+
+
+# ---- data.py: generation -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def serving(reply):
+    """A chat endpoint on this machine → its address, and what has come: requests, and keys of those answered.
+
+    reply(request, times it came before) → (status, headers, body), or None to cut the connection."""
+    came, answered, lock = [], [], threading.Lock()
+    seen = Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                came.append(json.loads(raw) | dict(key=key_of(raw), auth=self.headers["Authorization"],
+                                                   at=time.monotonic()))
+                before = seen[raw]
+                seen[raw] += 1
+            found = reply(json.loads(raw), before)
+            if not found:
+                return
+            status, headers, body = found
+            sent = [json.dumps(body).encode()] if isinstance(body, dict | list) else body
+            sent = [sent] if isinstance(sent, bytes) else sent   # or an iterable of bytes
+            with contextlib.suppress(OSError):                   # the client may be gone
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for part in sent:
+                    self.wfile.write(part)
+                if isinstance(body, dict) and body.get("choices"):
+                    with lock:
+                        answered.append(key_of(raw))
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 64
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", came, answered
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def key_of(raw):
+    """The key of a request in the journal, from what is sent."""
+    request = json.loads(raw)
+    return data.sha256(json.dumps(request, sort_keys=True), str(request["seed"]))
+
+
+def completed(content, finish="stop", usage=None):
+    choice = dict(message=dict(role="assistant", content=content), finish_reason=finish)
+    return 200, {}, dict(choices=[choice], usage=usage)
+
+
+def unruly(request, before):
+    """A reply as bad servers give it. By the request's hash, up to three tries bring no answer, for a reason
+    that differs each time; the answer itself, good or bad, depends on the request alone."""
+    dice = random.Random(request["messages"][0]["content"] + str(request["seed"]))
+    for _ in range(min(before, 3)):
+        dice.random()
+    bad = dict(wait=(429, {"Retry-After": "0.01"}, {}), ms=(429, {"retry-after-ms": "9"}, b"slow down"),
+               date=(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, dict(error="busy")),
+               broken=(500, {}, b"<html>"), late=(408, {}, b""), conflict=(409, {}, b""),
+               half=(200, {}, b'{"choices": [{"message": {"content": "a fine'), list=(200, {}, []),
+               short=(200, {"Content-Length": 999}, b'{"choices": [{"mess'), cut=None, stall=None,
+               inside=(200, {}, dict(error=dict(code=503, message="busy"))),
+               empty=(200, {}, dict(choices=[])))
+    if before < 3 and dice.random() < .3:
+        kind = list(bad)[int(dice.random() * len(bad))]
+        if kind == "stall":
+            time.sleep(1.3)
+        return bad[kind]
+    dice = random.Random(str(request["seed"]))
+    time.sleep(dice.random() * .02)                              # answers overtake each other
+    text = f"The text of {request['seed']} says: {request['messages'][0]['content'][:40]}"
+    return dice.choice([completed(text)] * 8 + [
+        completed("<think>hm</think>\n" + text), completed("so</think>" + text), completed(None),
+        completed(""), completed("<think>hm</think>"), completed(text, "length"), completed(text, "abort"),
+        completed("I'm sorry, but no"), completed("Sure! " + text), completed(text + "<|im_end|>"),
+        completed(text, usage=dict(prompt_tokens=4000, completion_tokens=96))])
+
+
+GENERATING = """
+import json, sys, data
+url, out, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+data.FIRST_WAIT = .002
+endpoint = data.Endpoint(url, "m", threads=threads, timeout=1)
+prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
+accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
+rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
+with data.Journal(out + ".calls.jsonl", endpoint) as journal:
+    journal.total = n
+    with data.atomic(out, "w") as file:
+        for row, result in data.generate(rows, prompt, lambda row, answer: dict(text=answer), accept,
+                                         endpoint, journal):
+            file.write(json.dumps([row["id"], result]) + "\\n")
+    sys.exit(data.summary(journal) > 0)
+"""
+
+
+def killed_and_resumed(folder, kills, n, threads=6):
+    """Generate from an unruly server, killed that many times → (calls paid again, what the
+    last run says)."""
+    with serving(unruly) as (url, came, answered):
+        def start(name):
+            return subprocess.Popen([sys.executable, "-c", GENERATING, url, str(folder / name), str(n),
+                                     str(threads)], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                                    env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+        # One run that nothing disturbs, beyond the server.
+        smooth = start("smooth")
+        said = smooth.communicate()[0]
+        assert smooth.returncode == 0, said
+        assert max(Counter(answered).values()) == 1              # retries repeat only what was not answered
+        calls = len(answered)
+        del came[:], answered[:]
+
+        # Another one, killed again and again after a random number of answers.
+        dice = random.Random(n)
+        journal = folder / "out.calls.jsonl"
+        kept = set()
+        for kill in range(kills + 1):
+            before, enough = len(came), len(answered) + dice.randrange(calls // (kills + 1))
+            process = start("out")
+            while kill < kills and len(answered) < enough and process.poll() is None:
+                time.sleep(.002)
+            if kill < kills:
+                time.sleep(dice.random() * .02)
+                process.kill()
+            said = process.communicate()[0]
+            assert process.returncode == (-signal.SIGKILL if kill < kills else 0), said
+
+            # What was written is not asked for again, nor harmed by a line that is cut short.
+            assert not kept & {request["key"] for request in came[before:]}
+            with open(journal, "ab") as file:
+                kept = {json.loads(line)["key"] for line in journal.read_bytes().split(b"\n")[:-1]}
+                file.write(b'{"key": "01234' * (kill < kills))
+
+        # Each document once, in order, to the byte as without kills. Only calls in flight were paid again.
+        assert (folder / "out").read_bytes() == (folder / "smooth").read_bytes()
+        ids = [json.loads(line)[0] for line in (folder / "out").read_text().splitlines()]
+        assert ids == [f"d{i}" for i in range(n)]
+        keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+        assert len(keys) == len({*keys}) == calls and {*keys} == {*answered}
+        assert len(answered) - calls <= kills * threads
+        return len(answered) - calls, said
+
+
+def test_killed_runs_lose_no_answer_and_pay_none_twice(tmp_path):
+    again, said = killed_and_resumed(tmp_path, kills=3, n=100)
+    for words in "taken", "refused for good", "null content", "finish_reason length", "half an answer", "429":
+        assert words in said, said
+
+
+SAY = data.Prompt("say", "Say it again in other words, and leave out nothing of what it says.\n{text}", "0")
+
+
+def generated(rows, path, reply=None, url="offline", accept=lambda row, result: "", dry_run=False, **options):
+    """The results of `generate`, its journal, what was printed, and what came to the server."""
+    options = dict(model="m", threads=1, timeout=5) | options
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.ExitStack() as stack:
+        came = []
+        if reply:
+            url, came, _ = stack.enter_context(serving(reply))
+        endpoint = data.Endpoint(url, **options)
+        with data.Journal(path, endpoint, dry_run) as journal:
+            results = list(data.generate(rows, SAY, lambda row, answer: dict(text=answer), accept, endpoint,
+                                         journal))
+            data.summary(journal)
+    assert [row for row, _ in results] == list(rows)
+    return [result for _, result in results], journal, out.getvalue(), came
+
+
+def rows_of(*texts):
+    return [dict(id=f"d{i}", text=text) for i, text in enumerate(texts)]
+
+
+def test_an_answer_is_taken_only_if_it_is_one():
+    """Each way in which an answer is none, and those that only look like it."""
+    text = data.fill(SAY, dict(text="A <|mark|> of 'as an AI', and <think>so</think>: " + "word " * 50))
+    takes = [("A fine text.",) * 2, ("\n<think>a\n\nb</think>\n A fine text.\n", "A fine text."),
+             ("so, then</think>A fine text.", "A fine text."), ("It says <|mark|>.",) * 2,
+             ("They said <think>so</think>.",) * 2, ("Here is where he lived. At noon: rain.",) * 2,
+             ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
+    for answer, expected in takes:
+        call = dict(answer=answer, finish="stop", usage=None)
+        assert data.judged(call, text, SAY, 0, False) == expected, answer
+    refuses = {"null content": (None, 3, ["a"]),
+               "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
+               "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
+               "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
+                           "I am sorry, I must not", "Well, as a large language model I like it"),
+               "template leak": ("A text<|im_end|>", "[INST] A", "A text</s>", "<start_of_turn>a",
+                                 "a\n### Response:\nb", "<|eot_id|>"),
+               "repeats the prompt": (text,), "no text in UTF-8": ("a \ud800 text",)}
+    for why, answers in refuses.items():
+        for answer in answers:
+            with pytest.raises(data.Refused, match=why):
+                data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+    for answer in "Sure! A", "I cannot help with it", "Here is one: A":
+        assert data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
+
+    # How it ended, and what the server counted. The prompt has 72 words.
+    words = len(text.split())
+    for finish, usage, window, why in (
+            ("length", None, 0, "finish_reason length"), (None, None, 0, "finish_reason None"),
+            ("tool_calls", None, 0, "finish_reason tool_calls"), ("stop", [words - 1, 9], 0, "prompt cut"),
+            ("stop", [4000, 96], 0, "fills the window"), ("stop", [900, 100], 1000, "fills the window"),
+            ("stop", [words, 9], 0, ""), ("stop", [0, 9], 0, ""), ("stop", [4000, 97], 0, ""),
+            ("stop", [4000, 96], 5000, "")):
+        call = dict(answer="A fine text.", finish=finish, usage=usage)
+        with pytest.raises(data.Refused, match=why) if why else contextlib.nullcontext():
+            data.judged(call, text, SAY, window, False)
+
+
+def test_what_no_try_mends_is_told_from_what_passes():
+    """Statuses and bodies of servers in use, also errors inside a 200; waits in each form of a header."""
+    say = lambda **error: json.dumps(dict(error=error)).encode()
+    hopeless = [(400, b'{"object": "error", "message": "maximum context length is 4096"}'), (413, b""),
+                (500, say(type="exceed_context_size_error", n_ctx=4096)), (422, b'{"detail": "temperature"}'),
+                (200, say(code=400, type="exceed_context_size_error")), (200, say(code=400, message="no"))]
+    passing = [(n, b"") for n in (408, 409, 425, 429, 500, 502, 503, 504, 529)] + [
+        (504, b"the upstream took too long"), (429, b"context window of requests is full"), (200, b""),
+        (200, b"[]"), (200, b'{"choices": null}'), (200, b'{"choices": [{"message": null}]}'), (200, b"null"),
+        (200, say(message="overloaded")), (200, b'{"error": "busy"}'), (200, say(code="x", message="busy"))]
+    ending = [(n, b"<html>") for n in (301, 307, 401, 402, 403, 404, 405)] + [
+        (400, b'{"error": "model \\"llama\\" not found, try pulling it first"}'), (200, say(code=401)),
+        (429, say(code="insufficient_quota")), (200, say(code=404, message="The model `x` does not exist"))]
+    for status, body in hopeless:
+        assert data.completion(status, {}, body, "").keys() == {"error"}, (status, body)
+    for cases, waits in ((passing, 0), (ending, math.inf)):
+        for status, body in cases:
+            with pytest.raises(data.Unanswered) as caught:
+                data.completion(status, {}, body, "")
+            assert caught.value.args[1] == waits, (status, body)
+    for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
+                        (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
+        body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
+        assert data.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
+
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
+    for headers, seconds in (({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5), ({"Retry-After": "9"}, 9),
+                             ({"Retry-After": "2.5"}, 2.5), ({"Retry-After": soon}, 89.5), ({}, 0),
+                             ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+                             *[({"Retry-After": odd}, 0) for odd in ("soon", "-5", "nan", "")]):
+        assert abs(data.seconds_to_wait(headers) - seconds) < 1, headers
+
+
+def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monkeypatch):
+    """Three tries by Retry-After, then by back-off alone: 0.75 to 1.25 times .05·2ᵏ s, as the hash says."""
+    monkeypatch.setattr(data, "FIRST_WAIT", .05)
+    headers = [{"Retry-After": "0.3"}, {"retry-after-ms": "200"}, {"Retry-After": "0.1"}, {}]
+    reply = lambda request, before: (429, headers[before], {}) if before < 4 else completed("A fine text.")
+    results, journal, said, came = generated(rows_of("word"), tmp_path / "c", reply)
+    assert results[0]["text"] == "A fine text." and "calls tried again: 4 429\n" in said
+    waits = np.diff([request["at"] for request in came])
+    for wait, asked, backoff in zip(waits, (.3, .2, .1, 0), (.05, .1, .2, .4), strict=True):
+        assert asked + .75 * backoff <= wait < asked + 1.25 * backoff + .2, waits
+    assert len({request["key"] for request in came}) == 1
+
+    # A body that trickles in goes on for longer than a try may take, though each byte comes in time.
+    def trickle():
+        for _ in range(40):
+            time.sleep(.05)
+            yield b" "
+    reply = lambda request, before: completed("A fine text.") if before else (200, {}, trickle())
+    results, _, said, came = generated(rows_of("word"), tmp_path / "t", reply, timeout=.3)
+    assert results[0] and "calls tried again: 1 timeout\n" in said
+    assert .3 < came[1]["at"] - came[0]["at"] < .8
+
+    # A server that asks for more than ten minutes ends the run, which says so.
+    reply = lambda request, before: (429, {"Retry-After": "3600"}, {})
+    results, journal, said, came = generated(rows_of("a", "b"), tmp_path / "d", reply)
+    assert results == [None, None] and len(came) == 1 and "429 and to wait 3,600 s" in said
+    assert "2 missing" in said
+
+
+def test_a_server_that_is_wrong_or_down_ends_the_run_and_the_answers_stay(tmp_path, monkeypatch):
+    """A wrong key at once; a server that is down, after three calls; one that refuses everything, after 20
+    rows. The key, which the server repeats, is neither printed nor kept."""
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setattr(data, "FIRST_WAIT", .001)
+    rows = rows_of(*"abcdefghijklmnopqrstuvwxyz")
+
+    def wrong(request, before):
+        return completed("A fine text.") if request["messages"][0]["content"][-1] < "d" else (
+            401, {}, dict(error=dict(message="Incorrect API key: sk-secret")))
+    results, journal, said, came = generated(rows, tmp_path / "c", wrong, key_env="MY_KEY")
+    assert [bool(result) for result in results] == [True] * 3 + [False] * 23 and len(came) == 4
+    assert {request["auth"] for request in came} == {"Bearer sk-secret"}
+    assert "no more calls: the server says 401 " in said and "rows: 23 missing, 3 taken" in said
+    assert "sk-secret" not in said + (tmp_path / "c").read_text() and "[key]" in said
+
+    # Nobody listens; the answers of before are still used, wherever they came from.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    results, journal, said, _ = generated(rows, tmp_path / "c", url=url, retries=2)
+    assert sum(map(bool, results)) == 3 and "23 missing" in said
+    assert "no more calls: 3 calls without an answer in a row" in said and "ConnectionRefusedError" in said
+    assert journal.counts["calls tried again"].total() == 3 * 2
+
+    # Too long, one of them: only that row. All of them: the run.
+    full = dict(error=dict(message="This model's maximum context length is 4096 tokens"))
+    reply = lambda request, before: (400, {}, full) if "q" in request["messages"][0]["content"][-1:] else (
+        completed("A fine text."))
+    results, journal, said, came = generated(rows, tmp_path / "e", reply)
+    assert [i for i, result in enumerate(results) if not result] == [16] and len(came) == 26
+    assert "1 over the context window" in said
+    results, journal, said, came = generated(rows, tmp_path / "e", reply)
+    assert sum(map(bool, results)) == 25 and not came            # nor is it asked for again
+    reply = lambda *_: (400, {}, dict(error="no such field"))
+    results, journal, said, came = generated(rows, tmp_path / "f", reply)
+    assert len(came) == 20 and "20 rows that the server refuses (400) in a row" in said
+    assert "6 missing" in said
+
+
+def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_path):
+    """Row d1 is never taken, d2 at its second attempt. A resume decides anew and pays nothing; a rule that
+    changes is applied to what is there; another seed, prompt text, model or field is another request."""
+    def reply(request, before):
+        return completed(f"Text {len(request['messages'][0]['content'].split())} {request['seed'] % 2}")
+
+    rows = rows_of("a", "b b", "c c c", "d d d d")
+    tries = Counter()
+
+    def accept(row, result):
+        tries[row["id"]] += 1
+        if row["id"] == "d1" or row["id"] == "d2" and tries["d2"] == 1:
+            return "not good"
+        return ""
+    results, journal, said, came = generated(rows, tmp_path / "c", reply, accept=accept, attempts=4)
+    assert [bool(result) for result in results] == [True, False, True, True] and len(came) == 1 + 4 + 2 + 1
+    assert len({request["seed"] for request in came}) == 8 and "5 not good" in said
+    assert "1 refused for good" in said and "missing" not in said
+    tries.clear()
+    again, journal, _, came = generated(rows, tmp_path / "c", reply, accept=accept, attempts=4)
+    assert again == results and not came and journal.calls == 8
+    first, _, _, came = generated(rows, tmp_path / "c", reply)
+    assert all(first) and not came
+    changes = dict(seed=2), dict(model="other"), dict(temperature=.5), dict(extra='{"top_p": 0.9}'), dict(
+        max_tokens=9)
+    for change in changes:
+        assert len(generated(rows, tmp_path / "c", reply, **change)[3]) == 4, change
+
+    # What a result says of its origin; what a request holds.
+    assert results[2] == dict(text=results[2]["text"], id="d2", recipe="say", prompt="say", prompt_sha256="0",
+                              model="m", seed=results[2]["seed"], parent="")
+    fields = {"top_p": 0.9, "max_tokens": None, "max_completion_tokens": 7, "seed": None}
+    body = data.Endpoint("http://h/v1", "m", extra=json.dumps(fields), temperature=0.).request("hi", 3)
+    assert body == dict(model="m", messages=[dict(role="user", content="hi")], temperature=0., stream=False,
+                        top_p=.9, max_completion_tokens=7)
+    for bad in ("{", "[]", "3", '{"n": 2}', '{"stream": true}'):
+        with pytest.raises(ValueError, match="^extra: "):
+            data.Endpoint(extra=bad)
+    for bad in (dict(endpoint="localhost"), dict(endpoint="http://h/v1"), dict(threads=0), dict(attempts=0)):
+        with pytest.raises(ValueError, match="endpoint: .* is not|is not above 0"):
+            data.Endpoint(**bad)
+
+
+def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
+    """Calls are never more than allowed, over all runs and threads; tokens by calls in flight at most."""
+    rows = rows_of(*map(str, range(30)))
+    reply = lambda *_: completed("A fine text.", usage=dict(prompt_tokens=90, completion_tokens=10))
+    for calls, made in ((7, 7), (7, 0), (12, 5)):
+        results, journal, said, came = generated(rows, tmp_path / "c", reply, calls=calls, threads=5)
+        assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
+        assert f"no more calls: the budget of {calls} calls is spent" in said
+        assert f"{30 - calls} rows missing: the same command goes on from here" in said
+    results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
+    assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
+    assert all(generated(rows, tmp_path / "c", reply)[0])
+
+
+def test_a_dry_run_counts_and_sends_nothing(tmp_path, monkeypatch):
+    """On top of a journal that has half of the answers, and which stays as it is."""
+    monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: "offline " * 40, raising=False)
+    rows = rows_of(*["some words of a text"] * 10)
+    generated(rows[:5], tmp_path / "c", lambda *_: completed("A fine text."))
+    before = (tmp_path / "c").read_bytes()
+    refuse = lambda row, result: "refused"
+    results, journal, said, _ = generated(rows, tmp_path / "c", url="http://127.0.0.1:9/v1", dry_run=True,
+                                          accept=refuse, max_tokens=100)
+    prompt = data.fill(SAY, rows[0])
+    assert journal.made == 10 and (tmp_path / "c").read_bytes() == before      # 5 rows: their next attempt
+    assert f"10 calls, some {10 * (len(prompt) // 4 + 1)} tokens of prompts and 1,000 of answers" in said
+    assert f"The first prompt:\n{prompt}\n" in said
+    results, journal, said, _ = generated(rows, tmp_path / "new", url="http://127.0.0.1:9/v1", dry_run=True)
+    assert journal.made == 10 and not (tmp_path / "new").exists() and results[9]["text"].endswith("offline")
+    results, journal, said, _ = generated(rows, tmp_path / "offline")
+    assert all(results) and results[0]["model"] == "m" and journal.calls == 10
+
+
+def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
+    rows = rows_of("a", "b", "c")
+    reply = lambda *_: completed("A fine text.")
+    generated(rows, tmp_path / "c", reply)
+    endpoint = data.Endpoint()
+    with data.Journal(tmp_path / "c", endpoint):
+        with pytest.raises(ValueError, match="c: another process writes it; give another OUT"):
+            data.Journal(tmp_path / "c", endpoint)
+    whole = (tmp_path / "c").read_bytes()
+    assert "sk-" not in whole.decode() and whole.count(b"\n") == 3
+    (tmp_path / "c").write_bytes(whole[:-9])                     # killed in the midst of a line
+    results, journal, _, came = generated(rows, tmp_path / "c", reply)
+    assert len(came) == 1 and (tmp_path / "c").read_bytes() == whole and all(results)
+    lines = whole.splitlines(True)
+    for damaged in (b"{}\n", b"\0\0\n", b'{"key": "x"}\n', b"[]\n"):
+        (tmp_path / "c").write_bytes(lines[0] + damaged + lines[2])
+        with pytest.raises(ValueError, match="c, line 2 is damaged: remove the line"):
+            data.Journal(tmp_path / "c", endpoint)
+
+
+def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
+    """The first of 500 rows is answered last of the first 2·32: no row beyond these is begun before. Rows of
+    one id and text are one call; a progress line tells how far it is."""
+    monkeypatch.setattr(data, "FIRST_WAIT", .001)
+    begun, most = [], 0
+
+    def reply(request, before):
+        if request["messages"][0]["content"].endswith("\nt0"):
+            time.sleep(.4)
+        return completed("A text " + request["messages"][0]["content"][-3:])
+
+    def rows():
+        for i in range(200):
+            begun.append(i)
+            yield dict(id=f"d{i // 2}", text=f"t{i // 2}")
+    with serving(reply) as (url, came, _), data.Journal(tmp_path / "c", endpoint := data.Endpoint(
+            url, "m", threads=2)) as journal, contextlib.redirect_stdout(io.StringIO()) as out:
+        journal.total = 200
+        journal.said -= 4.8                                      # a line is due in the wait for the first row
+        for i, (row, result) in enumerate(data.generate(rows(), SAY, lambda row, answer: dict(text=answer),
+                                                        lambda row, result: "", endpoint, journal)):
+            assert row["id"] == result["id"] == f"d{i // 2}" and result["text"].endswith(row["text"])
+            assert len(begun) <= i + 64
+    assert i == 199 and len(came) == 100
+    assert re.search(r"of 200 rows, 0 refused; \d+ calls, [\d.]+ a second; \d+ tokens in all; \d+ s left\n",
+                     out.getvalue())
+
+    # A mistake in a recipe's own function ends the run; what was answered stays.
+    def parse(row, answer):
+        return dict(text=row["tekst"])
+    with data.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
+        list(data.generate(rows(), SAY, parse, lambda row, result: "", endpoint, journal))
+    assert data.Journal(tmp_path / "c", endpoint).calls == 100
+
+
+def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeypatch):
+    prompt = data.Prompt("p", "{style}: {text} as {json: {}} {other}", "0")
+    assert data.fill(prompt, dict(text="a {style} {other}", style="plain", n=3)) == (
+        "plain: a {style} {other} as {json: {}} {other}")
+    (tmp_path / "notes/prompts").mkdir(parents=True)
+    (tmp_path / "notes/prompts/mine.txt").write_text("Rewrite: {text}\n", "utf-8")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    found = data.load_prompt("mine")
+    assert found[:2] == ("mine", "Rewrite: {text}\n")
+    assert found.sha256 == hashlib.sha256(b"Rewrite: {text}\n").hexdigest()
+    with pytest.raises(OSError, match="notes/prompts/yours.txt"):
+        data.load_prompt("yours")
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
