@@ -2578,8 +2578,8 @@ def pair_of(record):
 
 
 def conversations(name, path, config):
-    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and `skip_bad`
-    as in `rows`. Prints how many there were, and of which convention."""
+    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and
+    `skip_bad` as in `rows`. Prints how many there were, and of which convention."""
     source, left_out = find_source(name, path, config)
     left, of_bytes = parse_budget(config.budget)
     found, counts = Counter(), Counter()
@@ -2599,8 +2599,8 @@ def conversations(name, path, config):
             break
     if not found:
         raise ValueError(f"files: {name}={path} has no conversations{reasons({}, counts)}")
-    conventions = " and ".join(f"{n:,} as {convention}" for convention, n in found.items())
-    print(f"{name}={path}: {several(found.total(), 'conversation')}: {conventions}{reasons(left_out, counts)}")
+    said = ", ".join(f"{several(n, 'conversation')} as {convention}" for convention, n in found.items())
+    print(f"{name}={path}: {said}{reasons(left_out, counts)}")
 
 
 def chat_records(source, counts):
@@ -3108,8 +3108,8 @@ def summary(journal):
 # ---- generation: without a server --------------------------------------------------------------------------
 
 def offline_answer(name, row, seed):
-    """What the endpoint "offline" answers to the prompt of that name: text made by rules from the fields of
-    the row, the same for the same seed, so that every recipe runs without a server.
+    """The endpoint "offline" answers a prompt by rules from the fields of the row, the same for the same
+    seed, so that every recipe runs without a server.
 
     It does not understand what it rewrites. It keeps every number, date and name, exchanges some general
     words, moves clauses, and puts sentences in order into the form that is asked for: it paraphrases little,
@@ -3123,9 +3123,9 @@ def offline_answer(name, row, seed):
 
 # A recipe is a function of documents, its options `o`, and `asking(rows, prompt, parse, accept)`, which is
 # `generate` at the chosen endpoint. It yields the rows of the output in the order of the documents. Where one
-# call needs the answer of another, calls are made in waves, over GROUP documents at a time.
+# call needs the answer of another, calls are made in waves over some documents at a time.
 
-GROUP = 1000                     # bounds the memory
+TOGETHER = 1000                  # documents; it bounds the memory
 
 
 class Document(NamedTuple):
@@ -3152,7 +3152,7 @@ def read_documents(name, path, config, what):
 
 def groups(documents):
     documents = iter(documents)
-    return iter(lambda: list(itertools.islice(documents, GROUP)), [])
+    return iter(lambda: list(itertools.islice(documents, TOGETHER)), [])
 
 
 def in_order_of(key, items):
@@ -3226,8 +3226,9 @@ def rewritten(rewrites, prompt, accept, o, asking):
                 rewrite.written.append(result)
     for rewrite in rewrites:
         if len(rewrite.written) == len(rewrite.parts):
-            way = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
-            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=rewrite.text(), **way)
+            fields = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
+            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=rewrite.text(),
+                       **fields)
 
 
 def rephrase(documents, o, asking):
@@ -3236,7 +3237,7 @@ def rephrase(documents, o, asking):
     written before it as context. A part that loses or adds a number, a date or a name, or is a copy, is
     refused, and with it that rewrite of the document."""
     prompt = load_prompt("rephrase")
-    forms, readers = listed("rephrase-forms", o.forms), listed("rephrase-readers", o.readers)
+    forms, readers = choices("rephrase-forms", o.forms), choices("rephrase-readers", o.readers)
     if o.n > len(forms) * len(readers):
         raise ValueError(f"rephrase: n={o.n} is more than {len(forms)} forms × {len(readers)} readers")
     for group in groups(documents):
@@ -3253,7 +3254,7 @@ def rephrase(documents, o, asking):
         yield from rewritten(rewrites, prompt, faithful, o, asking)
 
 
-def listed(name, chosen):
+def choices(name, chosen):
     """The lines NAME: DESCRIPTION of a prompt file as a dict; of those in `chosen` if it names any."""
     known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines())
     chosen = chosen.split(",") if chosen else list(known)
@@ -3275,8 +3276,8 @@ def faithful(row, result):
 
 def learning_notes(documents, o, asking):
     """Rewrites documents as notes for learning: what is about the page and not about its matter is left out,
-    missing steps are put in, and all is worked step by step, as SwallowMath does. Notes with a false statement
-    of arithmetic, with less than half of the numbers or with a new name are refused."""
+    missing steps are put in, and all is worked step by step, as SwallowMath does. Notes with a false
+    statement of arithmetic, with less than half of the numbers or with a new name are refused."""
     prompt = load_prompt("learning-notes")
     for group in groups(documents):
         rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk), [])
@@ -3285,7 +3286,7 @@ def learning_notes(documents, o, asking):
 
 
 def instructive(row, result):
-    """"" or why learning notes are not taken. Steps may bring numbers; what is left out may take some away."""
+    """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
     m = fidelity(row["text"], result["text"])
     if m.numbers < 0.5:
         return "numbers are lost"
@@ -3317,9 +3318,9 @@ EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: 
 
 
 def exam(documents, o, asking):
-    """Makes n examination questions of every document, about one part of it after another, with four options and
-    the reasoning that leads to the answer. The place of the right option is balanced. A question with options
-    that are alike, one that needs the text at hand, or whose answer the text does not have, is refused."""
+    """Makes n examination questions of every document, about one part of it after another, with four options
+    and the reasoning that leads to the answer. The place of the right option is balanced. A question with
+    options that are alike, one that needs the text at hand, or whose answer is not in it, is refused."""
     prompt = load_prompt("exam")
     count = 0
     for group in groups(documents):
@@ -3342,7 +3343,7 @@ def exam(documents, o, asking):
             question = "\n".join([result["question"], *map("{}. {}".format, "ABCD", options)])
             answer = f"{result['reasoning']}\n\nThe answer is {'ABCD'[place]}."
             yield made([document], result, row["id"], text=f"{question}\n\n{answer}\n", answer="ABCD"[place],
-                       messages=[dict(role="user", content=question), dict(role="assistant", content=answer)])
+                       messages=turns(question, "user") + turns(answer, "assistant"))
 
 
 def exam_question(row, answer):
@@ -3384,8 +3385,9 @@ def evolve(documents, o, asking):
     """Makes the first request of every conversation harder (depth), or puts a rarer one of the same field in
     its place (breadth), in several rounds, and has the last one answered. The prompts that say how are tried
     first: a model writes a better one from what went wrong on the first requests, and the one that fails less
-    often is used. A request that gained nothing, says nothing or repeats the prompt is dropped, and its parent
-    has another try in the next round; one whose answer asks back, stalls or refuses is dropped for good."""
+    often is used. A request that gained nothing, says nothing or repeats the prompt is dropped, and its
+    parent has another try in the next round; one whose answer asks back, stalls or refuses is dropped for
+    good."""
     methods = []
     for group in groups(documents):
         now = [request_of(document) for document in group]
@@ -3406,8 +3408,9 @@ def evolve(documents, o, asking):
         asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
         for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
             if result:
-                messages = [dict(role="user", content=now[i]), dict(role="assistant", content=result["text"])]
-                yield conversation([group[i]], result, group[i].id, messages, evolved_from=request_of(group[i]))
+                messages = turns(now[i], "user") + turns(result["text"], "assistant")
+                yield conversation([group[i]], result, group[i].id, messages,
+                                   evolved_from=request_of(group[i]))
 
 
 def better(method, requests, asking):
@@ -3418,7 +3421,7 @@ def better(method, requests, asking):
         if result:
             new = Prompt(method.name, result["text"], hashlib.sha256(result["text"].encode()).hexdigest())
             again = trial(new, requests, asking)
-            print(f"{method.name}: {len(failures)} of {len(requests)} failed, {len(again)} with a new version")
+            print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
             return new if len(again) < len(failures) else method
     return method
 
@@ -3455,8 +3458,9 @@ def gained(row, result):
 
 
 FAILURES = {
-    "it asks back": r"\b(could|can|would) you (please )?(provide|clarify|share|specify|tell)|what do you mean|"
-                    r"please (provide|share|specify|clarify)|need (some )?more (information|details|context)",
+    "it asks back": r"\b(could|can|would) you (please )?(provide|clarify|share|specify|tell)|"
+                    r"please (provide|share|specify|clarify)|need (some )?more (information|details|context)|"
+                    r"what do you mean",
     "it only agrees": r"\A(understood|sure|certainly|of course|thanks?|got it|i understand)\b[^.]*\?\s*\Z",
     "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
 
@@ -3470,9 +3474,9 @@ def answered(row, result):
 
 
 def fuse(documents, o, asking):
-    """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that they
-    share: similar, unlike, or random. A result that puts one after the other, or their sentences in turn, or
-    leaves one out, is refused."""
+    """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that
+    they share: similar, unlike, or random. A result that puts one after the other, or their sentences in
+    turn, or leaves one out, is refused."""
     prompt = load_prompt("fuse")
     for group in groups(documents):
         asked, members = [], []
@@ -3489,8 +3493,8 @@ def fuse(documents, o, asking):
 def selected(texts, k, select, seed):
     """Lists of k indices. Each text is used once; fewer than k that are left over are not used.
 
-    Similar or unlike to the first of a list by the cosine of their words, which count less the more texts have
-    them. A list is begun by the first text that is not used, in an order that the seed decides."""
+    Similar or unlike to the first of a list by the cosine of their words, which count less the more texts
+    have them. A list is begun by the first text that is not used, in an order that the seed decides."""
     if select not in ("similar", "unlike", "random") or not 2 <= k <= 8:
         raise ValueError(f"fuse: select={select} k={k}: similar, unlike or random, and 2 to 8")
     bags = np.zeros((len(texts), 4096), np.float32)
@@ -3516,14 +3520,15 @@ def conversation_in(row, answer):
 
 
 def integrated(row, result):
-    return concatenated(integration(row["sources"], "\n\n".join(turn["content"] for turn in result["messages"])))
+    text = "\n\n".join(message["content"] for message in result["messages"])
+    return concatenated(integration(row["sources"], text))
 
 
 def reject(documents, o, asking):
-    """Has the last request of every conversation answered n times and keeps the best answer, if it reaches the
-    threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1; without it, an answer
-    scores 1 if its arithmetic is right and its last number that of the conversation's own answer, otherwise 0.
-    With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
+    """Has the last request of every conversation answered n times and keeps the best answer, if it reaches
+    the threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1. Without it an
+    answer scores 1 if its arithmetic is right and its last number is that of the conversation's own answer,
+    else 0. With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
     for group in groups(documents):
         asked = []
         for document in group:
@@ -3554,7 +3559,7 @@ def reject(documents, o, asking):
 def split_last(document):
     """A conversation → (the messages up to its last request, the answer to that, "" if there is none)."""
     *messages, last = document.messages
-    return (messages, last["content"]) if messages and last["role"] == "assistant" else (document.messages, "")
+    return (messages, last["content"]) if last["role"] == "assistant" else (document.messages, "")
 
 
 def best_of(document, scored, o):
@@ -3609,15 +3614,15 @@ RECIPES = {
         chunk=(1024, "tokens of the document in a part"), context=CONTEXT)),
     "exam": Recipe(exam, "text", "n for each document", dict(
         n=(1, "questions about a document"), chunk=(512, "tokens of the part that a question is about"))),
-    "evolve": Recipe(evolve, "conversations", "rounds + 1 for each; before, at most 8 dev + 2 for the prompts", dict(
+    "evolve": Recipe(evolve, "conversations", "rounds + 1 for each; first, at most 8 dev + 2", dict(
         rounds=(3, "times that a request evolves"), dev=(8, "requests that the prompts are tried on"),
-        breadth=(17, "percent of the steps that go into breadth; one of WizardLM's six kinds"))),
+        breadth=(17, "percent of the steps that go into breadth; it is one of WizardLM's six kinds"))),
     "fuse": Recipe(fuse, "conversations", "1 for every k conversations", dict(
         k=(2, "conversations that become one"), select=("unlike", "similar | unlike | random"))),
     "reject": Recipe(reject, "conversations", "n for each, and as many for scores with score_endpoint", dict(
         n=(4, "answers to a request"), threshold=(0.7, "the least score that is kept"),
-        score_endpoint=("", "where a model scores answers: http://HOST/v1"), score_model=("", "its name there"),
-        pairs=(False, "write prompt, chosen and rejected"))),
+        score_endpoint=("", "where a model scores answers: http://HOST/v1"),
+        score_model=("", "its name there"), pairs=(False, "write prompt, chosen and rejected"))),
 }
 SHARED = dict(column=("text", "the field that holds the text"), where=("", "as --data.where of a run"),
               budget=("", "100MB or 5000documents of IN"), skip_bad=(False, "count bad records and go on"),
@@ -3634,8 +3639,8 @@ def help_of(name):
 
 {inspect.cleandoc(recipe.run.__doc__)}
 
-IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.calls.jsonl keeps every answer, so
-that the same command goes on after a kill and pays for no call twice.
+IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.calls.jsonl keeps every
+answer, so that the same command goes on after a kill and pays for no call twice.
 Calls: {recipe.costs}; an answer that is refused is asked for again.
 
 {chr(10).join(options)}
@@ -3643,7 +3648,7 @@ Calls: {recipe.costs}; an answer that is refused is asked for again.
 Options of the endpoint:
 {chr(10).join(endpoint).rstrip()}
 
-The endpoint "offline": {inspect.cleandoc(offline_answer.__doc__)}"""
+Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
 
 
 def recipe_options(name, words):
@@ -3686,7 +3691,8 @@ def run_recipe(name, words):
         if not options.dry_run:
             file = stack.enter_context(atomic(out, "w", encoding="utf-8"))
         count = 0
-        for row in RECIPES[name].run(read_documents(source, path, config, RECIPES[name].reads), options, asking):
+        documents = read_documents(source, path, config, RECIPES[name].reads)
+        for row in RECIPES[name].run(documents, options, asking):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
         missing = summary(journal)

@@ -10,8 +10,9 @@ import re
 # Exchanged both ways. None of them changes with what stands around it.
 SYNONYMS = dict(pair.split("/") for pair in """
     began/started begins/starts ended/finished built/constructed bought/purchased helped/aided helps/aids
-    needs/requires needed/required chosen/selected chose/selected changed/altered entire/whole usually/normally
-    quickly/rapidly almost/nearly famous/renowned frequently/often although/though therefore/thus perhaps/maybe
+    needs/requires needed/required chosen/selected chose/selected changed/altered entire/whole
+    usually/normally quickly/rapidly almost/nearly famous/renowned frequently/often although/though
+    therefore/thus perhaps/maybe
     big/large shows/indicates showed/indicated obtains/gets retains/keeps happens/occurs happened/occurred
     chief/main important/significant individual/person people/persons idea/notion area/region aim/goal
     method/procedure also/likewise approximately/roughly completely/entirely mainly/mostly described/portrayed
@@ -19,25 +20,28 @@ SYNONYMS = dict(pair.split("/") for pair in """
 SYNONYMS.update({new: old for old, new in SYNONYMS.items()})
 
 # Words that begin a sentence with a capital only because they begin it.
-OPENERS = frozenset("""a an the this that these those it its he she they we you his her their our your there here
-    in on at during after before when if while since by with for as although because from to of all each every
-    many most some such then thus so also later today both what which who how why where is are was were can do
-    does""".split())
+OPENERS = frozenset("""
+    a an the this that these those it its he she they we you his her their our your there here in on at
+    during after before when if while since by with for as although because from to of all each every
+    many most some such then thus so also later today both what which who how why where is are was were
+    can do does""".split())
 DULL = OPENERS | {"about", "would", "could", "should", "explain", "describe", "write", "please", "compute"}
 VERB = r"(?:is|are|was|were|has|have|had|can|could|may|might|must|will|would|does|did)"
-BOILERPLATE = re.compile(r"\b(cookies?|subscribe|newsletter|log ?in|sign up|all rights reserved|copyright|click here|"
-                         r"share (this|on)|posted (by|on|in)|read more|advertisement|privacy policy|\d views|"
-                         r"\d comments?)\b|\bhome ?[|>]", re.I)
+BOILERPLATE = re.compile(r"\b(cookies?|subscribe|newsletter|log ?in|sign up|all rights reserved|copyright|"
+                         r"click here|share (this|on)|posted (by|on|in)|read more|advertisement|"
+                         r"privacy policy|\d views|\d comments?)\b|\bhome ?[|>]", re.I)
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|St|vs|No)\.)(?<!\bMrs\.)\s+(?=[A-Z\"“(])")
 FRONT = re.compile(r"((?:In|On|At|During|After|Before|By|Since|With|For|From) [^,.;:()]{3,50}), ([^.;:]+)\.")
-BACK = re.compile(r"([^.;:()]{12,}?) ((?:in|on|during|after|before|since|until) (?:\w+ ){0,3}\d[\w ]{0,12})\.")
+BACK = re.compile(r"([^.;:()]{12,}?) ((?:in|on|during|after|before|since|until) (?:\w+ ){0,3}\d[\w ]{0,12})"
+                  r"\.")
 
 
 def answer(name, row, seed):
     """The answer to the prompt of that name. Raises ValueError if there are no rules for it."""
-    rules = {"rephrase": rephrase, "learning-notes": learning_notes, "exam": exam, "evolve-depth": deeper,
-             "evolve-breadth": broader, "evolve-improve": improve, "answer": reply, "fuse": fuse, "score": score}
+    rules = {"rephrase": rephrase, "learning-notes": learning_notes, "exam": exam, "fuse": fuse,
+             "evolve-depth": deeper, "evolve-breadth": broader, "evolve-improve": improve, "answer": reply,
+             "score": score}
     if name not in rules:
         raise ValueError(f"the endpoint \"offline\" has no rules for the prompt {name!r}; it knows "
                          f"{', '.join(rules)}")
@@ -88,7 +92,7 @@ def reworded(sentence, rng):
 
 def subject(sentence):
     """What a sentence is about, roughly: the words before its verb, a name in it, or its longest word."""
-    found = re.match(rf"(?:(?:In|On|At|After|Before|During) [^,]+, )?([^,.;:()|]{{3,60}}?) {VERB}\b", sentence)
+    found = re.match(rf"(?:(?:In|On|At|After|Before) [^,]+, )?([^,.;:()|]{{3,60}}?) {VERB}\b", sentence)
     if found and len(found[1].split()) <= 7 and lower(found[1]) not in OPENERS:
         return lower(found[1])
     names = re.search(r"(?<=[a-z,] )[A-Z]\w+(?: [A-Z]\w+)*", lower(sentence))
@@ -153,9 +157,11 @@ def learning_notes(row, rng):
 
 # Not of numbers with a sign or a decimal point.
 ASKED = [(r"(?<![-(.\d])(\d+) ?(?:\*|×) ?(\d+)|multiply (\d+) by (\d+)|(\d+) times (\d+)", "*"),
-         (r"(?<![-(.\d])(\d+) \+ (\d+)|add (\d+) (?:and|to) (\d+)|(\d+) plus (\d+)|sum of (\d+) and (\d+)", "+"),
+         (r"(?<![-(.\d])(\d+) \+ (\d+)|add (\d+) (?:and|to) (\d+)|(\d+) plus (\d+)|"
+          r"sum of (\d+) and (\d+)", "+"),
          (r"(?<![-(.\d])(\d+) - (\d+)|(\d+) minus (\d+)|how much more is (\d+) than (\d+)", "-"),
-         (r"(?<![-(.\d])(\d+) [/÷] (\d+)|divide (\d+) by (\d+)|(\d+) divided by (\d+)|long division: (\d+) by (\d+)", "/")]
+         (r"(?<![-(.\d])(\d+) [/÷] (\d+)|divide (\d+) by (\d+)|(\d+) divided by (\d+)|"
+          r"long division: (\d+) by (\d+)", "/")]
 
 
 def calculations(text):
@@ -216,7 +222,7 @@ def exam(row, rng):
     gapped = f"{sentence[:gap.start()]}____{sentence[gap.end():]}"
     lines = [f"Question: Which word or number completes this statement? {gapped}", f"Correct: {right}",
              *[f"Wrong: {other}" for other in dict.fromkeys(others)][:3],
-             f"Reasoning: It is known that {lower(sentence)} So {right} completes it, and no other option does."]
+             f"Reasoning: It is known that {lower(sentence)} So {right} completes it, and no other does."]
     return "\n".join(lines)
 
 
@@ -237,7 +243,9 @@ BROADER = ("Explain how {0} could be taught to somebody who knows only {1}, and 
 def deeper(row, rng):
     """The request with a further demand; one time in ten as it was, as a weak model does."""
     left = [demand for demand in DEEPER if demand not in row["instruction"]]
-    return row["instruction"] if rng.random() < 0.1 or not left else f"{row['instruction']} {rng.choice(left)}"
+    if rng.random() < 0.1 or not left:
+        return row["instruction"]
+    return f"{row['instruction']} {rng.choice(left)}"
 
 
 def broader(row, rng):
@@ -262,8 +270,9 @@ def reply(row, rng):
         return "\n".join([*lines, f"The answer is {result}."])
     words = [word.lower() for word in keywords(row["instruction"])]
     first, second = words[0], words[min(1, len(words) - 1)]
-    said = [f"Everything here depends on {first}.", f"It has to be seen together with {second}, which limits it.",
-            f"A good start is to write down what is known of {first}, and then to change a single thing at a time.",
+    said = [f"Everything here depends on {first}.",
+            f"It has to be seen together with {second}, which limits it.",
+            f"A good start is to write down what is known of {first}, and to change little at a time.",
             f"Where {second} and {first} disagree, the case that is easier to check decides."]
     rng.shuffle(said)
     return " ".join(said[:rng.randint(2, 4)])
@@ -290,7 +299,7 @@ def fuse(row, rng):
 
 
 def score(row, rng):
-    """0 to 10 for the share of the request's long words that the answer takes up, and for a length that fits."""
+    """0 to 10 for the share of the request's long words that the answer has, and for its length."""
     words = keywords(row["instruction"])
     taken = sum(word.lower() in row["answer"].lower() for word in words) / len(words)
     return str(min(10, round(8 * taken + min(2, len(row["answer"]) / 200))))
