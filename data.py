@@ -3267,7 +3267,7 @@ def choices(name, chosen):
 def faithful(row, result):
     """"" or why a rewritten part is not taken. What its context says may be said again."""
     m = fidelity(row["text"], result["text"])
-    if row["context"]:
+    if unfaithful(m) and row["context"]:
         whole = fidelity(f"{row['context']}\n\n{row['text']}", result["text"])
         m = m._replace(numbers_added=whole.numbers_added, dates_added=whole.dates_added,
                        names_added=whole.names_added, supported=whole.supported)
@@ -3417,12 +3417,14 @@ def better(method, requests, asking):
     """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]."""
     failures = trial(method, requests, asking)
     asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
-    for _, result in asking([asked] if failures else [], load_prompt("evolve-improve"), accept=has_place):
-        if result:
-            new = Prompt(method.name, result["text"], hashlib.sha256(result["text"].encode()).hexdigest())
-            again = trial(new, requests, asking)
-            print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
-            return new if len(again) < len(failures) else method
+    results = list(asking([asked] if failures else [], load_prompt("evolve-improve"), accept=has_place))
+    if results and results[0][1]:
+        text = results[0][1]["text"]
+        new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
+        again = trial(new, requests, asking)
+        print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
+        if len(again) < len(failures):
+            return new
     return method
 
 
@@ -3451,7 +3453,7 @@ def gained(row, result):
     old, new = set(content(row["instruction"])), set(content(result["text"]))
     if len(new) < 2:
         return "it says nothing"
-    if re.search(r"\b(given|original|evolved|rewritten|new|created) (prompt|request|instruction)|#",
+    if re.search(r"\b(given|original|evolved|rewritten|new|created) (prompt|request|instruction)s?\b",
                  result["text"].lower()):
         return "it repeats the prompt"
     return "no gain" if len(new - old) < 2 else ""
