@@ -2655,7 +2655,7 @@ def judged(call, text, prompt, window, chat):
     if "error" in call:
         raise Hopeless("over the context window" if OVERFLOW.search(call["error"]) else call["error"][:3])
     if call["finish"] != "stop":
-        raise Refused(f"finish_reason {str(call['finish'])[:20]}")
+        raise Refused(f"finish_reason {call['finish']}")
 
     # Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
     # tokens than words mean a cut; and prompt and answer then tend to fill the window exactly. Without
@@ -2668,7 +2668,7 @@ def judged(call, text, prompt, window, chat):
 
     # Thinking comes first, at times without the tag that opens it.
     answer = call["answer"]
-    if not isinstance(answer, str):
+    if answer is None:
         raise Refused("null content")
     before, closed, after = answer.partition("</think>")
     if closed and "<think>" not in before.lstrip()[1:]:
@@ -2714,7 +2714,8 @@ def ask(endpoint, request, key, journal):
 
 
 def post(endpoint, request):
-    """One HTTP request → (status, headers, body). Redirections are not followed, nor is a proxy used."""
+    """One HTTP request → (status, headers, body). No proxy is used; a redirection is not followed, since it
+    could carry the key to another host."""
     import http.client
     scheme, _, rest = f"{endpoint.endpoint.rstrip('/')}/chat/completions".partition("://")
     host, _, path = rest.partition("/")
@@ -2748,16 +2749,15 @@ def completion(status, headers, body, key):
     if status == 200 and not error:
         try:
             choice = reply["choices"][0]
-            call = dict(answer=choice["message"].get("content"), finish=choice.get("finish_reason"),
-                        usage=None)
+            answer = choice["message"].get("content")
+            finish = str(choice.get("finish_reason"))[:20]
         except (TypeError, LookupError, AttributeError):
             raise Unanswered("half an answer", 0) from None
         usage = reply.get("usage")
-        if isinstance(usage, dict):
-            tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-            if all(type(n) is int and n >= 0 for n in tokens):
-                call["usage"] = tokens
-        return call
+        usage = usage if isinstance(usage, dict) else {}
+        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        return dict(answer=answer if isinstance(answer, str) else None, finish=finish,
+                    usage=tokens if all(type(n) is int and n >= 0 for n in tokens) else None)
 
     # An error, at times in a response of status 200. Servers differ in its form, so its text decides.
     said = json.dumps(error or reply) if reply else body.decode(errors="replace")
@@ -2796,7 +2796,7 @@ class Journal:
     A line is found by the hash of its request. That has neither the API key nor the server's address in it,
     so a model may move. A line is written before its answer is used: a process that is killed loses the calls
     in flight, one a thread at most, and nothing else. It is on the disk a second later: a sync for each line
-    would take longer than many a call, so a power cut may lose that second. Memory: 150 bytes a line."""
+    would take longer than many a call, so a power cut may lose that second. Memory: 120 bytes a line."""
 
     def __init__(self, path, endpoint, dry_run=False):
         self.path = path

@@ -2889,7 +2889,7 @@ def serving(reply):
 def key_of(raw):
     """The key of a request in the journal, from what is sent."""
     request = json.loads(raw)
-    return data.sha256(json.dumps(request, sort_keys=True), str(request["seed"]))
+    return data.sha256(json.dumps(request, sort_keys=True), str(request.get("seed")))
 
 
 def completed(content, finish="stop", usage=None):
@@ -3030,7 +3030,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
     for answer, expected in takes:
         call = dict(answer=answer, finish="stop", usage=None)
         assert data.judged(call, text, SAY, 0, False) == expected, answer
-    refuses = {"null content": (None, 3, ["a"]),
+    refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
                "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
                "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
@@ -3078,6 +3078,8 @@ def test_what_no_try_mends_is_told_from_what_passes():
             with pytest.raises(data.Unanswered) as caught:
                 data.completion(status, {}, body, "")
             assert caught.value.args[1] == waits, (status, body)
+    body = b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'
+    assert data.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
     for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
                         (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
         body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
@@ -3187,6 +3189,11 @@ def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_
         max_tokens=9)
     for change in changes:
         assert len(generated(rows, tmp_path / "c", reply, **change)[3]) == 4, change
+    no_seed = lambda *_: completed("A fine text.")
+    never = lambda row, result: "never good"
+    for calls in 4 * 3, 0:                                       # without a seed an attempt is a call, too
+        came = generated(rows, tmp_path / "c", no_seed, accept=never, extra='{"seed": null}')[3]
+        assert len(came) == calls and not any("seed" in request for request in came)
 
     # What a result says of its origin; what a request holds.
     assert results[2] == dict(text=results[2]["text"], id="d2", recipe="say", prompt="say", prompt_sha256="0",
