@@ -2584,28 +2584,29 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     rows = iter(rows)
     ahead = deque()                                              # (row, its future), in the order of rows
     latest = {}                                                  # id → the last future for it in `ahead`
-    with ThreadPoolExecutor(endpoint.threads) as pool:
-        try:
-            while True:
-                for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
-                    future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
-                                         latest.get(row["id"]))
-                    latest[row["id"]] = future
-                    ahead.append((row, future))
-                if not ahead:
-                    return
-                row, future = ahead.popleft()
-                while not wait([future], 1).done:
-                    journal.progress()
+    pool = ThreadPoolExecutor(endpoint.threads)
+    try:
+        while True:
+            for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
+                future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
+                                     latest.get(row["id"]))
+                latest[row["id"]] = future
+                ahead.append((row, future))
+            if not ahead:
+                return
+            row, future = ahead.popleft()
+            while not wait([future], 1).done:
                 journal.progress()
-                if latest[row["id"]] is future:
-                    del latest[row["id"]]
-                yield row, future.result()
-        except BaseException:
-            # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
-            journal.stop("interrupted")
-            pool.shutdown(cancel_futures=True)
-            raise
+            journal.progress()
+            if latest[row["id"]] is future:
+                del latest[row["id"]]
+            yield row, future.result()
+    except (Exception, KeyboardInterrupt):
+        journal.stop("interrupted")
+        raise
+    finally:
+        # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
+        pool.shutdown(cancel_futures=True)
 
 
 def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):

@@ -3290,6 +3290,16 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
     assert re.search(r"of 200 rows, 0 refused; \d+ calls, [\d.]+ a second; \d+ tokens in all; \d+ s left\n",
                      out.getvalue())
 
+    # Who leaves early leaves rows that are not begun, and can go on.
+    take = lambda row, answer: dict(text=answer)
+    with serving(reply) as (url, came, _), data.Journal(tmp_path / "d", endpoint) as journal:
+        for n in 1, 100:
+            found = data.generate(rows(), SAY, take, lambda row, result: "", replace(endpoint, endpoint=url),
+                                  journal)
+            assert all(result for _, result in itertools.islice(found, n))
+            found.close()
+            assert not journal.stopped and len(came) <= n + 64
+
     # A mistake in a recipe's own function ends the run; what was answered stays.
     def parse(row, answer):
         return dict(text=row["tekst"])
