@@ -2707,7 +2707,7 @@ def ask(endpoint, request, key, journal):
             if seconds > LONGEST_WAIT:
                 journal.stop(why)
             elif tried < endpoint.retries:
-                # Exponential back-off. The request's hash spreads calls by 0.75 to 1.25.
+                # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
                 journal.count("calls tried again", why)
                 spread = 0.75 + int(key[tried:tried + 8], 16) / 2 ** 33
                 journal.ending.wait(seconds + min(FIRST_WAIT * 2 ** tried, 60) * spread)
@@ -2806,7 +2806,7 @@ class Journal:
         self.lock = threading.Lock()
         self.places = {}                                         # first 64 bits of a key → start of its line
         self.end = self.calls = self.tokens = 0                  # of the file, of all runs
-        self.made = self.flying = self.asked = 0                 # calls of this run; tokens of their prompts
+        self.made = self.flying = self.asked = 0                 # calls of this run, in flight; their prompts
         self.fruitless = Counter()                               # in a row
         self.counts = defaultdict(Counter)                       # of rows, answers refused, ...: by reason
         self.total = 0                                           # rows to come, if that is known
@@ -2896,6 +2896,7 @@ class Journal:
             return call
 
     def in_a_row(self, what, most):
+        """Count what ends the run when it comes so many times with nothing good in between."""
         self.fruitless[what] += 1
         if self.fruitless[what] >= most:
             self.stop(f"{most} {what} in a row")

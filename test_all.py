@@ -3219,6 +3219,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
         assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
         assert f"no more calls: the budget of {calls} calls is spent" in said
         assert f"{30 - calls} rows missing: the same command goes on from here" in said
+        assert data.summary(journal) == 30 - calls               # what the command's exit code says
     results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
     assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
     assert all(generated(rows, tmp_path / "c", reply)[0])
