@@ -2734,28 +2734,29 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     rows = iter(rows)
     ahead = deque()                                              # (row, its future), in the order of rows
     latest = {}                                                  # id → the last future for it in `ahead`
-    with ThreadPoolExecutor(endpoint.threads) as pool:
-        try:
-            while True:
-                for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
-                    future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
-                                         latest.get(row["id"]))
-                    latest[row["id"]] = future
-                    ahead.append((row, future))
-                if not ahead:
-                    return
-                row, future = ahead.popleft()
-                while not wait([future], 1).done:
-                    journal.progress()
+    pool = ThreadPoolExecutor(endpoint.threads)
+    try:
+        while True:
+            for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
+                future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
+                                     latest.get(row["id"]))
+                latest[row["id"]] = future
+                ahead.append((row, future))
+            if not ahead:
+                return
+            row, future = ahead.popleft()
+            while not wait([future], 1).done:
                 journal.progress()
-                if latest[row["id"]] is future:
-                    del latest[row["id"]]
-                yield row, future.result()
-        except BaseException:
-            # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
-            journal.stop("interrupted")
-            pool.shutdown(cancel_futures=True)
-            raise
+            journal.progress()
+            if latest[row["id"]] is future:
+                del latest[row["id"]]
+            yield row, future.result()
+    except (Exception, KeyboardInterrupt):
+        journal.stop("interrupted")
+        raise
+    finally:
+        # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
+        pool.shutdown(cancel_futures=True)
 
 
 def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
@@ -2805,7 +2806,7 @@ def judged(call, text, prompt, window, chat):
     if "error" in call:
         raise Hopeless("over the context window" if OVERFLOW.search(call["error"]) else call["error"][:3])
     if call["finish"] != "stop":
-        raise Refused(f"finish_reason {str(call['finish'])[:20]}")
+        raise Refused(f"finish_reason {call['finish']}")
 
     # Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
     # tokens than words mean a cut; and prompt and answer then tend to fill the window exactly. Without
@@ -2818,7 +2819,7 @@ def judged(call, text, prompt, window, chat):
 
     # Thinking comes first, at times without the tag that opens it.
     answer = call["answer"]
-    if not isinstance(answer, str):
+    if answer is None:
         raise Refused("null content")
     before, closed, after = answer.partition("</think>")
     if closed and "<think>" not in before.lstrip()[1:]:
@@ -2856,7 +2857,7 @@ def ask(endpoint, request, key, journal):
             if seconds > LONGEST_WAIT:
                 journal.stop(why)
             elif tried < endpoint.retries:
-                # Exponential back-off. The request's hash spreads calls by 0.75 to 1.25.
+                # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
                 journal.count("calls tried again", why)
                 spread = 0.75 + int(key[tried:tried + 8], 16) / 2 ** 33
                 journal.ending.wait(seconds + min(FIRST_WAIT * 2 ** tried, 60) * spread)
@@ -2864,7 +2865,8 @@ def ask(endpoint, request, key, journal):
 
 
 def post(endpoint, request):
-    """One HTTP request → (status, headers, body). Redirections are not followed, nor is a proxy used."""
+    """One HTTP request → (status, headers, body). No proxy is used; a redirection is not followed, since it
+    could carry the key to another host."""
     import http.client
     scheme, _, rest = f"{endpoint.endpoint.rstrip('/')}/chat/completions".partition("://")
     host, _, path = rest.partition("/")
@@ -2898,16 +2900,15 @@ def completion(status, headers, body, key):
     if status == 200 and not error:
         try:
             choice = reply["choices"][0]
-            call = dict(answer=choice["message"].get("content"), finish=choice.get("finish_reason"),
-                        usage=None)
+            answer = choice["message"].get("content")
+            finish = str(choice.get("finish_reason"))[:20]
         except (TypeError, LookupError, AttributeError):
             raise Unanswered("half an answer", 0) from None
         usage = reply.get("usage")
-        if isinstance(usage, dict):
-            tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-            if all(type(n) is int and n >= 0 for n in tokens):
-                call["usage"] = tokens
-        return call
+        usage = usage if isinstance(usage, dict) else {}
+        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        return dict(answer=answer if isinstance(answer, str) else None, finish=finish,
+                    usage=tokens if all(type(n) is int and n >= 0 for n in tokens) else None)
 
     # An error, at times in a response of status 200. Servers differ in its form, so its text decides.
     said = json.dumps(error or reply) if reply else body.decode(errors="replace")
@@ -2946,7 +2947,7 @@ class Journal:
     A line is found by the hash of its request. That has neither the API key nor the server's address in it,
     so a model may move. A line is written before its answer is used: a process that is killed loses the calls
     in flight, one a thread at most, and nothing else. It is on the disk a second later: a sync for each line
-    would take longer than many a call, so a power cut may lose that second. Memory: 150 bytes a line."""
+    would take longer than many a call, so a power cut may lose that second. Memory: 120 bytes a line."""
 
     def __init__(self, path, endpoint, dry_run=False):
         self.path = path
@@ -2955,7 +2956,7 @@ class Journal:
         self.lock = threading.Lock()
         self.places = {}                                         # first 64 bits of a key → start of its line
         self.end = self.calls = self.tokens = 0                  # of the file, of all runs
-        self.made = self.flying = self.asked = 0                 # calls of this run; tokens of their prompts
+        self.made = self.flying = self.asked = 0                 # calls of this run, in flight; their prompts
         self.fruitless = Counter()                               # in a row
         self.counts = defaultdict(Counter)                       # of rows, answers refused, ...: by reason
         self.total = 0                                           # rows to come, if that is known
@@ -3045,6 +3046,7 @@ class Journal:
             return call
 
     def in_a_row(self, what, most):
+        """Count what ends the run when it comes so many times with nothing good in between."""
         self.fruitless[what] += 1
         if self.fruitless[what] >= most:
             self.stop(f"{most} {what} in a row")

@@ -2889,7 +2889,7 @@ def serving(reply):
 def key_of(raw):
     """The key of a request in the journal, from what is sent."""
     request = json.loads(raw)
-    return data.sha256(json.dumps(request, sort_keys=True), str(request["seed"]))
+    return data.sha256(json.dumps(request, sort_keys=True), str(request.get("seed")))
 
 
 def completed(content, finish="stop", usage=None):
@@ -2912,8 +2912,8 @@ def unruly(request, before):
                empty=(200, {}, dict(choices=[])))
     if before < 3 and dice.random() < .3:
         kind = list(bad)[int(dice.random() * len(bad))]
-        if kind == "stall":
-            time.sleep(1.3)
+        if kind == "stall" and request["seed"] % 3 == 0:         # the others are cut at once
+            time.sleep(2.1)
         return bad[kind]
     dice = random.Random(str(request["seed"]))
     time.sleep(dice.random() * .02)                              # answers overtake each other
@@ -2929,7 +2929,7 @@ GENERATING = """
 import json, sys, data
 url, out, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 data.FIRST_WAIT = .002
-endpoint = data.Endpoint(url, "m", threads=threads, timeout=1)
+endpoint = data.Endpoint(url, "m", threads=threads, timeout=2)
 prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
 accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
 rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
@@ -3030,7 +3030,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
     for answer, expected in takes:
         call = dict(answer=answer, finish="stop", usage=None)
         assert data.judged(call, text, SAY, 0, False) == expected, answer
-    refuses = {"null content": (None, 3, ["a"]),
+    refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
                "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
                "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
@@ -3078,6 +3078,8 @@ def test_what_no_try_mends_is_told_from_what_passes():
             with pytest.raises(data.Unanswered) as caught:
                 data.completion(status, {}, body, "")
             assert caught.value.args[1] == waits, (status, body)
+    body = b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'
+    assert data.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
     for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
                         (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
         body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
@@ -3100,7 +3102,7 @@ def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monke
     assert results[0]["text"] == "A fine text." and "calls tried again: 4 429\n" in said
     waits = np.diff([request["at"] for request in came])
     for wait, asked, backoff in zip(waits, (.3, .2, .1, 0), (.05, .1, .2, .4), strict=True):
-        assert asked + .75 * backoff <= wait < asked + 1.25 * backoff + .2, waits
+        assert asked + .75 * backoff <= wait < asked + 1.25 * backoff + 1, waits
     assert len({request["key"] for request in came}) == 1
 
     # A body that trickles in goes on for longer than a try may take, though each byte comes in time.
@@ -3111,7 +3113,7 @@ def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monke
     reply = lambda request, before: completed("A fine text.") if before else (200, {}, trickle())
     results, _, said, came = generated(rows_of("word"), tmp_path / "t", reply, timeout=.3)
     assert results[0] and "calls tried again: 1 timeout\n" in said
-    assert .3 < came[1]["at"] - came[0]["at"] < .8
+    assert .3 < came[1]["at"] - came[0]["at"] < 1.8
 
     # A server that asks for more than ten minutes ends the run, which says so.
     reply = lambda request, before: (429, {"Retry-After": "3600"}, {})
@@ -3187,6 +3189,11 @@ def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_
         max_tokens=9)
     for change in changes:
         assert len(generated(rows, tmp_path / "c", reply, **change)[3]) == 4, change
+    no_seed = lambda *_: completed("A fine text.")
+    never = lambda row, result: "never good"
+    for calls in 4 * 3, 0:                                       # without a seed an attempt is a call, too
+        came = generated(rows, tmp_path / "c", no_seed, accept=never, extra='{"seed": null}')[3]
+        assert len(came) == calls and not any("seed" in request for request in came)
 
     # What a result says of its origin; what a request holds.
     assert results[2] == dict(text=results[2]["text"], id="d2", recipe="say", prompt="say", prompt_sha256="0",
@@ -3212,6 +3219,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
         assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
         assert f"no more calls: the budget of {calls} calls is spent" in said
         assert f"{30 - calls} rows missing: the same command goes on from here" in said
+        assert data.summary(journal) == 30 - calls               # what the command's exit code says
     results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
     assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
     assert all(generated(rows, tmp_path / "c", reply)[0])
@@ -3282,6 +3290,16 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
     assert i == 199 and len(came) == 100
     assert re.search(r"of 200 rows, 0 refused; \d+ calls, [\d.]+ a second; \d+ tokens in all; \d+ s left\n",
                      out.getvalue())
+
+    # Who leaves early leaves rows that are not begun, and can go on.
+    take = lambda row, answer: dict(text=answer)
+    with serving(reply) as (url, came, _), data.Journal(tmp_path / "d", endpoint) as journal:
+        for n in 1, 100:
+            found = data.generate(rows(), SAY, take, lambda row, result: "", replace(endpoint, endpoint=url),
+                                  journal)
+            assert all(result for _, result in itertools.islice(found, n))
+            found.close()
+            assert not journal.stopped and len(came) <= n + 64
 
     # A mistake in a recipe's own function ends the run; what was answered stays.
     def parse(row, answer):
