@@ -2223,8 +2223,8 @@ def prepare(config, vocab_size, launch="", workers=0):
 
 @contextlib.contextmanager
 def remembered(cache, launch):
-    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified), both
-    to be updated in place; they are saved for the next call."""
+    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified).
+    Both are to be updated in place, and are saved for the next call."""
     with locked(cache):
         sources = Path(cache, "sources.json")
         record = {}
@@ -2470,9 +2470,9 @@ class Batches:
 class ChatBatches(Batches):
     """batch(step) of packed conversations, a pure function of (seed, step), with weights and labels.
 
-    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs, 1 / P
-    at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the number of
-    ranks, since gradients are averaged over them. Every rank counts N or P itself, without communication."""
+    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs,
+    1 / P at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the
+    number of ranks, since gradients are averaged over them. Every rank counts N or P itself."""
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus, self.config, self.seed, self.batch, self.context = corpus, config, seed, batch, context
@@ -2710,8 +2710,8 @@ def as_text(messages):
 # ---- conversations: packed into windows --------------------------------------------------------------------
 
 def chat_ids(messages, tokenizer):
-    """A conversation → its ids, and which of them are targets, both (n,). This is our template, where a special
-    is one id and nothing stands between the turns:
+    """A conversation → its ids, and which of them are targets, both (n,). This is our template; a special is
+    one id, and nothing stands between the turns:
 
         <|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|>
 
@@ -2746,9 +2746,9 @@ def lessons(record, messages, pairs):
 
 
 def fitted(taught, tokenizer, T):
-    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation longer
-    than a window, T + 1 tokens, is cut after the last answer that fits; if none does, or of a pair, there is
-    nothing: half an answer is neither better nor worse."""
+    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation that
+    is longer than a window, T + 1 tokens, is cut after the last answer that fits. If none does there is
+    nothing, nor of a pair that is longer: half an answer is neither better nor worse."""
     found = []
     longest = 0
     for given, learned in taught:
@@ -2818,9 +2818,9 @@ def packed(units, T, pack, eot):
 
 
 def pack_chats(name, path, config, tokenizer, T, pack):
-    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them; characters of both; how
-    many there are). Prints what became of them. The hash of the prompt decides the side, so that no question is
-    on both: the lowest 5%, and at least one, are validation. Exact duplicates are left out."""
+    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them, characters of both,
+    how many there are), and print what became of them. The hash of the prompt decides the side, so that no
+    question is on both: the lowest 5%, and at least one, are validation. Duplicates are left out."""
     groups = defaultdict(list)                                   # hash → units
     sizes = Counter()
     counts = Counter()
