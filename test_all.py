@@ -7808,7 +7808,7 @@ def chat_run(folder, objective, **changes):
     own = data.DataConfig(files=f"{name}={folder / name}.jsonl", tokenizer="bytes",
                           cache=str(folder / "cache"))
     model = changes.pop("model", replace(base.model, context=CHAT))
-    return replace(base, objective=objective, data=own, model=model, tokens=6 * 8 * CHAT, eval_every=3,
+    return replace(base, objective=objective, data=own, model=model, tokens=4 * 8 * CHAT, eval_every=2,
                    beta=0.5, eval_windows=7, **changes)
 
 
@@ -8079,7 +8079,7 @@ def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
 
 def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tmp_path, undrawn):
     """Step 1 has margin 0, and the evaluation is that of one pair after another."""
-    config = chat_run(chats, "dpo", out=str(tmp_path / "run"), steps=4)
+    config = chat_run(chats, "dpo", out=str(tmp_path / "run"))
     history, network = train.train(config, quiet=True)
     first, last = history[1], history[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["rewards/margins"]) < 1e-5
@@ -8099,8 +8099,8 @@ def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tm
                 found.setdefault(abs(label), {})[label > 0] = ratio
     margins = torch.tensor([0.5 * (both[True] - both[False]) for both in found.values()])
     everything = replace(config, eval_windows=0)
-    held = train.evaluate({0: network}, chat_batches(config), everything, parallel.Mesh(), reference=reference)
-    held = held["pairs"]
+    batches, mesh = chat_batches(config), parallel.Mesh()
+    held = train.evaluate({0: network}, batches, everything, mesh, reference=reference)["pairs"]
     assert held == pytest.approx([-F.logsigmoid(margins).mean().item(), (margins > 0).double().mean().item(),
                                   margins.mean().item()], rel=1e-4)
 
@@ -8109,7 +8109,7 @@ def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tm
 def test_a_run_on_conversations_resumes_to_the_bit(objective, chats, tmp_path, monkeypatch, undrawn):
     config = chat_run(chats, objective)
     train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
-    train.train(replace(config, out=str(tmp_path / "part"), steps=3), quiet=True)
+    train.train(replace(config, out=str(tmp_path / "part"), steps=2), quiet=True)
     monkeypatch.setattr(train, "take_reference", lambda run: 1 / 0)
     train.train(replace(config, out=str(tmp_path / "part")), resume=True, quiet=True)
     assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
@@ -8165,8 +8165,8 @@ def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chats,
     train.train(tiny_run(text, out=str(base), steps=1, model=model), quiet=True)
     for recipe, before, name in (("sft", "base", "chat"), ("dpo", "sft", "pairs"), ("fine", "dpo", "pairs")):
         words = ["sft" if recipe == "sft" else "dpo", f"--init={tmp_path / before}",
-                 f"--out={tmp_path / recipe}", f"--data.files={name}={chats / name}.jsonl", f"--data.cache={chats / 'cache'}",
-                 f"--tokens={3 * 8 * CHAT}"]
+                 f"--out={tmp_path / recipe}", f"--tokens={3 * 8 * CHAT}",
+                 f"--data.files={name}={chats / name}.jsonl", f"--data.cache={chats / 'cache'}"]
         train.main(words)
         said = capsys.readouterr().out
         assert f"weights{' and moments' * (recipe == 'fine')} of {tmp_path / before} at step" in said
@@ -8185,7 +8185,7 @@ def test_a_stop_while_the_reference_is_taken_begins_again(chats, tmp_path, monke
         history, _ = train.train(config, quiet=True)
     assert history == [] and not train.checkpoints(tmp_path / "run")
     history, _ = train.train(config, resume=True, quiet=True)
-    assert history[-1]["step"] == 6 and history[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[-1]["step"] == 4 and history[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 # ---- notes/ ------------------------------------------------------------------------------------------------
