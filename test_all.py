@@ -8133,7 +8133,7 @@ def test_a_run_on_conversations_resumes_to_the_bit(objective, chats, tmp_path, m
         assert torch.equal(weights_of(tmp_path / "part")[name], t), name
 
 
-CHAT_MESHES = [(1, 2, {}), (1, 8, {}), (4, 2, {}), (4, 2, dict(pp=2, ep=2)),         # ranks, micro, mesh
+CHAT_MESHES = [(1, 8, {}), (1, 1, {}), (4, 2, {}), (4, 2, dict(pp=2, ep=2)),         # ranks, micro, mesh
                (2, 2, dict(pp=2, split=True))]
 
 
@@ -8144,12 +8144,13 @@ def chat_meshes(rank, folder, out):
             with layout(rank, world) as here:
                 if here:
                     mesh = parallel.MeshConfig(timeout=50, **mesh)
+                    micro = max(micro, 2) if objective == "dpo" else micro         # a pair stays together
                     train.train(chat_run(Path(folder), objective, model=CHAT_EXPERTS, micro=micro, mesh=mesh,
                                          out=f"{out}/{objective}-{i}", steps=2), quiet=True)
     with layout(rank, 2) as here:                                  # two stages go on with what one rank began
         if here:
             mesh = parallel.MeshConfig(timeout=50, pp=2)
-            train.train(chat_run(Path(folder), "dpo", model=CHAT_EXPERTS, micro=2, mesh=mesh, steps=3,
+            train.train(chat_run(Path(folder), "dpo", model=CHAT_EXPERTS, micro=8, mesh=mesh, steps=3,
                                  out=f"{out}/dpo-0"), resume=True, quiet=True)
 
 

@@ -444,7 +444,7 @@ TABLE = {
          "train_alike_on"),
         ("another objective keeps moments", "same = alike == (config.optim.name, config.objective)",
          "same = alike[0] == config.optim.name", "post_training"),
-        ("an evaluation counts prompts", "            targets = targets[learned]\n", "", "on_their_answers"),
+        ("an evaluation counts prompts", "                targets = targets[learned]\n", "", "on_their_answers"),
         ("gradients are never clipped", "owners.clip_norm_(config.optim.clip_norm)",
          "owners.clip_norm_(math.inf)", ONE),
         ("logits are never cleared", "        attention.clear_logits(threshold)\n", "        pass\n", ONE),
