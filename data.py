@@ -83,6 +83,7 @@ class DataConfig:
     horizon: int = 0             # tokens over which the weights move; afterwards the end weights hold. A
                                  # separate number, so stopping early does not change the batches before
     doc_mask: bool = False       # attention may not cross documents; pre-training lets it         [ours]
+                                 # Conversations are always apart
     cache: str = "cache"         # folder of trained tokenizers and token shards
     verify: bool = False         # also compare the digests of the shards of large text at the start
 

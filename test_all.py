@@ -7809,7 +7809,7 @@ def chat_run(folder, objective, **changes):
                           cache=str(folder / "cache"))
     model = changes.pop("model", replace(base.model, context=CHAT))
     return replace(base, objective=objective, data=own, model=model, tokens=4 * 8 * CHAT, eval_every=2,
-                   beta=0.5, eval_windows=7, **changes)
+                   beta=0.5, eval_windows=5, **changes)
 
 
 def chat_batches(config, **changes):

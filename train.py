@@ -182,7 +182,7 @@ RECIPES = {
 }
 # After pre-training. The model is that of `init`, and so is its context, the window.
 SFT = replace(LAPTOP, recipe="sft", objective="sft", tokens=400_000, eval_every=50,
-              optim=replace(LAPTOP.optim, lr=2e-3, warmup=0.05))
+              optim=replace(LAPTOP.optim, lr=3e-3, warmup=0.05))
 RECIPES |= dict(sft=SFT, dpo=replace(SFT, recipe="dpo", objective="dpo", optim=replace(SFT.optim, lr=2e-4)))
 
 # The reported runs. A stage starts from the weights of the one before it (`init`). Batches: in windows.
