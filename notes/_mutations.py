@@ -442,6 +442,8 @@ TABLE = {
          "train_alike_on"),
         ("windows past the end are compared", "label = batch.label * real[:, None]", "label = batch.label",
          "train_alike_on"),
+        ("a reference counts windows past the end", "log_probabilities(batch.label * real[:, None], nats)",
+         "log_probabilities(batch.label, nats)", "train_alike_on"),
         ("another objective keeps moments", "same = alike == (config.optim.name, config.objective)",
          "same = alike[0] == config.optim.name", "post_training"),
         ("an evaluation counts prompts", "                targets = targets[learned]\n", "",
