@@ -2588,7 +2588,7 @@ def conversations(name, path, config):
             convention, messages = messages_of(record)
         except BAD_RECORD as error:
             if not source.skip_bad:
-                why = error if type(error) is ValueError else "a field of the conversation has the wrong type"
+                why = error if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
                 raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --skip_bad=true") from None
             counts["bad"] += 1
             continue
@@ -3105,6 +3105,7 @@ def summary(journal):
     missing = journal.counts["rows"]["missing"]
     if missing:
         print(f"{several(missing, 'row')} missing: the same command goes on from here")
+    return missing
 
 
 # ---- generation: without a server --------------------------------------------------------------------------
@@ -3363,10 +3364,10 @@ def exam_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
-    words, there = words_of(result["correct"]), set(words_of(row["text"]))
-    if 2 * sum(word in there for word in words) < len(words):
+    words = set(words_of(result["correct"])) - FUNCTION_WORDS
+    if 2 * len(words & set(words_of(row["text"]))) < max(1, len(words)):
         return "the text does not have the answer"
-    if not set(words) & set(words_of(result["reasoning"])):
+    if not words & set(words_of(result["reasoning"])):
         return "the reasoning does not reach the answer"
     return false_arithmetic(result["reasoning"])
 

@@ -3323,6 +3323,429 @@ def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeyp
         data.load_prompt("yours")
 
 
+# ---- data.py: conversations and recipes --------------------------------------------------------------------
+
+USER, ANSWER = dict(role="user", content="Why?"), dict(role="assistant", content="So.")
+SYSTEM, OTHER = dict(role="system", content="Be brief."), dict(role="assistant", content="Thus.")
+CHATS = [                        # a record, its convention, its messages
+    (dict(messages=[SYSTEM, USER, ANSWER]), "messages", [SYSTEM, USER, ANSWER]),
+    (dict(conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]),
+     "conversations", [USER, ANSWER]),
+    (dict(conversations=[dict(role="USER", content="Why?"), dict(role="model", content="So.")], system="Be brief."),
+     "conversations", [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", completion="So."), "prompt/completion", [USER, ANSWER]),
+    (dict(prompt=[SYSTEM, USER], completion=[ANSWER]), "prompt/completion", [SYSTEM, USER, ANSWER]),
+    (dict(instruction="Why?", input="", output="So."), "instruction/output", [USER, ANSWER]),
+    (dict(instruction="Say it.", input="Now.", output="So.", system="Be brief.", history=[["Why?", "Thus."]]),
+     "instruction/output",
+     [SYSTEM, USER, OTHER, dict(role="user", content="Say it.\n\nNow."), ANSWER]),
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), "prompt/chosen/rejected", [USER, ANSWER])]
+PAIRS = [                        # a record, its prompt, its chosen, its rejected messages
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), [USER], [ANSWER], [OTHER]),
+    (dict(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # As in Tulu and Magpie: both repeat the conversation, and the prompt its first message.
+    (dict(prompt="Why?", chosen=[USER, ANSWER], rejected=[USER, OTHER]), [USER], [ANSWER], [OTHER]),
+    (dict(instruction="Why?", chosen=[USER, ANSWER, USER, ANSWER], rejected=[USER, ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER]),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # They go on from the prompt and share an answer.
+    (dict(prompt="Why?", chosen=[ANSWER, USER, ANSWER], rejected=[ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER])]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
+    for record, convention, messages in CHATS:
+        assert data.messages_of(record) == (convention, messages), record
+    for record, *expected in PAIRS:
+        assert list(data.pair_of(record)) == expected, record
+        assert data.messages_of(record) == ("prompt/chosen/rejected", expected[0] + expected[1])
+
+    # From files, with their row, and a line that says what they are.
+    write_jsonl(tmp_path / "a.jsonl", [record for record, *_ in CHATS])
+    (tmp_path / "b.json").write_text(json.dumps([record for record, *_ in PAIRS]))
+    found = list(data.conversations("chat", str(tmp_path), data.DataConfig()))
+    assert [talk.messages for talk in found[:8]] == [messages for *_, messages in CHATS]
+    assert [(Path(talk.file).name, talk.number) for talk in found[7:9]] == [("a.jsonl", 8), ("b.json", 1)]
+    assert ("1 conversation as messages, 2 conversations as conversations, 2 conversations as prompt/completion, "
+            "2 conversations as instruction/output, 7 conversations as prompt/chosen/rejected"
+            ) in capsys.readouterr().out
+    some = data.DataConfig(budget="3documents", where="system=Be brief.")
+    few = list(data.conversations("chat", str(tmp_path / "a.jsonl"), some))
+    assert [talk.number for talk in few] == [3, 7]
+
+
+@pytest.mark.parametrize("record, says", [
+    (dict(messages=[dict(role="alien", content="x")]), "message 1 has the unknown role 'alien'; known: user"),
+    (dict(messages=[USER, dict(role="assistant", content=" ")]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, dict(role="assistant", content=None)]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, "So."]), "message 2 is no object"),
+    (dict(messages=[]), "no list of messages"),
+    (dict(messages=[ANSWER]), "no message is a user's"),
+    (dict(text="Why?", title="x"), "no conversation: it has text, title; known are messages, conversations"),
+    (dict(instruction=3, input="x", output="y"), "a field of the wrong type"),
+    (dict(messages=[dict(role="user", content="\ud800")]), "or no UTF-8"),
+    (dict(prompt="Why?", chosen="So.", rejected="So."), "are equal"),
+    (dict(prompt="Why?", chosen=[ANSWER], rejected=[ANSWER, USER, OTHER]), "is the beginning of the other"),
+    (dict(chosen=[ANSWER], rejected=[OTHER]), "there is no prompt"),
+    (dict(chosen=[USER, ANSWER], rejected=[dict(USER, content="How?"), OTHER]), "there is no|differ before"),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, ANSWER]), "differ before an answer"),
+    ("{half", "no conversation")])
+def test_a_conversation_that_is_none_is_named_and_can_be_left_out(record, says, tmp_path, capsys):
+    good = json.dumps(CHATS[0][0])
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{record if isinstance(record, str) else json.dumps(record)}\n")
+    read = lambda **how: list(data.conversations("c", str(tmp_path / "a.jsonl"), data.DataConfig(**how)))
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 2: .*({says})"):
+        read()
+    assert len(read(skip_bad=True)) == 1 and "left out: 1 row bad" in capsys.readouterr().out
+
+
+def test_conversations_of_a_parquet_file(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = importlib.import_module("pyarrow").Table.from_pylist([record for record, *_ in CHATS[:1]] * 250)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    found = list(data.conversations("c", str(tmp_path / "a.parquet"), data.DataConfig()))
+    assert [talk.number for talk in found] == list(range(1, 251))
+    assert all(talk.messages == [SYSTEM, USER, ANSWER] for talk in found)
+
+
+@pytest.mark.parametrize("most", [8, 40, 256])
+def test_parts_are_the_text_and_end_with_sentences(most):
+    """Of about equal size, too: no part is less than half of the longest, if sentences are short."""
+    rng = random.Random(most)
+    sentences = [" ".join(["wörd"] * rng.randint(2, 4)) + rng.choice(". ! ?".split()) for _ in range(300)]
+    text = "".join(sentence + rng.choice([" ", "\n", "\n\n"]) for sentence in sentences)
+    parts = data.cut(text, most)
+    sizes = [len(part.encode()) / 4 for part in parts]
+    assert "".join(parts) == text and max(sizes) <= most and min(sizes) >= max(sizes) / 3
+    assert all(part.rstrip()[-1] in ".!?" for part in parts)
+    assert len(data.cut("A short one. And another.", 256)) == 1
+
+    # What has no sentences is cut between words, what has no words anywhere.
+    for text in ("word " * 500, "x" * 3000, "字" * 900):
+        parts = data.cut(text, most)
+        assert "".join(parts) == text and max(len(part.encode()) for part in parts) <= max(4 * most, 192)
+
+
+def recipe(name, source, out, *options):
+    """The rows of a recipe's output, made by its command."""
+    assert not data.main([name, str(source), str(out), *options])
+    return read_jsonl(out)
+
+
+LIFE = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a chemist. "
+        "In 1902, she described a method to separate erbium from yttrium. Her brother Otto built 3 of the "
+        "furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
+
+
+@pytest.fixture
+def lives(tmp_path):
+    names = "Ada Berta Clara Dora Edith Frieda Greta Hanna".split()
+    return write_jsonl(tmp_path / "lives.jsonl",
+                       [dict(text=LIFE.format(name, 60 + i)) for i, name in enumerate(names)])
+
+
+def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, capsys):
+    """Each form once, then other readers; the same for a document whatever else is there. A second run makes
+    no call and the same bytes. Rewrites are text that a run reads, on the side of the split of their source."""
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
+    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) == 56
+    first = [row["form"] for row in rows[:7]]
+    assert len(set(first[:6])) == 6 and first[6] == first[0] and rows[6]["reader"] != rows[0]["reader"]
+    prompt = (HERE / "notes/prompts/rephrase.txt").read_bytes()
+    for row in rows:
+        assert (row["recipe"], row["prompt_name"], row["model"]) == ("rephrase", "rephrase", "offline")
+        assert row["prompt_sha256"] == hashlib.sha256(prompt).hexdigest() and type(row["seed"]) is int
+    alone = write_jsonl(tmp_path / "alone.jsonl", read_jsonl(lives)[3:4])
+    kind = lambda row: (row["form"], row["reader"])
+    assert [kind(row) for row in recipe("rephrase", alone, tmp_path / "b.jsonl")] == [kind(r) for r in rows[21:23]]
+    only = recipe("rephrase", alone, tmp_path / "c.jsonl", "--n=1", "--forms=table", "--seed=5")
+    assert kind(only[0])[0] == "table" and only[0]["seed"] != rows[21]["seed"]
+
+    before = (tmp_path / "out.jsonl").read_bytes()
+    capsys.readouterr()
+    with mock.patch.object(data, "offline_answer", side_effect=AssertionError):
+        recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert (tmp_path / "out.jsonl").read_bytes() == before and "\n0 calls now" in capsys.readouterr().out
+    for row, text in zip(data.rows("x", str(tmp_path / "out.jsonl"), data.DataConfig()),
+                         [record["text"] for record in read_jsonl(lives) for _ in range(7)]):
+        assert row.split_with == data.sha256(text)[:16], "the raw text's own hash, for the same side"
+
+
+def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
+    """In order, each with the end of the rewrite so far. A part that is refused takes the rewrite along."""
+    seen = []
+
+    def echo(name, row, seed):
+        seen.append((row["id"], row["text"], row["context"]))
+        return "\n".join(f"It is so: {s}" for s in re.split(r"(?<=\.) ", row["text"]))
+
+    monkeypatch.setattr(data, "offline_answer", echo)
+    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if "Clara" in row["text"] else "")
+    options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 4, 5, 6, 7, 8)]
+    parts = data.cut(LIFE.format("Ada", 60), 28)
+    assert len(parts) > 2
+    written = [echo("", dict(id="", text=part.strip(), context=""), 0) for part in parts]
+    assert rows[0]["text"] == "\n\n".join(written)
+    mine = sorted(item for item in seen if item[0].startswith("lives.jsonl#1/"))
+    assert [context for *_, context in mine] == [
+        data.last_tokens("\n\n".join(written[:k]), 20) for k in range(len(parts))]
+    assert mine[0][2] == "" and written[0].endswith(mine[1][2]) and 60 < len(mine[1][2]) <= 80
+    assert not any(name.startswith("lives.jsonl#3/") and not name.endswith("/0") for name, *_ in seen)
+
+
+def test_what_the_context_says_may_be_said_again():
+    row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
+    again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
+    assert data.faithful(row, again) == "a name is new"
+    assert data.faithful(dict(row, context="Ada came to Vienna, and the letters were read."), again) == ""
+    assert data.faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+
+
+def test_offline_rewrites_keep_numbers_and_names():
+    """In every form, of the documentation of some modules. Nine of ten pass as rewrites; see Fidelity."""
+    texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, string, concurrent.futures)]
+    passed = []
+    for i, text in enumerate([*texts, LIFE.format("Ada", 60)]):
+        for form in ("faq", "table", "tutorial", "dialogue", "article", "outline"):
+            row = dict(text=text, form=form, context="")
+            out = data.offline_answer("rephrase", row, i)
+            assert out == data.offline_answer("rephrase", row, i)
+            assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
+            passed.append(data.faithful(row, dict(text=out)) == "")
+    print(sum(passed), len(passed))
+    assert sum(passed) > 0.75 * len(passed)
+
+
+def test_statements_of_arithmetic_are_judged_where_they_are_whole():
+    """All of the default corpus is true. What is part of something longer is not judged."""
+    problems = data.documents("math")[:1500]
+    assert not any(data.false_arithmetic(problem) for problem in problems)
+    for text in ("So 3 * 4 = 13.", "We get 7 + 8 = 15, then 15 - 9 = 7.", "(2 + 3) * 4 = 21", "1/2 + 1/3 = 4/6"):
+        assert data.false_arithmetic(text) == "false arithmetic", text
+    for text in ("x + 3 = 4", "10 / 4 = 2.5", "3.5 + 2 = 5.5", "2x - 6 = 0", "20 / 3 = 6 remainder 2", "5 = 5",
+                 "50 * 2 = 1e2", "30 + 20 = 50%", "from 1939 - 1945", "y^2 = 9", "7 = (", "1 / 0 = 3"):
+        assert data.false_arithmetic(text) == "", text
+
+
+def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
+    text = "Home | Log in\nShop sums explained.\nA box holds 12 * 34 = 408 eggs.\n1,204 views, 3 comments\n"
+    source = write_jsonl(tmp_path / "in.jsonl", [dict(text=text)])
+    row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
+    assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
+    asked = dict(text=text)
+    assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
+    assert data.instructive(asked, dict(text="Eggs are counted in boxes, and that is all.")) == "numbers are lost"
+    assert data.instructive(asked, dict(text=text)) == "copied"
+    assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
+
+
+QUESTION = """Question: Where did Ada Brenner work as a chemist?
+Correct: in Vienna
+Wrong: in Graz
+Wrong: in Lisbon
+Wrong: in Rome
+Reasoning: She moved in 1894, and it was in Vienna that she worked. Nobody names the others."""
+
+
+def test_exam_questions_are_read_strictly():
+    row = dict(text=LIFE.format("Ada", 60))
+    found = data.exam_question(row, QUESTION)
+    assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
+    assert data.exam_worthy(row, found) == ""
+    for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
+                           ("Correct", "Answer", "not in the form"), ("Question:", "Well. Question:", "not in the")):
+        with pytest.raises(data.Refused, match=says):
+            data.exam_question(row, QUESTION.replace(old, new))
+    for old, new, says in (("Where did", "In the passage, where did", "it needs the text at hand"),
+                           ("Correct: in Vienna", "Correct: abroad somewhere", "the text does not have the answer"),
+                           ("it was in Vienna that", "that is where", "the reasoning does not reach the answer"),
+                           ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
+        assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+
+
+def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
+    """Each place is right equally often, the letter in the answer is that of the option, and no question comes
+    twice for a document."""
+    rows = recipe("exam", lives, tmp_path / "out.jsonl", "--n=4")
+    letters = [row["answer"] for row in rows]
+    assert len(rows) > 20 and len({(row["parent"], row["messages"][0]["content"].split("\n")[0]) for row in rows}
+                                  ) == len(rows)
+    for i in range(0, len(rows) - 3, 4):
+        assert sorted(letters[i:i + 4]) == list("ABCD")
+    assert len({"".join(letters[i:i + 4]) for i in range(0, len(rows) - 3, 4)}) > 1
+    calls = {call["id"]: call["answer"] for call in read_jsonl(tmp_path / "out.jsonl.calls.jsonl")}
+    for row in rows:
+        question, answer = row["messages"]
+        option = re.search(rf"^{row['answer']}\. (.*)$", question["content"], re.M)[1]
+        assert f"\nCorrect: {option}\n" in calls[row["id"]] and answer["content"].endswith(f"is {row['answer']}.")
+        assert row["text"] == f"{question['content']}\n\n{answer['content']}\n"
+
+
+def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
+    old = dict(instruction="How do bees find their hive?")
+    for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
+                       ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
+                       ("How do bees find their hive below thick clouds?", "")):
+        assert data.gained(old, dict(text=text)) == says, text
+    for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
+                       ("Understood, shall I begin?", "it only agrees"), ("42", ""),
+                       ("I am sorry, that is beyond me.", "it refuses"), ("They are sorry. " + "Bees fly. " * 90, ""),
+                       ("By the sun and by landmarks.", "")):
+        assert data.answered(old, dict(text=text)) == says, text
+
+
+@pytest.fixture
+def chats(tmp_path):
+    return write_jsonl(tmp_path / "chats.jsonl", [dict(prompt=request, completion=answer) for request, answer in (
+        ("How do bees find their hive?", "Bees remember the sun. They compare landmarks near the hive."),
+        ("Why does bread rise in ovens?", "Yeast turns sugar into gas. The gas stretches the gluten."),
+        ("How do wasps find their nest?", "Wasps remember the sun. They learn landmarks near the nest."),
+        ("Why does dough rise in bowls?", "Yeast turns sugar into bubbles. Bubbles stretch the gluten."))])
+
+
+def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain(chats, tmp_path, monkeypatch,
+                                                                                 capsys):
+    """A prompt gains only once it is improved; one request never does, and its chats are not written."""
+    new = "Be bolder.\n\n{instruction}"
+
+    def answer(name, row, seed):
+        if name == "evolve-improve":
+            assert row["failures"].count("- no gain: ") == 4 and row["failures"].endswith("rise in bowls?")
+            return new if improves and "harder" in row["method"] else "No place for it."
+        if name == "answer":
+            return "By landmarks."
+        return row["instruction"] + " extra words here" * (seen[-1] == new and "bread" not in row["instruction"])
+
+    seen, fill = [], data.fill
+    monkeypatch.setattr(data, "fill", lambda prompt, row: seen.append(prompt.text) or fill(prompt, row))
+    monkeypatch.setattr(data, "offline_answer", answer)
+    improves = True
+    options = "--threads=1", "--breadth=0", "--rounds=2", "--attempts=1"
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", *options)
+    assert "evolve-depth: 4 of 4 failed, of a new version 1" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
+    assert rows[0]["messages"] == [dict(role="user", content="How do bees find their hive? extra words here"),
+                                   dict(role="assistant", content="By landmarks.")]
+    assert rows[0]["evolved_from"] == "How do bees find their hive?"
+    improves = False
+    assert recipe("evolve", chats, tmp_path / "no.jsonl", *options) == []
+
+
+def test_offline_evolution_makes_requests_longer(chats, tmp_path):
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", "--breadth=0")
+    for row in rows:
+        assert row["messages"][0]["content"].startswith(row["evolved_from"]) and len(row["messages"]) == 2
+        assert len(row["messages"][0]["content"].split()) > len(row["evolved_from"].split()) + 8
+    broad = recipe("evolve", chats, tmp_path / "broad.jsonl", "--breadth=100", "--rounds=1")
+    assert len(rows) == len(broad) == 4
+    assert not any(row["messages"][0]["content"].startswith(row["evolved_from"]) for row in broad)
+
+
+def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
+    texts = [data.as_text(talk.messages) for talk in data.conversations("c", chats, data.DataConfig())]
+    sets = lambda select, k=2, seed=1: sorted(sorted(chosen) for chosen in data.selected(texts, k, select, seed))
+    assert sets("similar") == [[0, 2], [1, 3]]
+    assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
+    assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3 and sets("random") == sets("random")
+    assert len(sets("random", 3)) == 1, "what is left over is not used"
+    for select, k in (("alike", 2), ("random", 1)):
+        with pytest.raises(ValueError, match="similar, unlike or random"):
+            sets(select, k)
+
+    rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
+    assert len(rows) == 2 and {len(row["parent"].split()) for row in rows} == {2}
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(word in row["text"].lower() for word in ("yeast", "landmarks"))
+    for answer in ("User: a\nAssistant: b\nUser: c", "Assistant: b", "Well.\nUser: a\nAssistant: b", "User:\nAssistant: b"):
+        with pytest.raises(data.Refused):
+            data.conversation_in({}, answer)
+    four = data.conversation_in({}, "User: a\nmore\n\nAssistant: b\nUser: c\nAssistant: d")["messages"]
+    assert [message["content"] for message in four] == ["a\nmore", "b", "c", "d"]
+
+    # A model that only concatenates is found out.
+    joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
+    result = data.conversation_in({}, joined.replace("\n\n", "\n"))
+    assert data.integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+
+
+def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
+    """By the verifier, and by a scoring endpoint; above a threshold; as pairs where one is below it."""
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [
+        dict(instruction=f"What is {a} * 17?", output=f"{a} * 17 = {17 * a}") for a in range(21, 41)])
+    rows = recipe("reject", tasks, tmp_path / "out.jsonl")
+    assert len(rows) >= 18 and {row["answers"] for row in rows} == {4}
+    for row in rows:
+        a = int(re.search(r"\d+", row["messages"][0]["content"])[0])
+        assert row["messages"][1]["content"].endswith(f"is {17 * a}.") and row["score"] == 1
+    pairs = recipe("reject", tasks, tmp_path / "pairs.jsonl", "--pairs")
+    assert 10 <= len(pairs) <= len(rows)
+    for row in pairs:
+        prompt, chosen, rejected = data.pair_of(row)
+        right = data.verified(chosen[0]["content"], str(17 * int(re.search(r"\d+", prompt[0]["content"])[0])))
+        assert right and not data.verified(rejected[0]["content"], chosen[0]["content"])
+    assert data.verified("2 + 2 = 5, so it is 7.", "7") == data.verified("no number", "none") == 0
+
+    # A model that likes long answers scores; what it says without a number is not a score.
+    endpoints, post = [], data.generate
+    monkeypatch.setattr(data, "generate", lambda rows, prompt, parse, accept, endpoint, *more: endpoints.append(
+        (prompt.name, endpoint.endpoint, endpoint.model)) or post(rows, prompt, parse, accept,
+                                                                  replace(endpoint, endpoint="offline"), *more))
+    answers = dict(a="x" * 4, b="x" * 9, c="x" * 6)
+    monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: (
+        answers["abc"[int(row["id"][-1]) % 3]] + " words" if name == "answer" else
+        "many" if row["id"].startswith("tasks.jsonl#1/") else str(len(row["answer"]) - 6)))
+    options = "--n=3", "--score_endpoint=http://judge/v1", "--score_model=j", "--threshold=0.9"
+    rows = recipe("reject", tasks, tmp_path / "scored.jsonl", *options)
+    assert [row["score"] for row in rows] == [0.9] * 19 and rows[0]["parent"] == "tasks.jsonl#2"
+    assert {row["messages"][1]["content"] for row in rows} == {"x" * 9 + " words"}
+    assert set(endpoints) == {("answer", "offline", ""), ("score", "http://judge/v1", "j")}
+
+
+def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_path, capsys):
+    for name, recipe_ in data.RECIPES.items():
+        data.main([name, "--help"])
+        said = capsys.readouterr().out
+        assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
+        assert "threads: int" in said and "does not understand" in said and recipe_.costs in said
+    for words, says in ((["rephrase", lives], "IN OUT"), (["rephrase", lives, "x", "--n=two"], "'two' is no int"),
+                        (["rephrase", lives, "x", "--m=2"], "unknown option '--m=2'; known: --endpoint="),
+                        (["rephrase", lives, "x", "--forms=ode"], "'ode' is unknown; known: faq"),
+                        (["rephrase", lives, "x", "--n=31"], "more than 6 forms"),
+                        (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
+                        (["rephrase", lives, lives], "is inside"), (["fuse", lives, "x"], "row 1: no conversation"),
+                        (["rephrase", lives + "n", "x"], "No such file")):
+        with pytest.raises(SystemExit, match=re.escape(says)):
+            data.main([word if word != "x" else str(tmp_path.parent / f"{tmp_path.name}.x") for word in words])
+    assert not (tmp_path.parent / f"{tmp_path.name}.x").exists()
+
+    # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
+    out = tmp_path / "out.jsonl"
+    assert not data.main(["rephrase", lives, str(out), "--dry-run"]) and not out.exists()
+    assert "16 calls" in capsys.readouterr().out
+    assert data.main(["rephrase", lives, str(out), "--calls=5"]) == 1 and len(read_jsonl(out)) == 5
+    capsys.readouterr()
+    assert len(recipe("rephrase", lives, out)) == 16 and "11 calls now; 16 and" in capsys.readouterr().out
+
+
+def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
+    rows = recipe("rephrase", chats, tmp_path / "out.jsonl", "--n=1")
+    assert "4 conversations as prompt/completion" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in range(1, 5)]
+
+
 # ---- model.py ----------------------------------------------------------------------------------------------
 
 VARIANTS = {
