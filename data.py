@@ -2786,7 +2786,7 @@ def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
 
         # The journal has answers as they came; whether one is taken is decided anew in each run.
         try:
-            result = parse(row, judged(call, text, prompt, endpoint.window, chat))
+            result = parse(row, answer_in(call, text, prompt, endpoint.window, chat))
             why = accept(row, result)
             if why:
                 raise Refused(why)
@@ -2803,7 +2803,7 @@ def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
     return journal.count("rows", "refused for good")
 
 
-def judged(call, text, prompt, window, chat):
+def answer_in(call, text, prompt, window, chat):
     """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
     if "error" in call:
         raise Hopeless("over the context window" if OVERFLOW.search(call["error"]) else call["error"][:3])
@@ -3119,9 +3119,9 @@ def summary(journal):
 #   numbers in words: they answer for digits ("3", "three"), but are not looked for themselves
 #   names in scripts without capitals, in German, and those that only begin sentences: they are not judged
 
-SHORTEST, LONGEST = 0.3, 3.0     # characters of a rewrite over those of its source                     [ours]
+LENGTH = 0.3, 3.0                # characters of a rewrite over those of its source                     [ours]
 COPIED = 0.8                     # share of its runs of 8 words that the source has                     [ours]
-KEPT = 0.9                       # share of the source's numbers, dates or names that it has  [notes/fidelity]
+LEAST = 0.9                      # share of the source's numbers, dates or names that it has  [notes/fidelity]
 ADDED = 0                        # of its own; negations that came or went                    [notes/fidelity]
 FOUND = 0.2                      # share of a sentence's content that the other text has      [notes/fidelity]
 
@@ -3337,10 +3337,10 @@ def turned(sentences, others):
 def unfaithful(measured):
     """Fidelity → "", or the first reason why a rewrite is not taken."""
     m = measured
-    reasons = {"too short": m.length < SHORTEST, "too long": m.length > LONGEST, "copied": m.copied > COPIED,
-               "a number is lost": m.numbers < KEPT, "a number is new": m.numbers_added > ADDED,
-               "a date is lost": m.dates < KEPT, "a date is new": m.dates_added > ADDED,
-               "a name is lost": m.names < KEPT, "a name is new": m.names_added > ADDED,
+    reasons = {"too short": m.length < LENGTH[0], "too long": m.length > LENGTH[1], "copied": m.copied > COPIED,
+               "a number is lost": m.numbers < LEAST, "a number is new": m.numbers_added > ADDED,
+               "a date is lost": m.dates < LEAST, "a date is new": m.dates_added > ADDED,
+               "a name is lost": m.names < LEAST, "a name is new": m.names_added > ADDED,
                "a negation has changed": m.negations > ADDED,
                "a sentence is lost": m.covered < FOUND, "a sentence is new": m.supported < FOUND}
     return next((reason for reason, true in reasons.items() if true), "")
@@ -3744,7 +3744,7 @@ def exam_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
-    words = set(words_of(result["correct"])) - FUNCTION_WORDS
+    words = {word for word in words_of(result["correct"]) if word.isdigit() or content(word)}
     if 2 * len(words & set(words_of(row["text"]))) < max(1, len(words)):
         return "the text does not have the answer"
     if not words & set(words_of(result["reasoning"])):

@@ -3029,7 +3029,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
              ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
     for answer, expected in takes:
         call = dict(answer=answer, finish="stop", usage=None)
-        assert data.judged(call, text, SAY, 0, False) == expected, answer
+        assert data.answer_in(call, text, SAY, 0, False) == expected, answer
     refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
                "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
@@ -3041,9 +3041,9 @@ def test_an_answer_is_taken_only_if_it_is_one():
     for why, answers in refuses.items():
         for answer in answers:
             with pytest.raises(data.Refused, match=why):
-                data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+                data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
     for answer in "Sure! A", "I cannot help with it", "Here is one: A":
-        assert data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
+        assert data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
 
     # How it ended, and what the server counted. The prompt has 72 words.
     words = len(text.split())
@@ -3055,7 +3055,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
             ("stop", [4000, 96], 5000, "")):
         call = dict(answer="A fine text.", finish=finish, usage=usage)
         with pytest.raises(data.Refused, match=why) if why else contextlib.nullcontext():
-            data.judged(call, text, SAY, window, False)
+            data.answer_in(call, text, SAY, window, False)
 
 
 def test_what_no_try_mends_is_told_from_what_passes():

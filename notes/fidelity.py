@@ -214,7 +214,7 @@ def run(kind, half, n):
 
 # ---- thresholds and curves ---------------------------------------------------------------------------------
 
-def doubt(row, kept=data.KEPT, added=data.ADDED, found=data.FOUND):
+def doubt(row, kept=data.LEAST, added=data.ADDED, found=data.FOUND):
     """How far the worst measure is from what is asked of it: above 1, the rewrite is refused."""
     short = lambda share, least: (1 - share) / (1 - least)
     return max(short(row["kept"], kept), row["added"] / (added + 0.5), 2 * row["negations"],
