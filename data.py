@@ -2486,7 +2486,9 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- conversations -----------------------------------------------------------------------------------------
 
-CONVENTIONS = "messages", "conversations", "prompt/chosen/rejected", "prompt/completion", "instruction/output"
+CONVENTIONS = {"prompt/chosen/rejected": {"chosen", "rejected"}, "messages": {"messages"},
+               "conversations": {"conversations"}, "prompt/completion": {"prompt", "completion"},
+               "instruction/output": {"instruction", "output"}}  # the fields by which they are known
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
              bot="assistant", system="system")
 
@@ -2500,12 +2502,8 @@ class Conversation(NamedTuple):
 
 
 def convention_of(record):
-    """The one of CONVENTIONS whose fields a record has, or ""."""
-    for names in ("chosen", "rejected"), ("messages",), ("conversations",), ("prompt", "completion"), \
-            ("instruction", "output"):
-        if all(name in record for name in names):
-            return next(convention for convention in CONVENTIONS if convention.endswith(names[-1]))
-    return ""
+    """The name of its convention, by its fields; "" if it has none."""
+    return next((name for name, needs in CONVENTIONS.items() if needs <= set(record)), "")
 
 
 def turns(value, role):
@@ -3337,7 +3335,8 @@ def turned(sentences, others):
 def unfaithful(measured):
     """Fidelity → "", or the first reason why a rewrite is not taken."""
     m = measured
-    reasons = {"too short": m.length < LENGTH[0], "too long": m.length > LENGTH[1], "copied": m.copied > COPIED,
+    reasons = {"too short": m.length < LENGTH[0], "too long": m.length > LENGTH[1],
+               "copied": m.copied > COPIED,
                "a number is lost": m.numbers < LEAST, "a number is new": m.numbers_added > ADDED,
                "a date is lost": m.dates < LEAST, "a date is new": m.dates_added > ADDED,
                "a name is lost": m.names < LEAST, "a name is new": m.names_added > ADDED,
@@ -3681,19 +3680,7 @@ def instructive(row, result):
 
 
 def false_arithmetic(text):
-    """"" or a reason: a statement such as 3 + 4 = 8 is false. Only whole numbers and their fractions are
-    judged; a statement with a decimal, a percentage or a letter right beside it is passed over."""
-    corpus = from_notes("corpus", "arithmetic is checked by")
-    for found in corpus.STATEMENT.finditer(text):
-        said = found[0].rstrip(" (-")
-        before, after = text[:found.start()], text[found.start() + len(said):]
-        part_of_more = r"[\w)] *$" if said[0] == "-" else r"[.,$]$|[-+*/^=] *$"
-        if re.search(part_of_more, before[-9:]) or re.match(r"[.,]\d|[%^a-zA-Z]| ?(/|rem|r\b)", after):
-            continue
-        with contextlib.suppress(SyntaxError, KeyError, ZeroDivisionError, ValueError, AttributeError):
-            if len({corpus.value(side) for side in said.split("=")}) > 1:
-                return "false arithmetic"
-    return ""
+    return "false arithmetic" if from_notes("corpus", "arithmetic is checked by").false(text) else ""
 
 
 EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\n"
@@ -3920,25 +3907,19 @@ def reject(documents, o, asking):
             messages, _ = split_last(document)
             request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
             asked += [dict(id=f"{document.id}/{k}", instruction=request) for k in range(o.n)]
-        answers = asking(asked, load_prompt("answer"), accept=answered, chat=True)
-        answers = [(row, result) for row, result in answers]
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=answered, chat=True))
+        taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
 
-        # Scores of the answers that were taken.
-        there = [i for i, (_, result) in enumerate(answers) if result]
-        scored = defaultdict(list)                               # number of the document → [(score, result)]
+        # A score for each, None if the model gave none.
         if o.score_endpoint:
-            rows = [dict(answers[i][0], id=f"{answers[i][0]['id']}/score", answer=answers[i][1]["text"])
-                    for i in there]
-            judge = dict(endpoint=o.score_endpoint, model=o.score_model)
-            for (_, result), i in zip(asking(rows, load_prompt("score"), points, **judge), there):
-                if result:
-                    scored[i // o.n].append((result["points"] / 10, answers[i][1]))
+            rows = [dict(row, id=f"{row['id']}/score", answer=result["text"]) for _, row, result in taken]
+            found = asking(rows, load_prompt("score"), points, endpoint=o.score_endpoint, model=o.score_model)
+            scores = [result and result["points"] / 10 for _, result in found]
         else:
-            for i in there:
-                right = split_last(group[i // o.n])[1]
-                scored[i // o.n].append((verified(answers[i][1]["text"], right), answers[i][1]))
+            scores = [verified(result["text"], split_last(group[i])[1]) for i, _, result in taken]
         for i, document in enumerate(group):
-            yield from best_of(document, scored[i], o)
+            yield from best_of(document, [(score, result) for (j, _, result), score in zip(taken, scores)
+                                          if j == i and score is not None], o)
 
 
 def split_last(document):
@@ -4019,7 +4000,7 @@ def help_of(name):
     recipe = RECIPES[name]
     options = [f"  --{option}={default}".ljust(28) + re.sub("  +", "  ", what)
                for option, (default, what) in {**recipe.options, **SHARED}.items()]
-    endpoint = inspect.getsource(Endpoint).partition("def ")[0].splitlines()[2:]
+    endpoint = Path(__file__).read_text("utf-8").partition("class Endpoint:\n")[2].partition("\n\n")[0]
     return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
 
 {inspect.cleandoc(recipe.run.__doc__)}
@@ -4031,7 +4012,7 @@ Calls: {recipe.costs}; an answer that is refused is asked for again.
 {chr(10).join(options)}
 
 Options of the endpoint:
-{chr(10).join(endpoint).rstrip()}
+{endpoint}
 
 Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
 

@@ -3331,8 +3331,8 @@ CHATS = [                        # a record, its convention, its messages
     (dict(messages=[SYSTEM, USER, ANSWER]), "messages", [SYSTEM, USER, ANSWER]),
     (dict(conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]),
      "conversations", [USER, ANSWER]),
-    (dict(conversations=[dict(role="USER", content="Why?"), dict(role="model", content="So.")], system="Be brief."),
-     "conversations", [SYSTEM, USER, ANSWER]),
+    (dict(conversations=[dict(role="USER", content="Why?"), dict(role="model", content="So.")],
+          system="Be brief."), "conversations", [SYSTEM, USER, ANSWER]),
     (dict(prompt="Why?", completion="So."), "prompt/completion", [USER, ANSWER]),
     (dict(prompt=[SYSTEM, USER], completion=[ANSWER]), "prompt/completion", [SYSTEM, USER, ANSWER]),
     (dict(instruction="Why?", input="", output="So."), "instruction/output", [USER, ANSWER]),
@@ -3375,9 +3375,9 @@ def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
     found = list(data.conversations("chat", str(tmp_path), data.DataConfig()))
     assert [talk.messages for talk in found[:8]] == [messages for *_, messages in CHATS]
     assert [(Path(talk.file).name, talk.number) for talk in found[7:9]] == [("a.jsonl", 8), ("b.json", 1)]
-    assert ("1 conversation as messages, 2 conversations as conversations, 2 conversations as prompt/completion, "
-            "2 conversations as instruction/output, 7 conversations as prompt/chosen/rejected"
-            ) in capsys.readouterr().out
+    assert ("1 conversation as messages, 2 conversations as conversations, 2 conversations as "
+            "prompt/completion, 2 conversations as instruction/output, 7 conversations as "
+            "prompt/chosen/rejected") in capsys.readouterr().out
     some = data.DataConfig(budget="3documents", where="system=Be brief.")
     few = list(data.conversations("chat", str(tmp_path / "a.jsonl"), some))
     assert [talk.number for talk in few] == [3, 7]
@@ -3390,7 +3390,7 @@ def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
     (dict(messages=[USER, "So."]), "message 2 is no object"),
     (dict(messages=[]), "no list of messages"),
     (dict(messages=[ANSWER]), "no message is a user's"),
-    (dict(text="Why?", title="x"), "no conversation: it has text, title; known are messages, conversations"),
+    (dict(text="Why?", title="x"), "no conversation: it has text, title; known are prompt/chosen"),
     (dict(instruction=3, input="x", output="y"), "a field of the wrong type"),
     (dict(messages=[dict(role="user", content="\ud800")]), "or no UTF-8"),
     (dict(prompt="Why?", chosen="So.", rejected="So."), "are equal"),
@@ -3400,8 +3400,8 @@ def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
     (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, ANSWER]), "differ before an answer"),
     ("{half", "no conversation")])
 def test_a_conversation_that_is_none_is_named_and_can_be_left_out(record, says, tmp_path, capsys):
-    good = json.dumps(CHATS[0][0])
-    (tmp_path / "a.jsonl").write_text(f"{good}\n{record if isinstance(record, str) else json.dumps(record)}\n")
+    bad = record if isinstance(record, str) else json.dumps(record)
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(CHATS[0][0])}\n{bad}\n")
     read = lambda **how: list(data.conversations("c", str(tmp_path / "a.jsonl"), data.DataConfig(**how)))
     with pytest.raises(ValueError, match=rf"a\.jsonl, row 2: .*({says})"):
         read()
@@ -3455,7 +3455,7 @@ def lives(tmp_path):
 
 def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, capsys):
     """Each form once, then other readers; the same for a document whatever else is there. A second run makes
-    no call and the same bytes. Rewrites are text that a run reads, on the side of the split of their source."""
+    no call and the same bytes. A run reads rewrites as text, on the side of the split of their source."""
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
     assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) == 56
@@ -3467,7 +3467,8 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
         assert row["prompt_sha256"] == hashlib.sha256(prompt).hexdigest() and type(row["seed"]) is int
     alone = write_jsonl(tmp_path / "alone.jsonl", read_jsonl(lives)[3:4])
     kind = lambda row: (row["form"], row["reader"])
-    assert [kind(row) for row in recipe("rephrase", alone, tmp_path / "b.jsonl")] == [kind(r) for r in rows[21:23]]
+    two = recipe("rephrase", alone, tmp_path / "b.jsonl")
+    assert [kind(row) for row in two] == [kind(row) for row in rows[21:23]]
     only = recipe("rephrase", alone, tmp_path / "c.jsonl", "--n=1", "--forms=table", "--seed=5")
     assert kind(only[0])[0] == "table" and only[0]["seed"] != rows[21]["seed"]
 
@@ -3515,7 +3516,7 @@ def test_what_the_context_says_may_be_said_again():
 
 def test_offline_rewrites_keep_numbers_and_names():
     """In every form, of the documentation of some modules. Nine of ten pass as rewrites; see Fidelity."""
-    texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, string, concurrent.futures)]
+    texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, os)]
     passed = []
     for i, text in enumerate([*texts, LIFE.format("Ada", 60)]):
         for form in ("faq", "table", "tutorial", "dialogue", "article", "outline"):
@@ -3532,10 +3533,12 @@ def test_statements_of_arithmetic_are_judged_where_they_are_whole():
     """All of the default corpus is true. What is part of something longer is not judged."""
     problems = data.documents("math")[:1500]
     assert not any(data.false_arithmetic(problem) for problem in problems)
-    for text in ("So 3 * 4 = 13.", "We get 7 + 8 = 15, then 15 - 9 = 7.", "(2 + 3) * 4 = 21", "1/2 + 1/3 = 4/6"):
+    for text in ("So 3 * 4 = 13.", "We get 7 + 8 = 15, then 15 - 9 = 7.", "(2 + 3) * 4 = 21",
+                 "1/2 + 1/3 = 4/6"):
         assert data.false_arithmetic(text) == "false arithmetic", text
-    for text in ("x + 3 = 4", "10 / 4 = 2.5", "3.5 + 2 = 5.5", "2x - 6 = 0", "20 / 3 = 6 remainder 2", "5 = 5",
-                 "50 * 2 = 1e2", "30 + 20 = 50%", "from 1939 - 1945", "y^2 = 9", "7 = (", "1 / 0 = 3"):
+    for text in ("x + 3 = 4", "10 / 4 = 2.5", "3.5 + 2 = 5.5", "2x - 6 = 0", "20 / 3 = 6 remainder 2",
+                 "5 = 5", "50 * 2 = 1e2", "30 + 20 = 50%", "from 1939 - 1945", "y^2 = 9", "7 = (",
+                 "1 / 0 = 3"):
         assert data.false_arithmetic(text) == "", text
 
 
@@ -3546,7 +3549,7 @@ def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
     assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
     asked = dict(text=text)
     assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
-    assert data.instructive(asked, dict(text="Eggs are counted in boxes, and that is all.")) == "numbers are lost"
+    assert data.instructive(asked, dict(text="Eggs are counted, and that is all.")) == "numbers are lost"
     assert data.instructive(asked, dict(text=text)) == "copied"
     assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
 
@@ -3565,23 +3568,24 @@ def test_exam_questions_are_read_strictly():
     assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
     assert data.exam_worthy(row, found) == ""
     for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
-                           ("Correct", "Answer", "not in the form"), ("Question:", "Well. Question:", "not in the")):
+                           ("Correct", "Answer", "not in the form"),
+                           ("Question:", "Well. Question:", "not in the form")):
         with pytest.raises(data.Refused, match=says):
             data.exam_question(row, QUESTION.replace(old, new))
     for old, new, says in (("Where did", "In the passage, where did", "it needs the text at hand"),
-                           ("Correct: in Vienna", "Correct: abroad somewhere", "the text does not have the answer"),
-                           ("it was in Vienna that", "that is where", "the reasoning does not reach the answer"),
+                           ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
+                           ("in Vienna that", "there that", "the reasoning does not reach the answer"),
                            ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
         assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
 
 
 def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
-    """Each place is right equally often, the letter in the answer is that of the option, and no question comes
-    twice for a document."""
+    """Each place is right equally often, the letter in the answer is that of the option, and no question
+    comes twice for a document."""
     rows = recipe("exam", lives, tmp_path / "out.jsonl", "--n=4")
     letters = [row["answer"] for row in rows]
-    assert len(rows) > 20 and len({(row["parent"], row["messages"][0]["content"].split("\n")[0]) for row in rows}
-                                  ) == len(rows)
+    asked = {(row["parent"], row["messages"][0]["content"].split("\n")[0]) for row in rows}
+    assert len(asked) == len(rows) > 20
     for i in range(0, len(rows) - 3, 4):
         assert sorted(letters[i:i + 4]) == list("ABCD")
     assert len({"".join(letters[i:i + 4]) for i in range(0, len(rows) - 3, 4)}) > 1
@@ -3589,7 +3593,8 @@ def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
     for row in rows:
         question, answer = row["messages"]
         option = re.search(rf"^{row['answer']}\. (.*)$", question["content"], re.M)[1]
-        assert f"\nCorrect: {option}\n" in calls[row["id"]] and answer["content"].endswith(f"is {row['answer']}.")
+        assert f"\nCorrect: {option}\n" in calls[row["id"]]
+        assert answer["content"].endswith(f"is {row['answer']}.")
         assert row["text"] == f"{question['content']}\n\n{answer['content']}\n"
 
 
@@ -3601,18 +3606,19 @@ def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
         assert data.gained(old, dict(text=text)) == says, text
     for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
                        ("Understood, shall I begin?", "it only agrees"), ("42", ""),
-                       ("I am sorry, that is beyond me.", "it refuses"), ("They are sorry. " + "Bees fly. " * 90, ""),
+                       ("I am sorry, that is beyond me.", "it refuses"),
+                       ("They are sorry. " + "Bees fly. " * 90, ""),
                        ("By the sun and by landmarks.", "")):
         assert data.answered(old, dict(text=text)) == says, text
 
 
 @pytest.fixture
 def chats(tmp_path):
-    return write_jsonl(tmp_path / "chats.jsonl", [dict(prompt=request, completion=answer) for request, answer in (
-        ("How do bees find their hive?", "Bees remember the sun. They compare landmarks near the hive."),
-        ("Why does bread rise in ovens?", "Yeast turns sugar into gas. The gas stretches the gluten."),
-        ("How do wasps find their nest?", "Wasps remember the sun. They learn landmarks near the nest."),
-        ("Why does dough rise in bowls?", "Yeast turns sugar into bubbles. Bubbles stretch the gluten."))])
+    said = {"How do bees find their hive?": "Bees remember the sun. They compare landmarks near the hive.",
+            "Why does bread rise in ovens?": "Yeast turns sugar into gas. The gas stretches the gluten.",
+            "How do wasps find their nest?": "Wasps remember the sun. They learn landmarks near the nest.",
+            "Why does dough rise in bowls?": "Yeast turns sugar into bubbles. Bubbles stretch the gluten."}
+    return write_jsonl(tmp_path / "chats.jsonl", [dict(prompt=p, completion=c) for p, c in said.items()])
 
 
 def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain(chats, tmp_path, monkeypatch,
@@ -3626,7 +3632,8 @@ def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain
             return new if improves and "harder" in row["method"] else "No place for it."
         if name == "answer":
             return "By landmarks."
-        return row["instruction"] + " extra words here" * (seen[-1] == new and "bread" not in row["instruction"])
+        gains = seen[-1] == new and "bread" not in row["instruction"]
+        return row["instruction"] + " extra words here" * gains
 
     seen, fill = [], data.fill
     monkeypatch.setattr(data, "fill", lambda prompt, row: seen.append(prompt.text) or fill(prompt, row))
@@ -3655,10 +3662,10 @@ def test_offline_evolution_makes_requests_longer(chats, tmp_path):
 
 def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     texts = [data.as_text(talk.messages) for talk in data.conversations("c", chats, data.DataConfig())]
-    sets = lambda select, k=2, seed=1: sorted(sorted(chosen) for chosen in data.selected(texts, k, select, seed))
+    sets = lambda select, k=2, seed=1: sorted(map(sorted, data.selected(texts, k, select, seed)))
     assert sets("similar") == [[0, 2], [1, 3]]
     assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
-    assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3 and sets("random") == sets("random")
+    assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3
     assert len(sets("random", 3)) == 1, "what is left over is not used"
     for select, k in (("alike", 2), ("random", 1)):
         with pytest.raises(ValueError, match="similar, unlike or random"):
@@ -3669,7 +3676,8 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(word in row["text"].lower() for word in ("yeast", "landmarks"))
-    for answer in ("User: a\nAssistant: b\nUser: c", "Assistant: b", "Well.\nUser: a\nAssistant: b", "User:\nAssistant: b"):
+    for answer in ("User: a\nAssistant: b\nUser: c", "Assistant: b", "Well.\nUser: a\nAssistant: b",
+                   "User:\nAssistant: b"):
         with pytest.raises(data.Refused):
             data.conversation_in({}, answer)
     four = data.conversation_in({}, "User: a\nmore\n\nAssistant: b\nUser: c\nAssistant: d")["messages"]
@@ -3699,10 +3707,13 @@ def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
     assert data.verified("2 + 2 = 5, so it is 7.", "7") == data.verified("no number", "none") == 0
 
     # A model that likes long answers scores; what it says without a number is not a score.
-    endpoints, post = [], data.generate
-    monkeypatch.setattr(data, "generate", lambda rows, prompt, parse, accept, endpoint, *more: endpoints.append(
-        (prompt.name, endpoint.endpoint, endpoint.model)) or post(rows, prompt, parse, accept,
-                                                                  replace(endpoint, endpoint="offline"), *more))
+    endpoints, generate = [], data.generate
+
+    def watched(rows, prompt, parse, accept, endpoint, *more):
+        endpoints.append((prompt.name, endpoint.endpoint, endpoint.model))
+        return generate(rows, prompt, parse, accept, replace(endpoint, endpoint="offline"), *more)
+
+    monkeypatch.setattr(data, "generate", watched)
     answers = dict(a="x" * 4, b="x" * 9, c="x" * 6)
     monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: (
         answers["abc"[int(row["id"][-1]) % 3]] + " words" if name == "answer" else
@@ -3720,16 +3731,19 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
         said = capsys.readouterr().out
         assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
         assert "threads: int" in said and "does not understand" in said and recipe_.costs in said
-    for words, says in ((["rephrase", lives], "IN OUT"), (["rephrase", lives, "x", "--n=two"], "'two' is no int"),
-                        (["rephrase", lives, "x", "--m=2"], "unknown option '--m=2'; known: --endpoint="),
-                        (["rephrase", lives, "x", "--forms=ode"], "'ode' is unknown; known: faq"),
-                        (["rephrase", lives, "x", "--n=31"], "more than 6 forms"),
+    out = str(tmp_path.parent / f"{tmp_path.name}.x")
+    for words, says in ((["rephrase", lives], "IN OUT"),
+                        (["rephrase", lives, out, "--n=two"], "'two' is no int"),
+                        (["rephrase", lives, out, "--m=2"], "unknown option '--m=2'; known: --endpoint="),
+                        (["rephrase", lives, out, "--forms=ode"], "'ode' is unknown; known: faq"),
+                        (["rephrase", lives, out, "--n=31"], "more than 6 forms"),
                         (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
-                        (["rephrase", lives, lives], "is inside"), (["fuse", lives, "x"], "row 1: no conversation"),
-                        (["rephrase", lives + "n", "x"], "No such file")):
+                        (["rephrase", lives, lives], "is inside"),
+                        (["fuse", lives, out], "row 1: no conversation"),
+                        (["rephrase", lives + "n", out], "No such file")):
         with pytest.raises(SystemExit, match=re.escape(says)):
-            data.main([word if word != "x" else str(tmp_path.parent / f"{tmp_path.name}.x") for word in words])
-    assert not (tmp_path.parent / f"{tmp_path.name}.x").exists()
+            data.main(words)
+    assert not Path(out).exists()
 
     # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
     out = tmp_path / "out.jsonl"
