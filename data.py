@@ -276,6 +276,7 @@ PIECE = 1_000_000                # bytes; a streamed text file of more than 16 p
 LONGEST_ROW = 16_000_000         # bytes of a record of streamed text
 PACKED = ".gz", ".zst", ".zstd"
 REPORT = "report.json"           # beside clean text
+CALLS = ".calls.jsonl"           # beside the output of a recipe
 KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
 NO_MEMORY = "a worker was killed, probably for memory: fewer --workers"
 BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
@@ -385,6 +386,8 @@ def own_files(name, path, kinds=KINDS):
                     left_out["hidden"].append(file)
                 elif filename == REPORT and "00000.jsonl" in filenames:
                     pass                                         # of `clean`, about the text here
+                elif filename.endswith(CALLS) and filename.removesuffix(CALLS) in filenames:
+                    pass                                         # the answers that a recipe was made of
                 elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
                     left_out["of another kind"].append(file)
                 elif not file.is_file():
@@ -4047,7 +4050,7 @@ def run_recipe(name, words):
     root = Path(find_source(source, path, config)[0].root).resolve()
     if root in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"{name}: {out} is inside {path}, from where it would be read; write elsewhere")
-    with Journal(f"{out}.calls.jsonl", endpoint, options.dry_run) as journal, contextlib.ExitStack() as stack:
+    with Journal(f"{out}{CALLS}", endpoint, options.dry_run) as journal, contextlib.ExitStack() as stack:
 
         def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
             rows = (dict(row, recipe=name) for row in rows)

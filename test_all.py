@@ -3480,6 +3480,10 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
     for row, text in zip(data.rows("x", str(tmp_path / "out.jsonl"), data.DataConfig()),
                          [record["text"] for record in read_jsonl(lives) for _ in range(7)]):
         assert row.split_with == data.sha256(text)[:16], "the raw text's own hash, for the same side"
+    (tmp_path / "alone.jsonl").rename(tmp_path / "alone.txt")
+    (tmp_path / "lives.jsonl").rename(tmp_path / "lives.txt")
+    folder = list(data.rows("x", str(tmp_path), data.DataConfig()))
+    assert len(folder) == 61 and "left out" not in capsys.readouterr().out, "the journals are no text"
 
 
 def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
