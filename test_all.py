@@ -3495,10 +3495,11 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
         return "\n".join(f"It is so: {s}" for s in re.split(r"(?<=\.) ", row["text"]))
 
     monkeypatch.setattr(data, "offline_answer", echo)
-    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if "Clara" in row["text"] else "")
+    bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
+    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if bad(row) else "")
     options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
-    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 4, 5, 6, 7, 8)]
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
     parts = data.cut(LIFE.format("Ada", 60), 28)
     assert len(parts) > 2
     written = [echo("", dict(id="", text=part.strip(), context=""), 0) for part in parts]
@@ -3507,7 +3508,7 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
     assert [context for *_, context in mine] == [
         data.last_tokens("\n\n".join(written[:k]), 20) for k in range(len(parts))]
     assert mine[0][2] == "" and written[0].endswith(mine[1][2]) and 60 < len(mine[1][2]) <= 80
-    assert not any(name.startswith("lives.jsonl#3/") and not name.endswith("/0") for name, *_ in seen)
+    assert {name[-1] for name, *_ in seen if name.startswith("lives.jsonl#4/")} == {"0"}
 
 
 def test_what_the_context_says_may_be_said_again():
@@ -3627,22 +3628,22 @@ def chats(tmp_path):
 
 def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain(chats, tmp_path, monkeypatch,
                                                                                  capsys):
-    """A prompt gains only once it is improved; one request never does, and its chats are not written."""
+    """A request that never gains is not written. The new version of a prompt is taken if more gain by it."""
     new = "Be bolder.\n\n{instruction}"
 
     def answer(name, row, seed):
         if name == "evolve-improve":
-            assert row["failures"].count("- no gain: ") == 4 and row["failures"].endswith("rise in bowls?")
-            return new if improves and "harder" in row["method"] else "No place for it."
+            assert "- no gain: Why does bread rise in ovens?" in row["failures"].split("\n")
+            return new if "harder" in row["method"] else "No place for it."
         if name == "answer":
             return "By landmarks."
-        gains = seen[-1] == new and "bread" not in row["instruction"]
+        gains = (seen[-1] == new) == bold and "bread" not in row["instruction"]
         return row["instruction"] + " extra words here" * gains
 
     seen, fill = [], data.fill
     monkeypatch.setattr(data, "fill", lambda prompt, row: seen.append(prompt.text) or fill(prompt, row))
     monkeypatch.setattr(data, "offline_answer", answer)
-    improves = True
+    bold = True
     options = "--threads=1", "--breadth=0", "--rounds=2", "--attempts=1"
     rows = recipe("evolve", chats, tmp_path / "out.jsonl", *options)
     assert "evolve-depth: 4 of 4 failed, of a new version 1" in capsys.readouterr().out
@@ -3650,8 +3651,10 @@ def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain
     assert rows[0]["messages"] == [dict(role="user", content="How do bees find their hive? extra words here"),
                                    dict(role="assistant", content="By landmarks.")]
     assert rows[0]["evolved_from"] == "How do bees find their hive?"
-    improves = False
-    assert recipe("evolve", chats, tmp_path / "no.jsonl", *options) == []
+    bold = False
+    rows = recipe("evolve", chats, tmp_path / "no.jsonl", *options)
+    assert "evolve-depth: 1 of 4 failed, of a new version 4" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
 
 
 def test_offline_evolution_makes_requests_longer(chats, tmp_path):
