@@ -3138,15 +3138,15 @@ WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['’][\p{L}\p{M}]+)*")
 BULLET = r"(?:[-*•+]|#+)[ \t]+"
 LABEL = regex.compile(rf"(?mi)^[ \t>]*(?:{BULLET})?\**(?:(?:step|question|answer|part|section|q|a)\b[ \t]*"
                       rf"\d*|\d{{1,2}})[ \t]*[.):]\**[ \t]+|^[ \t>]*{BULLET}|[ \t]*\|[ \t]*")
-SENTENCE_END = regex.compile(r"(?<=[.!?…]['\"”’)\]*]*)(?<!\b(?:\p{L}|Mr|Mrs|Dr|St|vs)\.)\s+"
+SENTENCE_END = regex.compile(r"(?<=[.!?…]['\"”’)\]*]{0,3})(?<!\b(?:\p{L}|Mr|Mrs|Dr|St|vs)\.)\s+"
                              r"(?=['\"“‘(\[*]*[\p{Lu}\p{Lo}\p{N}])|(?<=[。！？])|\n\s*\n")
 
 IN_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SCALES = dict(hundred=100, thousand=10 ** 3, million=10 ** 6, billion=10 ** 9, trillion=10 ** 12)
 GROUPING = r"[,\u00a0\u202f]"    # between thousands
-NUMBER = regex.compile(rf"(?<![\p{{L}}_][\p{{N}}.]*)(?:(?<![\p{{L}}\p{{N}})])[-−])?"
-                       rf"(?:\d{{1,3}}(?:{GROUPING}\d{{3}})+(?!\d)|\d+)(?:\.\d+)*|\.\d+|"
-                       rf"\b(?:{'|'.join(IN_WORDS)})\b", regex.I)
+NUMBER = regex.compile(rf"(?<![\p{{L}}_][\p{{N}}.]{{0,9}})(?:(?<![\p{{L}}\p{{N}})])[-−])?"
+                       rf"(?:\d{{1,3}}(?:{GROUPING}\d{{3}})+(?!\d)|\d+)(?:\.\d+)*|"
+                       rf"(?<![\p{{L}}\p{{N}}_])\.\d+|\b(?:{'|'.join(IN_WORDS)})\b", regex.I)
 SCALE = regex.compile(rf"[- ]?({'|'.join(SCALES)})\b", regex.I)
 PERCENT = regex.compile(r"\s?(?:%|per ?cent\b)", regex.I)
 
@@ -3177,16 +3177,28 @@ def runs(words, n):
     return list(zip(*(words[i:] for i in range(min(n, len(words))))))
 
 
+@functools.lru_cache(1 << 16)
+def stem(word):
+    """What a word has in common with other forms of it, by a rough rule: "named" and "names" are "nam"."""
+    return re.sub("(?<=...)(?:ing|edly|ed|es|ly|s|e)$", "", re.sub("['’].*", "", word))[:6]
+
+
 def content(text):
-    """The stems of its content words, in order, by a rough rule: "named" and "names" are "nam"."""
-    words = [regex.sub("['’].*", "", word) for word in words_of(text)
-             if word not in FUNCTION_WORDS and (len(word) > 2 or UNSPACED.match(word))]
-    return [regex.sub("(?<=...)(?:ing|edly|ed|es|ly|s|e)$", "", word)[:6] for word in words]
+    """The stems of the content words of a text, in order."""
+    return [stem(word) for word in words_of(text) if word not in FUNCTION_WORDS
+            and (len(word) > 2 or UNSPACED.match(word))]
+
+
+def flowing(text):
+    """A text without the labels of its form: every item or cell of a table is a paragraph, on one line."""
+    text = regex.sub(r"[ \t\r]+", " ", text)
+    paragraphs = regex.split(r"\n\s*\n", LABEL.sub("\n\n", text))
+    return "\n\n".join(regex.sub(r"[ \t]*\n[ \t]*", " ", paragraph) for paragraph in paragraphs)
 
 
 def sentences_of(text):
-    """A text → its sentences, without the labels of its form. Items and cells of tables are sentences."""
-    return [part for part in SENTENCE_END.split(LABEL.sub("\n\n", text)) if part.strip()]
+    """The sentences of a text, items and cells of tables among them."""
+    return [part for part in SENTENCE_END.split(flowing(text)) if part.strip()]
 
 
 def dates_of(text):
@@ -3203,17 +3215,17 @@ def numbers_of(text):
     """The numbers of a text in digits, and those in words, as sets of strings: "1,000" and "one thousand" are
     1000, "5 percent" is 5%. A version such as 3.11.2 stays as it is."""
     digits, words = set(), set()
-    for match in NUMBER.finditer(LABEL.sub("\n\n", text)):
-        said = regex.sub(GROUPING, "", match[0]).lower().replace("−", "-")
+    for match in NUMBER.finditer(text):
+        said = re.sub(GROUPING, "", match[0]).lower().replace("−", "-")
         if said.count(".") > 1:
             digits.add(said)
             continue
         value = IN_WORDS.index(said) if said in IN_WORDS else float(said)
         end = match.end()
-        while scale := SCALE.match(match.string, end):
+        while scale := SCALE.match(text, end):
             value *= SCALES[scale[1].lower()]
             end = scale.end()
-        percent = "%" if PERCENT.match(match.string, end) else ""
+        percent = "%" if PERCENT.match(text, end) else ""
         (words if said in IN_WORDS else digits).add(f"{value:.12g}{percent}")
     return digits, words
 
@@ -3226,10 +3238,11 @@ def names_of(text):
         return set()
     names = Counter()
     for line in text.splitlines():
-        long = regex.findall(r"\b\p{L}{4,}", line)
+        long = [word for word in WORD.findall(line) if len(word) > 3]
         if 2 * sum(word[0].isupper() for word in long) <= len(long):
-            names.update(regex.sub("['’]s?$", "", name) for name in NAME.findall(line))
-    return {name.casefold() for name, n in names.items() if n > small[name.lower()]}
+            names.update(re.sub("['’]s?$", "", name) for name in NAME.findall(line))
+    return {name.casefold() for name, n in names.items()
+            if n > small[name.lower()] and not regex.fullmatch(MONTH, name)}
 
 
 class Sentence(NamedTuple):
@@ -3250,17 +3263,17 @@ class Facts(NamedTuple):
 
 def facts_of(text):
     """A text → its Facts."""
-    dates, rest = dates_of(text)
+    dates, rest = dates_of(flowing(text))
     digits, words = numbers_of(rest)
     parts = {str(part) for date in dates for part in (date[0], date[2])}
-    known = {regex.sub("['’]s?$", "", word) for word in WORD.findall(text.casefold())}
+    known = {re.sub("['’]s?$", "", word) for word in WORD.findall(text.casefold())}
     sentences = []
     for part in sentences_of(text):
         unclear = part.rstrip("\"'”’)* \n").endswith(("?", "？")) or HIDDEN_NEGATION.search(part)
         negated = None if unclear else bool(NEGATION.search(part))
         sentences.append(Sentence(frozenset(content(part)), negated))
     stems = {stem for sentence in sentences for stem in sentence.stems}
-    return Facts(digits, digits | words | parts, dates, names_of(rest), known, sentences, stems)
+    return Facts(digits, digits | words | parts, dates, names_of(text), known, sentences, stems)
 
 
 class Fidelity(NamedTuple):

@@ -3323,6 +3323,252 @@ def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeyp
         data.load_prompt("yours")
 
 
+# ---- data.py: measures of rewrites, fusions and sets -------------------------------------------------------
+
+LIFE = """Ada Marsh was born on 3 May 1897 in Lisbon, where her father Tomas Marsh repaired church clocks.
+She learned the trade from him and did not attend any university. In 1921 the harbour office ordered 1,200
+pressure gauges from Marsh, and 35% of them were still in use forty years later. Her letters to Elena Brandt
+describe a new alloy of copper. The workshop burned down on 17 November 1934, and nobody rebuilt it."""
+
+HONEST = {
+    "prose": """The harbour office ordered 1200 pressure gauges from Marsh in 1921; forty years later 35
+        percent were in use still. Ada Marsh, whose father Tomas Marsh repaired church clocks, was born in
+        Lisbon on May 3, 1897. From him she learned the trade, and she never attended a university. A new
+        alloy of copper is described in her letters to Elena Brandt. On 1934-11-17 the workshop burned
+        down. Nobody rebuilt it.""",
+    "questions": """Q: When was Ada Marsh born?\nA: On May 3rd, 1897, in Lisbon. Her father Tomas Marsh
+        repaired clocks of the church.\nQ: Did she attend a university?\nA: No. She learned the trade from
+        her father and did not attend any.\nQ: What was ordered?\nA: In 1921 the harbour office ordered
+        1,200 pressure gauges, of which 35% were in use forty years later.\nQ: What about the letters?\nA:
+        The letters to Elena Brandt describe an alloy of copper.\n Q: What happened on November 17,
+        1934?\nA: The workshop burned down and nobody rebuilt it.""",
+    "steps": """## The life of Ada Marsh\n\n1. Ada Marsh is born on 3 May 1897 in Lisbon; her father,
+        Tomas Marsh, repairs church clocks.\n2. She learns the trade and does not attend any
+        university.\n3) The harbour office orders 1,200 pressure gauges in 1921; 35% of them are in use
+        forty years later.\n- **Step 4:** Letters to Elena Brandt describe a new alloy of copper.\n- Step
+        5. The workshop burns on 17 November 1934. Nobody rebuilt it.""",
+    "table": """| what | which |\n|---|---|\n| born | 3 May 1897, Lisbon |\n| father | Tomas Marsh, who
+        repaired church clocks | | learned | the trade, from him; she did not attend any university |\n|
+        ordered by the harbour office | 1,200 pressure gauges in 1921, 35% in use forty years later |\n|
+        letters to Elena Brandt | a new alloy of copper | | workshop | burned down on 17 November 1934,
+        nobody rebuilt it: Ada Marsh |"""}
+
+DAMAGE = (("1200", "1500", "a number is lost"), ("35 percent", "35", "a number is lost"),
+          ("in 1921", "then", "a number is lost"),
+          ("forty years later", "after 40 years, in 1961,", "a number is new"),
+          ("May 3, 1897", "May 8, 1897", "a date is lost"), ("1934-11-17", "1934", "a date is lost"),
+          ("Nobody rebuilt", "By 2 June 1936 nobody rebuilt", "a date is new"),
+          ("Tomas", "her", "a name is lost"), ("church clocks", "Swiss clocks", "a name is new"),
+          ("never attended", "attended", "a negation has changed"),
+          ("office ordered", "office never ordered", "a negation has changed"),
+          ("From him she learned the trade, and she never attended a university.", "", "a sentence is lost"),
+          ("Nobody rebuilt it.", "Nobody rebuilt it. Several museums exhibit similar instruments today.",
+           "a sentence is new"))
+
+
+def test_an_honest_rewrite_is_taken_in_any_form():
+    for form, text in HONEST.items():
+        measured = data.fidelity(LIFE, text)
+        assert data.unfaithful(measured) == "", (form, measured)
+        assert measured.numbers == measured.dates == measured.names == 1, (form, measured)
+
+
+@pytest.mark.parametrize("old, new, reason", DAMAGE, ids=[row[2] + ": " + row[1][:16] for row in DAMAGE])
+def test_a_damaged_rewrite_is_refused_for_its_damage(old, new, reason):
+    text = " ".join(HONEST["prose"].split())
+    assert text.count(old) == 1
+    assert data.unfaithful(data.fidelity(LIFE, text.replace(old, new))) == reason
+
+
+def test_a_copy_a_scrap_and_a_flood_are_no_rewrites():
+    text = HONEST["prose"]
+    assert data.unfaithful(data.fidelity(LIFE, LIFE)) == "copied"
+    assert data.fidelity(LIFE, LIFE.upper().replace(",", " -")).copied == 1, "case and commas hide no copy"
+    assert data.unfaithful(data.fidelity(LIFE, "")) == "too short"
+    assert data.unfaithful(data.fidelity(LIFE, text[:99])) == "too short"
+    assert data.unfaithful(data.fidelity(LIFE, 4 * text)) == "too long"
+    assert data.fidelity("", "") and data.fidelity("", text).numbers == 1
+    words = [f"w{i}" for i in range(40)]
+    for kept in range(8, 40):                              # runs of 8 in the first `kept` words, of 33 in all
+        mixed = words[:kept] + [f"v{i}" for i in range(40 - kept)]
+        assert data.fidelity(" ".join(words), " ".join(mixed)).copied == pytest.approx((kept - 7) / 33)
+
+
+def test_numbers_are_the_same_in_other_spellings():
+    same = (("1,000", "1000"), ("one thousand", "1000"), ("1 thousand", "1,000.0"), ("5%", "5 percent"),
+            ("5 per cent", "five percent"), ("twelve", "12"), ("2.5 million", "2,500,000"), ("-3", "−3"),
+            ("１２", "12"), (".5", "0.50"), ("3.11.2", "3.11.2"), ("7th", "7"), ("1\u202f000", "1000"))
+    for a, b in same:
+        one, two = (set.union(*data.numbers_of(f"about {x} of them")) for x in (a, b))
+        assert one == two and len(one) == 1, (a, b, one, two)
+    others = (("5%", "5"), ("1,000", "1,00"), ("-3", "3"), ("3.11.2", "3.11"), ("1000", "1001"),
+              ("5 million", "5"))
+    for a, b in others:
+        assert data.numbers_of(f"about {a} of them") != data.numbers_of(f"about {b} of them"), (a, b)
+    listed = "1. with x2 and utf8\n 2) in v1.2\n- Step 3: from 4-5 to 6\nQ 7: none\n\nIt took 8."
+    assert data.numbers_of(data.flowing(listed))[0] == {"4", "5", "6", "8"}, "no labels, no parts of words"
+
+
+def test_dates_are_the_same_in_other_spellings():
+    for text in ("3 May 1897", "3rd of May, 1897", "May 3, 1897", "May 3rd 1897", "1897-05-03", "1897/05/03",
+                 "1897年5月3日", "1897년 5월 3일"):
+        assert data.dates_of(f"It was ({text}) then.")[0] == {(1897, 5, 3)}, text
+    assert data.dates_of("In Sept. 1901, on 4 July, and 10/11 or 2 men may 3")[0] == {(1901, 9, 0), (0, 7, 4)}
+    source = "The bridge was opened on 3 May 1897 by the mayor of the town."
+    for text, dates, added, numbers in (("It dates from May 1897.", 0, 0, 0), ("Opened in 1897.", 0, 0, 0),
+                                        ("On 3 May it was opened.", 0, 0, 0), ("On 4 May 1897.", 0, 1, 0),
+                                        ("In 1898.", 0, 0, 1), ("On 1897-05-03.", 1, 0, 0)):
+        m = data.fidelity(source, text)
+        assert (m.dates, m.dates_added, m.numbers_added) == (dates, added, numbers), text
+    assert data.fidelity("It was May 1897.", "It was 9 May 1897.").dates == 1
+
+
+def test_names_are_learned_from_the_text():
+    names = lambda text: data.names_of(text)
+    assert names("The Danube passes Vienna. Later it meets Tisza's water, and (said NASA) more.") == \
+        {"danube", "vienna", "tisza"} | {"nasa"}
+    assert names("Rivers meet. Bridges stand.\nTHE STORY OF RIVER TOWNS\nA History of River Towns\n") == set()
+    assert names("the Value is there: return the value, or a value") == set(), "more often small"
+    assert names("Der Fluss und die Stadt, das Haus und der Berg, ein Wort: das ist die Regel.") == set()
+    assert names("다뉴브 강은 빈을 지난다. 多瑙河流经维也纳。") == set()
+    m = data.fidelity("In spring the river Danube passes Vienna.",
+                      "Vienna: the DANUBE is there, and later on the danube's water comes to Linz.")
+    assert m.names == 1 and m.names_added == 1
+
+
+def test_negations_are_compared_between_sentences_that_answer_to_each_other():
+    def turned(source, text):
+        return data.fidelity(source, text).negations
+    valve = "The valve is not opened before the pressure falls."
+    assert turned(valve, "Before the pressure falls, nobody opens the valve.") == 0
+    assert turned(valve, "The valve is opened before the pressure falls.") == 1
+    assert turned("The valve is opened before the pressure falls.", valve) == 1
+    assert turned(valve, "Is the valve opened before the pressure falls?") == 0, "a question states nothing"
+    assert turned(valve, "The valve is unable to open before the pressure falls.") == 0
+    assert turned(valve, "The tower has no windows facing the northern street.") == 0, "another matter"
+    tank = "The tank holds river water"
+    both = valve + " The tank is full of water from the river."
+    assert turned(both, "The tank is full of water from the river and the valve is not opened before the "
+                        "pressure falls.") == 0, "joined"
+    assert turned(f"{tank}, and the valve is not opened before the pressure falls.", f"{tank}. {valve}") == 0
+    assert turned(both, "The tank is not full of water from the river.") == 1
+
+
+def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():
+    lines = [" ".join(f"{a}{i}word{chr(97 + i)}" for a in "pqrs") + "." for i in range(26)]
+    whole = " ".join(f"X{line}" for line in lines[:19])
+    assert data.fidelity(whole, whole).covered == 1
+    assert data.fidelity(whole, whole.replace(f"X{lines[7]}", "")).covered == 0
+    longer = " ".join(f"X{line}" for line in lines[:20])
+    assert data.fidelity(longer, longer.replace(f"X{lines[7]}", "")).covered == 1
+    assert data.fidelity(longer, longer.replace(f"X{lines[7]}", "").replace(f"X{lines[8]}", "")).covered == 0
+    assert data.fidelity(whole, whole.replace(lines[7], "other sentence entirely different.")).supported == 0
+    part = data.fidelity("Common rare1 rare2 rare3. Common other1 other2.",
+                         "common rare1 rare2 other1 other2")
+    assert part.covered == pytest.approx(2.5 / 3.5), "a word that two sentences have weighs half"
+
+
+def test_best_cuts_equals_brute_force():
+    rng = np.random.default_rng(0)
+    for k, n in ((2, 0), (2, 1), (2, 9), (3, 8), (4, 7)):
+        labels = rng.integers(0, k, (3, n))
+        for row, found in zip(labels, data.best_cuts(labels, k)):
+            best = 0
+            for cuts in itertools.combinations_with_replacement(range(n + 1), k - 1):
+                for order in itertools.permutations(range(k)):
+                    parts = zip((0, *cuts), (*cuts, n), order)
+                    best = max(best, sum((row[a:b] == label).sum() for a, b, label in parts))
+            assert found == best
+
+
+def test_fusion_is_told_from_concatenation():
+    bees = ["Bees store honey in wax cells.", "A queen lays thousands of eggs.",
+            "Workers dance to point at flowers.", "Drones leave the hive.", "Smoke calms a swarm quickly."]
+    ships = ["Ships carry grain across oceans.", "A captain signs every manifest.",
+             "Sailors coil ropes on deck.", "Cranes lift containers.", "Radar warns about icebergs."]
+    joined = " ".join(f"{a[:-1]}, while {b[0].lower()}{b[1:]}" for a, b in zip(bees, ships))
+    texts = {"": joined, "one source after the other": " ".join(bees + ships),
+             "sources in turn": " ".join(x for pair in zip(bees, ships) for x in pair),
+             "a source is missing": " ".join(bees) + " Ships also wait."}
+    sources = [" ".join(bees), " ".join(ships)]
+    for reason, text in texts.items():
+        measured = data.integration(sources, text)
+        assert data.concatenated(measured) == reason, measured
+        swapped = data.integration(sources[::-1], text)
+        assert swapped.coverage == measured.coverage[::-1] and swapped.mixed == measured.mixed
+        assert swapped.purity == pytest.approx(measured.purity, abs=0.15), "random orders differ"
+    row = data.integration(sources, texts["one source after the other"])
+    turn = data.integration(sources, texts["sources in turn"])
+    assert row.purity == 1 and row.switches < 0.4 and row.mixed == 0 and row.coverage == (1, 1)
+    assert turn.switches > 1.5 and turn.purity < 0.5 and data.integration(sources, joined).mixed == 1
+    assert data.concatenated(data.integration(sources, "Nothing of either.")) == "a source is missing"
+    assert data.integration(sources * 2, joined).purity == 0, "nobody owns a word"
+
+
+def test_diversity_equals_its_definitions():
+    texts = ["The cat sat. The cat sat!", "the Cat sat down here now and then slept", "ein Hund",
+             "the cat sat down here now and then slept well"]
+    d = data.diversity(texts, ["a", "b", "", "b"])
+    split = [["the", "cat", "sat", "the", "cat", "sat"], "the cat sat down here now and then slept".split(),
+             ["ein", "hund"], "the cat sat down here now and then slept well".split()]
+    threes = [[tuple(w[i:i + 3]) for i in range(max(1, len(w) - 2))] for w in split]
+    a, b = set(threes[1]), set(threes[3])
+    assert d.distance == pytest.approx(1 - len(a & b) / len(a | b))
+    assert d.distinct == len({run for some in threes for run in some}) / sum(map(len, threes))
+    assert d.repeated == 4 / 7, "runs of 8: 1, 2, 1 and 3, of which two are in two documents"
+    assert d.openings == 2 / 4 and d.documents == 4
+    raw = "\n".join(texts).encode()
+    assert d.compression == len(raw) / len(data.zlib.compress(raw))
+    assert math.isnan(data.diversity(texts).distance)
+    assert math.isnan(data.diversity(texts, ["a", "b", "", "c"]).distance)
+    halves = data.diversity(["one two", "three four five"])
+    assert halves.distinct == 1, "no run crosses documents"
+
+
+def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
+    rng = random.Random(0)
+    words = [f"w{i}x" for i in range(400)]
+    raw = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
+    again = [dict(text=f"{text} {i}", parent=str(j)) for j, text in enumerate(raw[:30]) for i in range(3)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in raw))
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
+    data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--cache={tmp_path}/cache",
+               f"--files=raw={tmp_path}/raw.jsonl,again={tmp_path}/again.jsonl"])
+    out = capsys.readouterr().out
+    size = sum(map(len, raw))
+    assert f"diversity of the first {size:,} bytes" in out
+    table = {name: line.split() for name in ("raw", "again")
+             for line in out.splitlines() if re.match(rf"{name} .*\d\.\d+ +\S+$", line) and "→" not in line}
+    kept = [row["text"] for row in again[:int(table["again"][1])]]
+    kept[-1] = kept[-1][:size - sum(map(len, kept[:-1]))]
+    expected = data.diversity(kept, [row["parent"] for row in again])
+    assert table["again"][2:] == [f"{value:.3f}" for value in expected[1:]]
+    assert table["raw"][1] == "40" and table["raw"][-1] == "nan" and float(table["again"][-1]) < 0.1
+    assert float(table["raw"][2]) < float(table["again"][2]), "rewrites that repeat compress better"
+
+
+def test_thresholds_of_the_measures_are_those_that_the_notes_choose():
+    from notes import fidelity, fusion
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fidelity.csv")]
+    ours = dict(kept=data.KEPT, added=data.ADDED, found=data.FOUND)
+    assert fidelity.chosen(rows, fidelity.HALVES[0]) == ours
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fusion.csv")]
+    assert dict(apart=data.APART, mixed=data.MIXED, missing=data.MISSING) in fusion.best(rows)
+
+
+def test_the_doubt_of_a_note_is_that_of_data():
+    from notes import fidelity, fusion
+    rng = random.Random(0)
+    for _ in range(300):
+        pick = lambda *some: rng.choice(some)
+        m = data.Fidelity(1, 0, pick(.85, .9, 1), 1, 1, pick(0, 1), 0, 0, pick(0, 0, 1), pick(.19, .2, .9), 1)
+        row = dict(kept=min(m[2:5]), added=sum(m[5:8]), negations=m.negations, found=min(m[9:]))
+        assert (fidelity.doubt(row) > 1 + 1e-9) == bool(data.unfaithful(m)), m
+        m = data.Integration(pick(.1, .7, .71, 1), 1, pick(0, .19, .2, 1), (pick(0., .19, .21, 1), 1))
+        row = dict(purity=m.purity, mixed=m.mixed, least=min(m.coverage))
+        assert (fusion.doubt(row) > 1 + 1e-9) == bool(data.concatenated(m)), m
+
+
 # ---- data.py: conversations and recipes --------------------------------------------------------------------
 
 USER, ANSWER = dict(role="user", content="Why?"), dict(role="assistant", content="So.")
@@ -3441,7 +3687,7 @@ def recipe(name, source, out, *options):
     return read_jsonl(out)
 
 
-LIFE = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a chemist. "
+BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a chemist. "
         "In 1902, she described a method to separate erbium from yttrium. Her brother Otto built 3 of the "
         "furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
 
@@ -3450,7 +3696,7 @@ LIFE = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 an
 def lives(tmp_path):
     names = "Ada Berta Clara Dora Edith Frieda Greta Hanna".split()
     return write_jsonl(tmp_path / "lives.jsonl",
-                       [dict(text=LIFE.format(name, 60 + i)) for i, name in enumerate(names)])
+                       [dict(text=BRENNER.format(name, 60 + i)) for i, name in enumerate(names)])
 
 
 def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, capsys):
@@ -3500,7 +3746,7 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
     options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
-    parts = data.cut(LIFE.format("Ada", 60), 28)
+    parts = data.cut(BRENNER.format("Ada", 60), 28)
     assert len(parts) > 2
     written = [echo("", dict(id="", text=part.strip(), context=""), 0) for part in parts]
     assert rows[0]["text"] == "\n\n".join(written)
@@ -3523,7 +3769,7 @@ def test_offline_rewrites_keep_numbers_and_names():
     """In every form, of the documentation of some modules. Nine of ten pass as rewrites; see Fidelity."""
     texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, os)]
     passed = []
-    for i, text in enumerate([*texts, LIFE.format("Ada", 60)]):
+    for i, text in enumerate([*texts, BRENNER.format("Ada", 60)]):
         for form in ("faq", "table", "tutorial", "dialogue", "article", "outline"):
             row = dict(text=text, form=form, context="")
             out = data.offline_answer("rephrase", row, i)
@@ -3568,7 +3814,7 @@ Reasoning: She moved in 1894, and it was in Vienna that she worked. Nobody names
 
 
 def test_exam_questions_are_read_strictly():
-    row = dict(text=LIFE.format("Ada", 60))
+    row = dict(text=BRENNER.format("Ada", 60))
     found = data.exam_question(row, QUESTION)
     assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
     assert data.exam_worthy(row, found) == ""

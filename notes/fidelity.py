@@ -269,7 +269,8 @@ def show(rows):
     both = " / ".join(f"{rate(test('honest'), **thresholds):.0%}" for thresholds in choice)
     table.append(("none: honest rewrites", len(honest_), "", f"{rate(honest_):.0%}", both))
     curves.plot([rate(honest_)] * 2, [0, 1], color="0.4", ls=":", lw=1.5, label="the thresholds of data.py")
-    curves.set(title="damaged rewrites refused, and area", xlabel="honest rewrites refused", xlim=(-.005, 0.3))
+    curves.set(title="damaged rewrites refused, and area", xlabel="honest rewrites refused",
+               xlim=(-.005, 0.3))
     curves.legend(loc=(0.42, 0.31))
     by_form = [[row for row in honest_ if row["form"] == i] for i in range(len(FORMS))]
 
