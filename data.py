@@ -3178,14 +3178,14 @@ def runs(words, n):
 
 
 @functools.lru_cache(1 << 16)
-def stem(word):
+def root_of(word):
     """What a word has in common with other forms of it, by a rough rule: "named" and "names" are "nam"."""
     return re.sub("(?<=...)(?:ing|edly|ed|es|ly|s|e)$", "", re.sub("['’].*", "", word))[:6]
 
 
 def content(text):
     """The stems of the content words of a text, in order."""
-    return [stem(word) for word in words_of(text) if word not in FUNCTION_WORDS
+    return [root_of(word) for word in words_of(text) if word not in FUNCTION_WORDS
             and (len(word) > 2 or UNSPACED.match(word))]
 
 

@@ -3550,7 +3550,7 @@ def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
 def test_thresholds_of_the_measures_are_those_that_the_notes_choose():
     from notes import fidelity, fusion
     rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fidelity.csv")]
-    ours = dict(kept=data.KEPT, added=data.ADDED, found=data.FOUND)
+    ours = dict(kept=data.LEAST, added=data.ADDED, found=data.FOUND)
     assert fidelity.chosen(rows, fidelity.HALVES[0]) == ours
     rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fusion.csv")]
     assert dict(apart=data.APART, mixed=data.MIXED, missing=data.MISSING) in fusion.best(rows)
@@ -3687,9 +3687,9 @@ def recipe(name, source, out, *options):
     return read_jsonl(out)
 
 
-BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a chemist. "
-        "In 1902, she described a method to separate erbium from yttrium. Her brother Otto built 3 of the "
-        "furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
+BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a "
+           "chemist. In 1902, she described a method to separate erbium from yttrium. Her brother Otto built 3 "
+           "of the furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
 
 
 @pytest.fixture
