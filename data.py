@@ -51,7 +51,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -3560,7 +3560,7 @@ def in_order_of(key, items):
 
 def made(documents, result, id, **fields):
     """A row of the output: its fields, then where it comes from."""
-    return dict(fields, id=id, parent=" ".join(document.id for document in documents),
+    return dict(fields, id=id, parent=" + ".join(document.id for document in documents),
                 recipe=result["recipe"], prompt_name=result["prompt"], prompt_sha256=result["prompt_sha256"],
                 model=result["model"], seed=result["seed"], split_with=documents[0].split_with)
 
@@ -3606,10 +3606,8 @@ class Rewrite:
     document: Document
     asked: dict                  # what the prompt gets beside the text
     parts: list                  # of the document
-    written: list                # the results so far
-
-    def text(self):
-        return "\n\n".join(result["text"] for result in self.written)
+    written: list = field(default_factory=list)                  # the results so far
+    context: str = ""            # the end of their text
 
 
 def rewritten(rewrites, prompt, accept, o, asking):
@@ -3618,15 +3616,17 @@ def rewritten(rewrites, prompt, accept, o, asking):
     for j in range(max(len(rewrite.parts) for rewrite in rewrites)):
         live = [rewrite for rewrite in rewrites if len(rewrite.parts) > j == len(rewrite.written)]
         asked = [dict(rewrite.asked, id=f"{rewrite.asked['id']}/{j}", text=rewrite.parts[j].strip(),
-                      context=last_tokens(rewrite.text(), o.context)) for rewrite in live]
+                      context=rewrite.context) for rewrite in live]
         for (_, result), rewrite in zip(asking(asked, prompt, accept=accept), live):
             if result:
                 rewrite.written.append(result)
+                so_far = f"{rewrite.context}\n\n{result['text']}".strip()
+                rewrite.context = last_tokens(so_far, o.context)
     for rewrite in rewrites:
         if len(rewrite.written) == len(rewrite.parts):
-            fields = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
-            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=rewrite.text(),
-                       **fields)
+            text = "\n\n".join(result["text"] for result in rewrite.written)
+            way = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
+            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=text, **way)
 
 
 def rephrase(documents, o, asking):
@@ -3648,13 +3648,13 @@ def rephrase(documents, o, asking):
                 reader = in_order_of(key + form, readers)[k // len(forms)]
                 asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
                              form_is=forms[form], reader_is=readers[reader])
-                rewrites.append(Rewrite(document, asked, parts, []))
+                rewrites.append(Rewrite(document, asked, parts))
         yield from rewritten(rewrites, prompt, faithful, o, asking)
 
 
 def choices(name, chosen):
     """The lines NAME: DESCRIPTION of a prompt file as a dict; of those in `chosen` if it names any."""
-    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines())
+    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines() if ": " in line)
     chosen = chosen.split(",") if chosen else list(known)
     for word in chosen:
         if word not in known:
@@ -3678,7 +3678,7 @@ def learning_notes(documents, o, asking):
     statement of arithmetic, with less than half of the numbers or with a new name are refused."""
     prompt = load_prompt("learning-notes")
     for group in groups(documents):
-        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk), [])
+        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
                     for document in group]
         yield from rewritten(rewrites, prompt, instructive, o, asking)
 
@@ -3863,15 +3863,15 @@ def answered(row, result):
 
 def fuse(documents, o, asking):
     """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that
-    they share: similar, unlike, or random. A result that puts one after the other, or their sentences in
-    turn, or leaves one out, is refused."""
+    they share: similar, unlike, or random; less than k that are left over, of every 1,000, are not used. A
+    result that puts one after the other, or their sentences in turn, or leaves one out, is refused."""
     prompt = load_prompt("fuse")
     for group in groups(documents):
         asked, members = [], []
         for chosen in selected([document.text for document in group], o.k, o.select, o.seed):
             members.append([group[i] for i in chosen])
             said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
-            asked.append(dict(id=" ".join(document.id for document in members[-1]),
+            asked.append(dict(id=" + ".join(document.id for document in members[-1]),
                               conversations="\n".join(said), sources=[d.text for d in members[-1]]))
         for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
             if result:
@@ -3917,6 +3917,9 @@ def reject(documents, o, asking):
     the threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1. Without it an
     answer scores 1 if its arithmetic is right and its last number is that of the conversation's own answer,
     else 0. With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
+    judge = dict(endpoint=o.score_endpoint, model=o.score_model)
+    if o.score_endpoint:
+        asking([], load_prompt("score"), **judge)                # a mistake in these is told before a call
     for group in groups(documents):
         asked = []
         for document in group:
@@ -3929,7 +3932,7 @@ def reject(documents, o, asking):
         # A score for each, None if the model gave none.
         if o.score_endpoint:
             rows = [dict(row, id=f"{row['id']}/score", answer=result["text"]) for _, row, result in taken]
-            found = asking(rows, load_prompt("score"), points, endpoint=o.score_endpoint, model=o.score_model)
+            found = asking(rows, load_prompt("score"), points, **judge)
             scores = [result and result["points"] / 10 for _, result in found]
         else:
             scores = [verified(result["text"], split_last(group[i])[1]) for i, _, result in taken]
@@ -3984,13 +3987,13 @@ class Recipe(NamedTuple):
     options: dict                # name: (default, what it is)
 
 
-CONTEXT = 4096, "tokens of what was written before that a call sees at most                   [K2 Figure 4]"
+CONTEXT = 4096, "tokens of what was written before that a call sees at most [K2 Figure 4]"
 RECIPES = {
     "rephrase": Recipe(rephrase, "text", "n for each part of a document", dict(
-        n=(2, "rewrites of a document; K2 made at most two                                 [K2 §2.2]"),
+        n=(2, "rewrites of a document; K2 made at most two [K2 §2.2]"),
         forms=("", "names out of notes/prompts/rephrase-forms.txt, with commas; all"),
         readers=("", "the same, out of rephrase-readers.txt"),
-        chunk=(256, "tokens of the document in a part                                       [K2 Figure 4]"),
+        chunk=(256, "tokens of the document in a part [K2 Figure 4]"),
         context=CONTEXT)),
     "learning-notes": Recipe(learning_notes, "text", "1 for each part of a document", dict(
         chunk=(1024, "tokens of the document in a part"), context=CONTEXT)),
@@ -4014,7 +4017,7 @@ SHARED = dict(column=("text", "the field that holds the text"), where=("", "as -
 def help_of(name):
     """What `python data.py NAME --help` prints."""
     recipe = RECIPES[name]
-    options = [f"  --{option}={default}".ljust(28) + re.sub("  +", "  ", what)
+    options = [f"  --{option}={default}".ljust(28) + what
                for option, (default, what) in {**recipe.options, **SHARED}.items()]
     endpoint = Path(__file__).read_text("utf-8").partition("class Endpoint:\n")[2].partition("\n\n")[0]
     return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
@@ -4035,7 +4038,7 @@ Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
 
 def recipe_options(name, words):
     """Options --NAME=VALUE → (DataConfig, Endpoint, the recipe's own and dry_run). Raises SystemExit at an
-    unknown one, or at a value that is no number."""
+    unknown one, or at a value that it cannot have."""
     own = {option: default for option, (default, _) in {**RECIPES[name].options, **SHARED}.items()}
     given = {field.name: field.default for field in fields(Endpoint)} | own
     for word in words:
@@ -4045,9 +4048,11 @@ def recipe_options(name, words):
             raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(given)}=")
         kind = type(given[option])
         try:
-            given[option] = value.lower() in ("", "true") if kind is bool else kind(value)
-        except ValueError:
+            given[option] = dict(true=True, false=False)[value or "true"] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise SystemExit(f"{name}: {word}: {value!r} is no {kind.__name__}") from None
+        if option in own and kind is int and given[option] < (option not in ("dev", "breadth")):
+            raise SystemExit(f"{name}: {word}: too small")
     config = DataConfig(**{option: given[option] for option in ("column", "where", "budget", "skip_bad")})
     endpoint = Endpoint(**{field.name: given[field.name] for field in fields(Endpoint)})
     return config, endpoint, types.SimpleNamespace(**{option: given[option] for option in (*own, "seed")})

@@ -3688,8 +3688,8 @@ def recipe(name, source, out, *options):
 
 
 BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a "
-           "chemist. In 1902, she described a method to separate erbium from yttrium. Her brother Otto built 3 "
-           "of the furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
+           "chemist. In 1902, she described a method to separate erbium from yttrium. Her brother Otto built "
+           "3 of the furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
 
 
 @pytest.fixture
@@ -3925,7 +3925,7 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
             sets(select, k)
 
     rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
-    assert len(rows) == 2 and {len(row["parent"].split()) for row in rows} == {2}
+    assert len(rows) == 2 and {len(row["parent"].split(" + ")) for row in rows} == {2}
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(word in row["text"].lower() for word in ("yeast", "landmarks"))
@@ -3987,6 +3987,9 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
     out = str(tmp_path.parent / f"{tmp_path.name}.x")
     for words, says in ((["rephrase", lives], "IN OUT"),
                         (["rephrase", lives, out, "--n=two"], "'two' is no int"),
+                        (["rephrase", lives, out, "--chunk=0"], "--chunk=0: too small"),
+                        (["reject", lives, out, "--pairs=yes"], "'yes' is no bool"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1"], "with a model"),
                         (["rephrase", lives, out, "--m=2"], "unknown option '--m=2'; known: --endpoint="),
                         (["rephrase", lives, out, "--forms=ode"], "'ode' is unknown; known: faq"),
                         (["rephrase", lives, out, "--n=31"], "more than 6 forms"),
