@@ -3575,7 +3575,7 @@ SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)", re.S)
 
 def cut(text, most):
     """A text in parts of about equal size and at most `most` tokens, by an estimate. They end with a sentence
-    or a line where these are not longer than that. Joined, they are the text."""
+    or a line where these are not longer than that; none is blank. Joined, they are the text."""
     size = estimated_tokens(text)
     size /= math.ceil(size / most)
     parts, length, total = [""], 0, 0
@@ -3583,7 +3583,8 @@ def cut(text, most):
         whole = len(sentence.encode()) <= most * BYTES
         for piece in [sentence] if whole else re.findall(r"\s*\S{1,64}|\s+", sentence):
             n = len(piece.encode()) / BYTES
-            if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
+            full = length + n > most or total + n / 2 > len(parts) * size
+            if full and parts[-1].strip() and piece.strip():
                 parts.append("")
                 length = 0
             parts[-1] += piece
@@ -4076,7 +4077,7 @@ def run_recipe(name, words):
 
         file = io.StringIO()
         if not options.dry_run:
-            file = stack.enter_context(atomic(out, "w", encoding="utf-8"))
+            file = stack.enter_context(atomic(out, "w", alone=True, encoding="utf-8"))     # see the journal
         count = 0
         documents = read_documents(source, path, config, RECIPES[name].reads)
         for row in RECIPES[name].run(documents, options, asking):

@@ -3674,6 +3674,7 @@ def test_parts_are_the_text_and_end_with_sentences(most):
     assert "".join(parts) == text and max(sizes) <= most and min(sizes) >= max(sizes) / 3
     assert all(part.rstrip()[-1] in ".!?" for part in parts)
     assert len(data.cut("A short one. And another.", 256)) == 1
+    assert all(part.strip() for part in data.cut("A short one. " * 40 + "\n" * 200, most))
 
     # What has no sentences is cut between words, what has no words anywhere.
     for text in ("word " * 500, "x" * 3000, "字" * 900):
