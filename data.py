@@ -3570,7 +3570,7 @@ def as_it_is(row, answer):
 
 
 BYTES = 4                        # of a token, as in `estimated_tokens`
-SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)", re.S)
+SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)\s*", re.S)
 
 
 def cut(text, most):
@@ -3581,10 +3581,9 @@ def cut(text, most):
     parts, length, total = [""], 0, 0
     for sentence in SENTENCE.findall(text):
         whole = len(sentence.encode()) <= most * BYTES
-        for piece in [sentence] if whole else re.findall(r"\s*\S{1,64}|\s+", sentence):
+        for piece in [sentence] if whole else re.findall(r"\S{1,64}\s*|\s+", sentence):
             n = len(piece.encode()) / BYTES
-            full = length + n > most or total + n / 2 > len(parts) * size
-            if full and parts[-1].strip() and piece.strip():
+            if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
                 parts.append("")
                 length = 0
             parts[-1] += piece
