@@ -1507,6 +1507,26 @@ def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
         list(data.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
 
 
+def test_fineweb2_repeats_documents_by_the_size_of_their_cluster(tmp_path):
+    often = {1: 1, 2: 2, 3: 3, 4: 3, 5: 5, 99: 5, 100: 8, 999: 8, 1000: 1, 10 ** 6: 1}
+    rows = [dict(text=f"document {i} of {size}", minhash_cluster_size=size)
+            for size in often for i in range(20)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    files = [str(tmp_path / "a.jsonl")]
+    source = data.Source("x", str(tmp_path), files, "fineweb2", "", "text", False, True, True)
+    counts = Counter()
+    plan = data.Plan(source, [files], str(tmp_path), 2, "", "")
+    found = list(data.chosen_documents(plan, files, None, counts, [0]))
+    assert counts["rows"] == len(rows) and all(one != other for one, other in zip(found, found[1:]))
+    times = Counter((side, text) for _, _, side, text in found)
+    assert len(times) == len(rows) and len({side for side, _ in times}) == 2
+    for (side, text), n in times.items():
+        assert n == (1 if side else often[int(text.split()[-1])]), (side, text)
+    for files, clean in (("x=dclm:a", False), ("x=fineweb2:a", True)):
+        with pytest.raises(ValueError, match="rehydrate: needs --data.files=NAME=fineweb2:PATH"):
+            data.parse_domains(data.DataConfig(files=files, clean=clean, rehydrate=True))
+
+
 def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
     """4plus is contained in 3plus. The two families differ in columns and widths."""
     pa = pytest.importorskip("pyarrow")
@@ -1954,7 +1974,7 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
 
 def test_a_shard_is_claimed_by_one_process(tmp_path):
     """While one process makes the shards of a file, another passes them over, and takes those of the next."""
-    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True)
+    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True, False)
     plan = data.Plan(source, [], str(tmp_path), 2, "", "")
     script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
               f"    with data.claimed(plan, [f'{tmp_path}/{{name}}'], False) as mine: print(mine)")
