@@ -5911,7 +5911,7 @@ def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
 
 
 # Exchanges overlapped with computation: (pp, ep) of each world, on the first ranks of eight.
-WOVEN = [(1, 2), (2, 2), (1, 4), (2, 4)]
+WOVEN = [(1, 2), (2, 2), (2, 4)]
 WOVEN_MODEL = replace(K2, n_layer=4, n_dense=0, vocab_size=261, tie=False, balance_loss=0.01)
 
 
@@ -6021,7 +6021,7 @@ def step_of_a_weave(config, mesh, alone, x, nats, monkeypatch):
 
 
 def test_woven_exchanges_change_no_number_and_are_hidden(text):
-    """On pp × ep ranks for pp = 1, 2 and ep = 2, 4, in float64 and with empty experts: losses and gradients
+    """On pp × ep = 1 × 2, 2 × 2 and 2 × 4 ranks, in float64 and with empty experts: losses and gradients
     match one process to 1e-9, and the same layout without overlap to the bit. Whenever tokens travel in a
     steady tick, a part of another micro-batch computes between the start of the exchange and the wait."""
     spawn(8, every_weave, text)
@@ -6101,12 +6101,13 @@ STAGED = {
     "experts": replace(K2, n_layer=8, vocab_size=261, tie=False, balance_loss=0.01),
 }
 FIVE_STEPS = [
-    ("tied", 4, dict(pp=2, chunks=2)), ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)),
-    ("untied", 4, dict(pp=4, chunks=2)), ("untied", 4, dict(pp=2)),
-    ("experts", 4, dict(pp=2, ep=2)), ("experts", 4, dict(pp=2, chunks=2, ep=2)),
-    ("experts", 4, dict(chunks=2, ep=2)), ("experts", 4, dict(pp=2, ep=2, overlap=True)),
+    ("tied", 4, dict(pp=2, chunks=2)), ("untied", 4, dict(pp=4, chunks=2)),
+    ("experts", 4, dict(pp=2, chunks=2, ep=2)), ("experts", 4, dict(chunks=2, ep=2)),
+    ("experts", 4, dict(pp=2, ep=2, overlap=True)),
 ]
 ONE_STEP = [
+    ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
+    ("experts", 4, dict(pp=2, ep=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
@@ -6114,7 +6115,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
-SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP)]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::2])]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -6238,10 +6239,12 @@ def text(tmp_path_factory):
     return write_sentences(tmp_path_factory.mktemp("text"))
 
 
-def test_a_run_survives_every_fault(tmp_path):
-    """One fault of each kind except the two slowest; the full campaign is `python -m notes.faults`."""
+def test_a_run_survives_faults(tmp_path):
+    """Each moment of a kill, a torn file, a full disk; the full campaign is `python -m notes.faults`."""
     with ThreadPoolExecutor(2) as two:                             # a trial spends most of its time waiting
-        kinds = [kind for kind in faults.KINDS if kind not in ("layout changed", "node killed")]
+        kinds = ("rank killed", "kill in save", "kill in average", "kill in evaluation", "flipped byte",
+                 "full disk", "stop in save")
+        assert set(kinds) < set(faults.KINDS)
         for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
             assert 0 <= again <= 29, kind
 
