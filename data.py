@@ -75,6 +75,8 @@ class DataConfig:
     where: str = ""              # FIELD>=VALUE,...  rows that are read; NAME:FIELD.. is for one domain
     budget: str = ""             # 100MB | 5000documents: how much of each domain of files is read
     skip_bad: bool = False       # leave out records without a string text instead of stopping
+    rehydrate: bool = False      # repeat FineWeb2's training documents by the size of the cluster
+                                 # of duplicates that each stands for, as its README says
     clean: bool = False          # leave out short documents and duplicates, as `python data.py clean` does
     min_tokens: int = 24         # fewer are short                                                  [Motif]
     tokenizer: str = "bpe"       # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
@@ -146,6 +148,8 @@ def parse_domains(config):
     if config.where:
         datasets().parse_where(config.where, paths)
     parse_budget(config.budget)
+    if config.rehydrate and (config.clean or not any(re.match("fineweb2:", path) for path in paths.values())):
+        raise ValueError("rehydrate: needs --data.files=NAME=fineweb2:PATH, without --data.clean")
 
     # The weights of each end of the schedule sum to 1.
     start = np.array([weight for _, weight, _ in rows])          # (D,)
@@ -288,6 +292,7 @@ class Row(NamedTuple):
     file: str
     number: int                  # from 1: the line of a .jsonl, the record of a .json, the row of a table
     split_with: str = ""         # hexadecimal digits that decide its side in place of its hash: see `clean`
+    times: int = 1               # how often it is in the training text: see DataConfig.rehydrate
     parent: str = ""             # the document that it was made of, in the output of a recipe
 
 
@@ -301,6 +306,7 @@ class Source(NamedTuple):
     column: str
     skip_bad: bool
     large: bool                  # streamed into a shard for each file, not held in memory
+    rehydrate: bool
 
 
 def find_source(name, path, config):
@@ -320,7 +326,7 @@ def find_source(name, path, config):
         files, left_out = own_files(name, root)
         traps = {}
         if len(files) > 1 and any(re.search(r"\.(csv|parquet|zstd?)\b", file.name.lower()) for file in files):
-            probe = Source(name, root, [], "", "", config.column, False, False)
+            probe = Source(name, root, [], "", "", config.column, False, False, False)
             traps = datasets().beside_tables(name, root, files, functools.partial(holds_text, probe))
     for file, why in traps.items():
         left_out[why].append(file)
@@ -336,9 +342,10 @@ def find_source(name, path, config):
     budget, of_bytes = parse_budget(config.budget)
     size = min(size, budget if of_bytes else budget * 50_000)    # a long document
     where = datasets().parse_where(config.where) if config.where else []
+    rehydrate = config.rehydrate and kind == "fineweb2"
     return Source(name, root, [str(file) for file in files], kind,
                   ",".join(c.said for c in where if c.domain in ("", name)), config.column, config.skip_bad,
-                  size > LARGE), left_out
+                  size > LARGE or rehydrate, rehydrate), left_out
 
 
 def bare(file):
@@ -534,7 +541,10 @@ def rows_of_file(source, file, counts):
         check = datasets().Check(source, file, kind) if source.where else None
         unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
         limit = LONGEST_ROW if source.large else LARGE
-        for number, record in records(source, file, kind, counts, check.fields if check else ()):
+        needed = check.fields if check else set()
+        if source.rehydrate:
+            needed = needed | {datasets().CLUSTER}
+        for number, record in records(source, file, kind, counts, needed):
             counts["rows"] += 1
             try:
                 if isinstance(record, bytes):
@@ -559,8 +569,9 @@ def rows_of_file(source, file, counts):
                 counts[f"not {failed}"] += 1
             else:
                 together = str(record.get("split_with", ""))
-                yield Row(text, file, number, together if re.fullmatch("[0-9a-f]{16}", together) else "",
-                          str(record.get("parent") or ""))
+                together = together if re.fullmatch("[0-9a-f]{16}", together) else ""
+                times = datasets().repetitions(record[datasets().CLUSTER]) if source.rehydrate else 1
+                yield Row(text, file, number, together, times, str(record.get("parent") or ""))
 
         for field, names in check.missing.items() if check else ():
             if names:
@@ -1348,7 +1359,8 @@ def split_documents(docs, val=0.05, together={}):
 def how_read(source, config):
     """How the files of a source are read, for the keys of the cache."""
     buckets = [Path(file).absolute().parent.name for file in source.files if source.kind == "txt360"]
-    return str((READER, source.kind, source.where, source.column, source.skip_bad, config.budget, buckets))
+    return str((READER, source.kind, source.where, source.column, source.skip_bad, source.rehydrate,
+                config.budget, buckets))
 
 
 def text_key(record, name, path=None, config=DataConfig()):
@@ -1858,19 +1870,27 @@ def chosen_documents(plan, part, limit, counts, spent):
     1 validation.
 
     As in split_documents, its hash decides the side, so that copies in other parts have the same; a
-    repetition within the part is left out. Bounds for few documents are not needed here."""
-    seen = Seen()
+    repetition within the part is left out. Bounds for few documents are not needed here. Training documents
+    that count several times come again in further turns through the part: no window has two of them in a
+    row."""
     of_bytes = parse_budget(plan.budget)[1]
-    for i, file in enumerate(part):
-        for row in rows_of_file(plan.source, file, counts):
-            hashed = sha256(row.text)
-            if not seen.add(int(hashed[:16], 16)):
-                counts["repeated in their shard"] += 1
-                continue
-            yield i, row.number, int(is_validation(row.split_with or hashed)), row.text
-            spent[0] += len(row.text.encode()) if of_bytes else 1
-            if limit is not None and spent[0] >= limit:
-                return
+    for turn in range(1, 1 + (datasets().MOST_OFTEN if plan.source.rehydrate else 1)):
+        seen = Seen()
+        if turn > 1:
+            counts = Counter()                                   # rows and what is left out count once
+        for i, file in enumerate(part):
+            for row in rows_of_file(plan.source, file, counts):
+                hashed = sha256(row.text)
+                if not seen.add(int(hashed[:16], 16)):
+                    counts["repeated in their shard"] += 1
+                    continue
+                side = int(is_validation(row.split_with or hashed))
+                if turn > (1 if side else row.times):
+                    continue
+                yield i, row.number, side, row.text
+                spent[0] += len(row.text.encode()) if of_bytes else 1
+                if limit is not None and spent[0] >= limit:
+                    return
 
 
 class Seen:
