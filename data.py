@@ -1,9 +1,11 @@
-"""Text → tokens → batches. What is unusual:
+"""Files → documents → tokens → batches. What is unusual:
 
   no download      the default corpus is text that every Python installation carries: the documentation
                    of the standard library (prose), its source without that documentation (code), and
                    worked arithmetic (math; the only generated domain). It differs a little between
                    Python versions.
+  no silence       a row without text, or a file that is damaged or cut short, stops the reading; what is
+                   left out is counted. Large text is streamed: memory does not depend on its size.
   no loader state  batch(step) is a pure function of (seed, step), so checkpoints hold no loader state.
                    The global batch does not depend on the number of ranks; each rank takes its slice.
   moving mixture   domain weights move linearly over a horizon of tokens [Motif §3.2.1]. The due time of
@@ -13,29 +15,47 @@
 Letters:  N windows  D domains  W windows of a domain  b windows of a rank's batch  T context in tokens
           V vocabulary size
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
+          python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
+          python data.py clean IN OUT [--min_tokens=24] ...      IN: a file, a folder, or NAME=PATH
+          python data.py origin --at=TOKEN ...         file and row of a training token of each domain
+          python data.py sources                       what is known of published sets, and what to download
 """
+from __future__ import annotations     # Batch names torch, which is imported only where it is used: worker
+                                       # processes do without it
 import contextlib
 import fcntl
 import functools
 import gzip
 import hashlib
 import heapq
+import importlib
 import inspect
+import io
+import itertools
 import json
+import math
+import operator
 import os
 import re
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import tiktoken
-import torch
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -44,19 +64,31 @@ import torch
 class DataConfig:
     domains: str = "prose:0.70:0.20,code:0.20:0.50,math:0.10:0.30"  # NAME:START_WEIGHT:END_WEIGHT,...
                                  # from prose to code and math, as in Motif's schedule; the numbers:  [ours]
-    files: str = ""              # NAME=PATH,...  UTF-8 text, .jsonl, .json, each also as .gz, or a folder
-                                 # of them; no comma in a path. If `domains` has none of these names, they
-                                 # replace it, with equal weights
-    skip_bad: bool = False       # leave out records without a string `text` instead of stopping
+    mixture: str = ""            # "motif": its eight domains in place of `domains`
+    files: str = ""              # NAME=PATH,...  UTF-8 text, .jsonl, .json, .csv, each also as .gz or .zst,
+                                 # .parquet, or a folder of them; SET:PATH reads a published set, see `python
+                                 # data.py sources`. No comma in a path. If `domains` has none of these names,
+                                 # they replace it, with equal weights
+    column: str = "text"         # the column or field of a record that holds the text
+    where: str = ""              # FIELD>=VALUE,...  rows that are read; NAME:FIELD.. is for one domain
+    budget: str = ""             # 100MB | 5000documents: how much of each domain of files is read
+    skip_bad: bool = False       # leave out records without a string text instead of stopping
+    rehydrate: bool = False      # repeat FineWeb2's training documents by the size of the cluster
+                                 # of duplicates that each stands for, as its README says
+    clean: bool = False          # leave out short documents and duplicates, as `python data.py clean` does
+    min_tokens: int = 24         # fewer are short                                                  [Motif]
     tokenizer: str = "bpe"       # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
                                  # | the path of a tokenizer.json, from a run or a Hugging Face folder
     horizon: int = 0             # tokens over which the weights move; afterwards the end weights hold. A
                                  # separate number, so stopping early does not change the batches before
     doc_mask: bool = False       # attention may not cross documents; pre-training lets it         [ours]
     cache: str = "cache"         # folder of trained tokenizers and token shards
+    verify: bool = False         # also compare the digests of the shards of large text at the start
 
 
 EMBEDDED = "prose", "code", "math"
+MIXTURES = {"motif": "web:.68:.33,multilingual:.07:0,korean:.01:.30,academic:.06:.03,"      # [Motif Table 2]
+                     "specialized:.05:.01,code:.10:.18,math:.02:.10,reasoning:.01:.05"}
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -75,8 +107,10 @@ def parse_domains(config):
         paths[name] = path
 
     # The schedule: (name, start weight, end weight) of each domain.
+    if config.mixture not in ("", *MIXTURES):
+        raise ValueError(f"mixture: {config.mixture!r} is unknown; known: {', '.join(MIXTURES)}")
     rows = []
-    for item in filter(None, config.domains.split(",")):
+    for item in filter(None, MIXTURES.get(config.mixture, config.domains).split(",")):
         name, *weights = item.split(":")
         try:
             start, end = (float(w) for w in weights)
@@ -85,7 +119,7 @@ def parse_domains(config):
         if not (start >= 0 and end >= 0):
             raise ValueError(f"domains: {item!r} has a weight that is not >= 0")
         rows.append((name, start, end))
-    if paths and not any(name in paths for name, _, _ in rows):
+    if paths and not config.mixture and not any(name in paths for name, _, _ in rows):
         rows = [(name, 1 / len(paths), 1 / len(paths)) for name in paths]
 
     # Names become parts of file names in the cache.
@@ -103,11 +137,17 @@ def parse_domains(config):
             raise ValueError("domain 'shakespeare' needs its text: --data.files=shakespeare=PATH; "
                              f"Tiny Shakespeare (1.1 MB) is at {SHAKESPEARE}")
         if name not in paths and name not in EMBEDDED:
-            raise ValueError(f"domains: {name!r} has no text; known: {', '.join(EMBEDDED)}; "
-                             f"your own: --data.files={name}=PATH")
+            missing = [name for name in names if name not in (*paths, *EMBEDDED)]
+            raise ValueError(f"domains: {', '.join(map(repr, missing))} without text; known: "
+                             f"{', '.join(EMBEDDED)}; your own: --data.files={name}=PATH")
     for name in paths:
         if name not in names:
             raise ValueError(f"files: {name!r} is not in domains ({', '.join(names)})")
+    if config.where:
+        datasets().parse_where(config.where, paths)
+    parse_budget(config.budget)
+    if config.rehydrate and (config.clean or not any(re.match("fineweb2:", path) for path in paths.values())):
+        raise ValueError("rehydrate: needs --data.files=NAME=fineweb2:PATH, without --data.clean")
 
     # The weights of each end of the schedule sum to 1.
     start = np.array([weight for _, weight, _ in rows])          # (D,)
@@ -118,60 +158,198 @@ def parse_domains(config):
     return names, start, end, paths
 
 
-# ---- documents of a domain, and their split ----------------------------------------------------------------
+# ---- files that are written whole; digests -----------------------------------------------------------------
 
-def documents(name, path=None, skip_bad=False):
-    """All documents of a domain, duplicates included: a list of strings.
+@contextlib.contextmanager
+def atomic(path, mode="wb", alone=False, **how):
+    """Yield a file that replaces `path` once it is complete and on disk.
 
-    No `path`: an embedded domain. Otherwise the user's text, gzipped or not: a text file is one document;
-    a .jsonl or .json file has one per record, in its field `text`; a folder stands for all .txt, .md, .jsonl
-    and .json files below it. Prints what was read and what was left out. Raises ValueError, naming the file
-    and the position in it; with `skip_bad`, bad records are counted and left out instead."""
-    if path is None:
-        return embedded().documents(name)
-    files, left_out = own_files(name, path)
-    found = []
-    read = 0                                                     # files that hold text
-    for file in files:
-        with reading(name):
-            raw = file.read_bytes()
-        if file.name.lower().endswith(".gz"):
-            raw = unpack(file, raw)
-
-        # A folder of texts may contain JSON that is no text, such as package.json.
-        if kind_of(file) == "text":
-            texts = [read_text(file, raw)]
-        elif file != Path(path) and kind_of(file) == "json" and not holds_text(file, raw):
-            left_out["without a `text`"].append(file)
-            continue
-        else:
-            texts = read_records(file, raw, skip_bad)
-
-        # Blank documents do not count.
-        texts = [text for text in texts if text.strip()]
-        if texts:
-            found += texts
-            read += 1
-        else:
-            left_out["empty"].append(file)
-    if not found:
-        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8")
-
-    # One line: what was read, and for each reason the number and the first names left out.
-    size = sum(len(text.encode()) for text in found)
-    line = (f"{name}={path}: {read} file{'s' * (read != 1)}, {len(found):,} "
-            f"document{'s' * (len(found) != 1)}, {size:,} bytes")
-    reasons = []
-    for why, skipped in left_out.items():
-        examples = [file.name for file in skipped[:3]] + ["..."] * (len(skipped) > 3)
-        reasons.append(f"{len(skipped)} {why} ({', '.join(examples)})")
-    if reasons:
-        line += f"; left out: {', '.join(reasons)}"
-    print(line)
-    return found
+    A reader sees all of it or the previous content, even after a crash. alone: no other process writes it
+    now, so that the temporary file has one name. how: options of `open`."""
+    tmp = Path(f"{path}.tmp" if alone else f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
-def own_files(name, path):
+def write_atomically(path, data):
+    """Write bytes or an array to `path`: see `atomic`."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder's lock: one process builds, the others wait and then load.
+
+    The kernel releases the lock of a process that dies. The folder may be renamed or removed meanwhile: then
+    those who wait take the lock of a new one."""
+    path = Path(folder, "lock")
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield
+                return
+
+
+def read_json(path, *needs):
+    """The fields `needs` of a JSON file in the cache, as a dict; None if it is missing or damaged.
+
+    Prints a line if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        return {name: found[name] for name in needs}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        print(f"{path}: damaged, building it again")
+        return None
+
+
+def stamp(path):
+    """[size in bytes, modification time in ns]: a file with the same stamp counts as unchanged."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def digest(path, record):
+    """sha256 of a file, which is read only if its stamp differs from the recorded one.
+
+    record {path: [size, time, digest]} is updated in place. A file modified within the last two seconds is
+    not recorded: it could change again without changing its stamp."""
+    now = stamp(path)
+    name = str(path.absolute())
+    known = record.get(name)
+    if type(known) is list and len(known) == 3 and known[:2] == now and type(known[2]) is str:
+        return known[2]
+
+    hashed = file_digest(path)
+
+    # Record the digest only if the file did not change meanwhile.
+    record.pop(name, None)
+    if now == stamp(path) and abs(time.time_ns() - now[1]) > 2e9:
+        record[name] = [*now, hashed]
+    return hashed
+
+
+def file_digest(path, head=b""):
+    """sha256 of `head` and the bytes of a file, in hexadecimal."""
+    h = hashlib.sha256(head)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()
+
+
+def sha256(*parts):
+    """Hex digest of strings, bytes, arrays. Lengths are hashed too: "ab", "c" differs from "a", "bc"."""
+    h = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else memoryview(part).cast("B")
+        h.update(b"%d:" % len(part))
+        h.update(part)
+    return h.hexdigest()
+
+
+def digest64(text):
+    """The first 64 bits of a text's `sha256`, as a number."""
+    return int(sha256(text)[:16], 16)
+
+
+def mix(x):
+    """splitmix64: uint64 (N,) → (N,); every output bit depends on every input bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+# ---- sources: the files of a domain ------------------------------------------------------------------------
+
+LARGE = 256_000_000              # bytes of text that are held in memory; more is streamed
+PIECE = 1_000_000                # bytes; a streamed text file of more than 16 pieces is cut into them
+LONGEST_ROW = 16_000_000         # bytes of a record of streamed text
+PACKED = ".gz", ".zst", ".zstd"
+REPORT = "report.json"           # beside clean text
+KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
+NO_MEMORY = "a worker was killed, probably for memory: fewer --workers"
+BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
+
+
+class Row(NamedTuple):
+    """A document, and where it lies."""
+    text: str
+    file: str
+    number: int                  # from 1: the line of a .jsonl, the record of a .json, the row of a table
+    split_with: str = ""         # hexadecimal digits that decide its side in place of its hash: see `clean`
+    times: int = 1               # how often it is in the training text: see DataConfig.rehydrate
+
+
+class Source(NamedTuple):
+    """The files of a domain, in order, and how they are read. Worker processes get it as JSON."""
+    name: str
+    root: str
+    files: list
+    kind: str                    # a published set of notes/datasets.py, or ""
+    where: str                   # the conditions of this domain
+    column: str
+    skip_bad: bool
+    large: bool                  # streamed into a shard for each file, not held in memory
+    rehydrate: bool
+
+
+def find_source(name, path, config):
+    """A domain's Source, and {reason: files and folders left out}. `path`: PATH or SET:PATH.
+
+    Raises ValueError if there is nothing to read, or nothing that should be."""
+    # A published set has its own kinds of files, and some that are left out.
+    kind, colon, root = path.partition(":")
+    if colon and re.fullmatch("[a-z0-9-]+", kind) and not Path(path).exists():
+        if kind not in datasets().SETS:
+            raise ValueError(f"files: {name}={path}: neither a file nor a published set: known sets are "
+                             f"{', '.join(datasets().SETS)}")
+        files, left_out = own_files(name, root, datasets().SETS[kind].kinds)
+        traps = datasets().traps(kind, Path(root), files)
+    else:
+        kind, root = "", path
+        files, left_out = own_files(name, root)
+        traps = {}
+        if len(files) > 1 and any(re.search(r"\.(csv|parquet|zstd?)\b", file.name.lower()) for file in files):
+            probe = Source(name, root, [], "", "", config.column, False, False, False)
+            traps = datasets().beside_tables(name, root, files, functools.partial(holds_text, probe))
+    for file, why in traps.items():
+        left_out[why].append(file)
+    files = [file for file in files if file not in traps]
+    if not files:
+        raise ValueError(f"files: {name}={path} has nothing but files {' and '.join(left_out)}; without "
+                         f"`{kind}:` they are read")
+
+    # Is the text held in memory, or streamed? Compressed text is taken to be four times as long.
+    with reading(name):
+        size = sum(os.stat(file).st_size * (4 if str(file).lower().endswith((*PACKED, ".parquet")) else 1)
+                   for file in files)
+    budget, of_bytes = parse_budget(config.budget)
+    size = min(size, budget if of_bytes else budget * 50_000)    # a long document
+    where = datasets().parse_where(config.where) if config.where else []
+    rehydrate = config.rehydrate and kind == "fineweb2"
+    return Source(name, root, [str(file) for file in files], kind,
+                  ",".join(c.said for c in where if c.domain in ("", name)), config.column, config.skip_bad,
+                  size > LARGE or rehydrate, rehydrate), left_out
+
+
+def bare(file):
+    """The name of a file in lower case, without .gz or .zst."""
+    return re.sub(r"\.(gz|zstd?)$", "", Path(file).name.lower())
+
+
+def own_files(name, path, kinds=KINDS):
     """The files of a user's domain → (sorted paths, {reason: files and folders left out}).
 
     Raises ValueError if there is nothing to read."""
@@ -209,15 +387,17 @@ def own_files(name, path):
                 file = Path(folder, filename)
                 if file.name.startswith("."):
                     left_out["hidden"].append(file)
-                elif not file.name.lower().removesuffix(".gz").endswith(KINDS):
+                elif filename == REPORT and "00000.jsonl" in filenames:
+                    pass                                         # of `clean`, about the text here
+                elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
                     left_out["of another kind"].append(file)
                 elif not file.is_file():
                     left_out["neither file nor folder"].append(file)
                 else:
                     files.append(file)
     if not files:
-        raise ValueError(f"files: {name}={path}: no {', '.join(KINDS)} in this folder, nor one of these "
-                         "with .gz")
+        raise ValueError(f"files: {name}={path}: no {', '.join(kinds)} in this folder, nor one of these "
+                         "with .gz or .zst")
     return sorted(files), left_out
 
 
@@ -227,120 +407,942 @@ def reading(name):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a text "
-                         "file, a .jsonl, or a folder of them") from None
+        raise ValueError(f"files: cannot read {name}={error.filename}: {error.strerror}; give a "
+                         f"file that ends in {' '.join(KINDS)}, or a folder of them") from None
 
 
-KINDS = ".txt", ".md", ".jsonl", ".json"
+def from_notes(module, what):
+    """A module of notes/, imported on use: runs on text of your own work without. Raises ValueError, saying
+    what it is for, if it is missing."""
+    try:
+        return importlib.import_module(f"notes.{module}")
+    except ImportError:
+        raise ValueError(f"{what} notes/{module}.py, which is not here") from None
 
+
+def embedded():
+    """The module that makes the default corpus."""
+    return from_notes("corpus", "give your own text, --data.files=NAME=PATH: the default text is made by")
+
+
+def datasets():
+    """The module that knows published sets, conditions, and formats that need a package."""
+    return from_notes("datasets", "published sets, tables, zstd and conditions need")
+
+
+# ---- sources: their rows -----------------------------------------------------------------------------------
+
+def rows(name, path, config):
+    """Every Row of a user's domain, file by file, as far as its conditions and its budget let it: a text file
+    is one document; a .jsonl or .json file has one per record, in its field `text`; so has a table; a folder
+    stands for all such files below it.
+
+    Prints what was read, and what was left out and why. Raises ValueError, naming the file and the position
+    in it; with `skip_bad`, bad records are counted and left out instead."""
+    source, left_out = find_source(name, path, config)
+    left, of_bytes = parse_budget(config.budget)
+    total = Counter()
+    read = documents = size = 0                                  # files that hold text; of them, in bytes
+    for file in source.files:
+        counts = Counter()
+        before = documents
+        for row in rows_of_file(source, file, counts):
+            length = len(row.text.encode())
+            size += length
+            documents += 1
+            left -= length if of_bytes else 1
+            yield row
+            if left <= 0:
+                break
+        if counts["bad"]:
+            print(f"{file}: {counts['bad']} bad records of {counts['rows']} left out")
+        if documents > before:
+            read += 1
+        else:
+            left_out["without a `text`" if counts["without a `text`"] else "empty"].append(file)
+        total += counts
+        if left <= 0:
+            break
+    if not documents:
+        raise ValueError(f"files: {name}={path} is empty; give text in UTF-8{reasons({}, total)}")
+
+    # One line: what was read, and for each reason the number and the first names left out.
+    print(f"{name}={path}: {several(read, 'file')}, {several(documents, 'document')}, {size:,} bytes"
+          f"{described(source)}{reasons(left_out, total)}")
+
+
+def described(source):
+    """For a line: the column that is read, and those there are; what set the files look like."""
+    line = ""
+    there = fields_there(source, source.files[0])
+    if there:
+        line = f"; text from `{source.column}` (there are: {shortened(there)})"
+    if source.large and any(kind_of(file) == "text" and os.stat(file).st_size > 16 * PIECE
+                            for file in source.files):
+        line += f"; text files above {16 * PIECE:,} bytes are cut into documents of {PIECE:,}"
+    if not source.kind:
+        with contextlib.suppress(ValueError):                    # without notes/ there is no such advice
+            for kind in datasets().looks_like(source.files):
+                line += f"; this looks like {kind}: {kind}:PATH knows what to leave out of it"
+    return line
+
+
+def reasons(left_out, counts):
+    """For a line: what is left out, files by reason with the first names, and rows by reason."""
+    found = []
+    for why, skipped in left_out.items():
+        examples = [Path(file).name for file in skipped[:3]] + ["..."] * (len(skipped) > 3)
+        if skipped:
+            found.append(f"{len(skipped)} {why} ({', '.join(examples)})")
+    found += [f"{several(n, 'row')} {why}" for why, n in counts.items()
+              if n and why not in ("rows", "at", "without a `text`")]
+    return f"; left out: {', '.join(found)}" if found else ""
+
+
+def several(n, what):
+    """"1 file", "1,000 files"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def fields_there(source, file):
+    """The columns of a table, or the fields of the first record; [] for plain text."""
+    kind = kind_of(file) if packing_of(file) != "parquet" else "parquet"
+    if kind == "text":
+        return []
+    if kind == "parquet":
+        return datasets().open_parquet(file).schema_arrow.names
+    for _, record in records(source, file, kind, Counter()):
+        with contextlib.suppress(*BAD_RECORD):
+            return list(json.loads(record) if isinstance(record, bytes) else record)
+        break
+    return []
+
+
+def rows_of_file(source, file, counts):
+    """The Rows of one file, in order, whose memory is bounded by the longest row, or LARGE in a small source.
+
+    counts, a Counter, gets the rows read, those left out by reason, and `at`, bytes of the file read so far.
+    Raises ValueError, naming the file and the row, at a bad one; `skip_bad` counts it instead."""
+    kind = kind_of(file)
+    with reading(source.name):
+        if packing_of(file) == "parquet":
+            kind = "parquet"
+
+        # A folder of texts may contain JSON that is no text, such as package.json.
+        if kind == "json" and Path(file) != Path(source.root) and not holds_text(source, file):
+            counts["without a `text`"] += 1
+            return
+        check = datasets().Check(source, file, kind) if source.where else None
+        unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
+        limit = LONGEST_ROW if source.large else LARGE
+        needed = check.fields if check else set()
+        if source.rehydrate:
+            needed = needed | {datasets().CLUSTER}
+        for number, record in records(source, file, kind, counts, needed):
+            counts["rows"] += 1
+            try:
+                if isinstance(record, bytes):
+                    record = json.loads(record)
+                text = text_of(record, source.column)
+            except BAD_RECORD as error:
+                if not source.skip_bad:
+                    raise bad_row(source, file, unit, number, record, error) from None
+                counts["bad"] += 1
+                continue
+            if len(text) > limit // 4 and len(text.encode()) > limit:
+                raise ValueError(f"files: {file}, {unit} {number} is longer than {limit // 10 ** 6} MB")
+
+            # Blank documents do not count. Each row is counted by the first condition that it fails.
+            if not text.strip():
+                counts["blank"] += 1
+                continue
+            if source.kind == "txt360":
+                record["bucket"] = Path(file).parent.name
+            failed = check and check.failed(record)
+            if failed:
+                counts[f"not {failed}"] += 1
+            else:
+                together = str(record.get("split_with", ""))
+                together = together if re.fullmatch("[0-9a-f]{16}", together) else ""
+                times = datasets().repetitions(record[datasets().CLUSTER]) if source.rehydrate else 1
+                yield Row(text, file, number, together, times)
+
+        for field, names in check.missing.items() if check else ():
+            if names:
+                raise ValueError(f"where: {file} has no field {field!r}; it has: {shortened(names)}")
+
+
+def bad_row(source, file, unit, number, record, error):
+    """The ValueError for a row whose text cannot be taken."""
+    why = f"no JSON object with a string `{source.column}`"
+    if unit == "row":
+        why = f"no string in the column `{source.column}`"
+    if isinstance(record, dict) and source.column not in record:
+        why += f", only {shortened(record)}"
+    if isinstance(error, UnicodeError):
+        why = "no text in UTF-8"
+    return ValueError(f"files: {file}, {unit} {number}: {why}; mend it, or --data.skip_bad=true")
+
+
+def shortened(names):
+    """The first names, for a message of one line."""
+    names = [str(name)[:40].replace("\n", " ") for name in names]
+    return ", ".join(names[:24]) + (f", and {len(names) - 24} more" if len(names) > 24 else "")
+
+
+# ---- sources: formats --------------------------------------------------------------------------------------
 
 def kind_of(file):
-    """How a file is parsed, judged by its name: "text", "jsonl" or "json"."""
-    suffix = file.name.lower().removesuffix(".gz").rpartition(".")[2]
-    return suffix if suffix in ("jsonl", "json") else "text"
+    """How a file is parsed: "text", "jsonl", "json" or "csv", by its name; by its first line if the name only
+    says that it is compressed. A parquet file and compression are known by their first bytes."""
+    suffix = bare(file).rpartition(".")[2]
+    if not bare(file).endswith(KINDS) and str(file).lower().endswith(PACKED):
+        with unpacked(file) as (stream, _), contextlib.suppress(*BAD_RECORD):
+            return "jsonl" if isinstance(json.loads(stream.readline(LONGEST_ROW)), dict) else "text"
+    return suffix if suffix in ("jsonl", "json", "csv") else "text"
 
 
-def unpack(file, raw):
-    """gzip bytes → bytes. Raises ValueError if they are damaged."""
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"files: {file} is a damaged gzip file: {error}") from None
+def packing_of(file):
+    """"parquet", "gzip", "zstd" or "", by the first bytes. Raises ValueError if the name says otherwise."""
+    with open(file, "rb") as raw:
+        head = raw.read(4)
+    found = ""
+    if head == b"PAR1":
+        found = "parquet"
+    elif head[:2] == b"\x1f\x8b":
+        found = "gzip"
+    elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+        found = "zstd"                                           # a frame, or one to be skipped
+    name = str(file).lower()
+    for expected, endings in (("gzip", ".gz"), ("zstd", (".zst", ".zstd")), ("parquet", ".parquet")):
+        if name.endswith(endings) and not found:
+            raise ValueError(f"files: {file} is a damaged {expected} file: it does not begin like one")
+    return found
 
 
-def read_text(file, raw):
+def records(source, file, kind, counts, fields=()):
+    """(number, record) of each row of a file; a .jsonl line is left as bytes. fields: what else is read."""
+    columns = functools.partial(has_columns, source, file, fields)
+    if kind == "parquet":
+        yield from datasets().parquet_records(file, source.column, fields, columns, counts)
+        return
+    limit = LONGEST_ROW if source.large else LARGE
+    if kind == "json":
+        # An array of records or a single one. If it does not parse as a whole, it is read as .jsonl.
+        with unpacked(file) as (stream, _):
+            raw = stream.read(limit + 1)
+        long = len(raw) > limit
+        if long and raw.lstrip().startswith(b"["):
+            raise ValueError(f"files: {file} is too long for an array in one piece: write it as .jsonl, a "
+                             "record on each line")
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(b"" if long else raw)
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+            return
+    with unpacked(file) as (stream, raw):
+        if kind == "text":
+            found = pieces(file, stream, 16 * PIECE if source.large else LARGE)
+        elif kind == "csv":
+            found = datasets().csv_records(file, stream, limit, columns)
+        else:
+            found = lines(file, stream, limit)
+        for number, record in found:
+            if number % 64 == 0 or kind == "text":
+                counts["at"] = raw.tell()
+            yield number, {source.column: record} if kind == "text" else record
+
+
+def lines(file, stream, limit):
+    """(number, line) of each line that is not blank."""
+    for number in itertools.count(1):
+        line = stream.readline(limit + 1)
+        if not line:
+            return
+        if len(line) > limit:
+            raise ValueError(f"files: {file}, line {number} is longer than {limit // 10 ** 6} MB")
+        if line.strip():
+            yield number, line
+
+
+@contextlib.contextmanager
+def unpacked(file):
+    """Open a file → (stream of its unpacked bytes; the file itself, whose position shows the progress).
+
+    Raises ValueError if the compressed data are damaged or end too early."""
+    packing = packing_of(file)
+    damaged = (OSError, EOFError, zlib.error)
+    with open(file, "rb") as raw:
+        stream = raw
+        if packing == "gzip":
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+        if packing == "zstd":
+            stream, error = datasets().open_zstd(file, raw)
+            stream = io.BufferedReader(stream, 1 << 20)
+            damaged += (error,)
+        try:
+            yield stream, raw
+        except damaged as error:
+            if not packing:
+                raise
+            raise ValueError(f"files: {file} is a damaged {packing} file: {error}") from None
+
+
+def read_text(file, raw, start=0):
     """UTF-8 bytes → str. Raises ValueError with the position of the first invalid byte."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"files: {file} is not UTF-8 at byte {error.start}; convert it") from None
+        raise ValueError(f"files: {file} is not UTF-8 at byte {start + error.start}; convert it") from None
 
 
-def records(file, raw):
-    """The records of a .json or .jsonl file: [(position, parsed JSON or an unparsed line of bytes)].
+def pieces(file, stream, limit):
+    """(number, text) of a text file: a single one, or pieces of about PIECE bytes if it is above `limit`."""
+    rest = stream.read(limit + 1)
+    if len(rest) <= limit:
+        yield 1, read_text(file, rest)
+        return
+    number = start = 0
+    while rest:
+        # Cut after a line; in a line without end, before the first byte of a character. The last two pieces
+        # share what is left.
+        size = min(PIECE, (len(rest) + 1) // 2) if len(rest) > PIECE else len(rest)
+        cut = len(rest)
+        if size < cut:
+            cut = rest.rfind(b"\n", size // 2, size) + 1 or size
+        while cut < len(rest) and rest[cut] & 0xC0 == 0x80 and cut > 1:
+            cut -= 1
+        number += 1
+        yield number, read_text(file, rest[:cut], start)
+        start += cut
+        rest = rest[cut:]
+        if len(rest) <= 2 * PIECE:
+            rest += stream.read(2 * PIECE)
 
-    A .json file is an array of records or a single one; if it does not parse as a whole, it is read as
-    .jsonl. Blank lines are skipped."""
-    if kind_of(file) == "json":
-        with contextlib.suppress(ValueError, RecursionError):
-            whole = json.loads(raw)
-            if not isinstance(whole, list):
-                whole = [whole]
-            return [(f"record {number}", record) for number, record in enumerate(whole, 1)]
-    lines = enumerate(raw.split(b"\n"), 1)
-    return [(f"line {number}", line) for number, line in lines if line.strip()]
+
+def has_columns(source, file, fields, names):
+    """Raise ValueError unless a table has the column of the text, and those of the conditions."""
+    if source.column not in names:
+        raise ValueError(f"files: {file} has no column {source.column!r}; it has: "
+                         f"{shortened(names) or 'none'}; name one with --data.column=NAME")
+    for field in fields:
+        if field not in names and field.partition(".")[0] not in names and field != "bucket":
+            raise ValueError(f"where: {file} has no field {field!r}; it has: {shortened(names)}")
 
 
-def text_of(record):
-    """The field `text` of a record, as a string. Raises one of BAD_RECORD if there is none."""
-    if isinstance(record, bytes):
-        record = json.loads(record)
-    text = record["text"]
+def text_of(record, column="text"):
+    """A field of a record, as a string. Raises one of BAD_RECORD if there is none."""
+    text = record[column]
 
     # JSON may hold a lone surrogate, which has no encoding in UTF-8.
     text.encode()
     return text
 
 
-BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
-
-
-def holds_text(file, raw):
-    """Whether any record has a field `text`."""
-    for _, record in records(file, raw):
+def holds_text(source, file):
+    """Whether any record of a .json file has a text."""
+    for _, record in records(source, file, "json", Counter()):
         with contextlib.suppress(*BAD_RECORD):
-            text_of(record)
+            text_of(json.loads(record) if isinstance(record, bytes) else record, source.column)
             return True
     return False
 
 
-def read_records(file, raw, skip_bad):
-    """The field `text` of every record. Raises ValueError at a bad one; `skip_bad` leaves it out."""
-    # Collect the texts; bad records stop the run or are counted.
-    found = []
-    bad = 0
-    every = records(file, raw)
-    for position, record in every:
+def parse_budget(text):
+    """"100MB" → (100e6, True), "5000documents" → (5000, False), "" → (inf, True). Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|documents?)\s*|\s*", text, re.I)
+    if not match or match[1] and not float(match[1]):
+        raise ValueError(f"budget: {text!r} is not like 100MB, 2GB or 5000documents")
+    if not match[1]:
+        return math.inf, True
+    unit = match[2].upper()
+    if unit.startswith("DOC"):
+        return int(float(match[1])), False
+    return int(float(match[1]) * 1000 ** (1 + "KMGT".index(unit[0]))), True
+
+
+# ---- cleaning: a text → its shingles → its signature -------------------------------------------------------
+
+# exact            texts that differ only in case, white space or composition of characters are the same
+# near-duplicate   two texts whose sets of shingles A and B, the runs of 5 words in each, have
+#                      J(A, B) = |A ∩ B| / |A ∪ B| >= 0.9                                           (1)
+#                  compared exactly, on 64-bit hashes of the runs
+# MinHash          finds the pairs to compare: the smallest value of a hash function is the same in A as in B
+#                  with probability J. Two documents meet, in a bucket, if all values of one of 14 bands of 8
+#                  hash functions agree:
+#                      P(they meet) = 1 - (1 - J⁸)¹⁴                .9996 at J = .9                 (2)
+# who stays        a document is removed only for one that stays and that is its own near-duplicate. In a
+#                  chain A ~ B ~ C with A ≁ C, B goes and both ends stay: no chain can swallow a corpus. It is
+#                  decided in an order given by the contents, longest first: that of reading does not matter
+# bounds           about 200 bytes of memory a document, and in each process some 10 times its batch of 4 MB
+#                  or its longest document. On the disk, 350 bytes a document, and 8 a word for documents that
+#                  meet others. No document is compared with more than 64, so time is linear for any text
+
+SHINGLE = 5                      # words
+BANDS, HASHES = 14, 8            # bands of a signature, values in a band
+SIMILAR = 0.9                    # (1)
+CLEAN_BATCH = 1 << 22            # characters of text that are signed at a time
+IN_FLIGHT = 32_000_000           # bytes of text that wait for workers or are with them
+COMPARED = 64                    # comparisons of a document, at most
+REMEMBERED = 256                 # members of a bucket that a document can meet
+KEPT, SHORT, EXACT, NEAR = range(4)
+REASONS = "kept", "too short", "exact duplicate", "near-duplicate"
+FACTS = np.dtype([("digest", "<u8", 2), ("raw", "<u8"), ("shingles", "<u4"), ("short", "?")])
+
+
+# Scripts without spaces between words: kana, Han, Thai, Lao, Tibetan, Burmese, Khmer, by their blocks.
+UNSPACED = re.compile("[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                      "\U00020000-\U0003ffff\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]")
+
+
+def folded(text):
+    """The text as it is compared: case folded, NFC, runs of white space as one blank."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = text.casefold()                                       # which may undo NFC
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+def spaced(plain):
+    """A folded text in which each character of a script without spaces stands between blanks, as a word by
+    itself: there a shingle is 5 characters."""
+    if plain.isascii():
+        return plain
+    blocks = (plain[i:i + 65536] for i in range(0, len(plain), 65536))     # the parts of one take memory
+    return re.sub("  +", " ", "".join(UNSPACED.sub(r" \g<0> ", block) for block in blocks)).strip()
+
+
+def about_tokens(words):
+    """An estimate of the tokens of a spaced text, whatever the tokenizer: one for every 8 bytes begun of each
+    piece of PATTERN. There is at least one for 8 bytes."""
+    return sum((len(piece.encode()) + 7) // 8 for piece in regex.findall(PATTERN, words))
+
+
+MANY_LETTERS = re.compile("[^ ]{257}")
+BASE = 0x9E3779B97F4A7C13                                        # odd: it has an inverse modulo 2⁶⁴
+INVERSE = pow(BASE, -1, 2 ** 64)
+TABLE = mix(np.arange(256, dtype=np.uint64))
+FACTOR, SUMMAND = mix(np.arange(2 * BANDS * HASHES, dtype=np.uint64)).reshape(2, -1, 1)    # (112, 1) each
+FACTOR |= np.uint64(1)
+
+
+def shingles_of(words):
+    """Spaced text of n words → a hash of each run of 5 words, uint64 (max(0, n - 4),):
+         h(run) = Σ_i TABLE[byte i of the run] BASE^i mod 2⁶⁴                                   (3)
+    It is the difference of two prefix sums, times a power of the inverse. Of a long word the digest counts,
+    so that 4096 words are some 1 MB at most."""
+    if MANY_LETTERS.search(words):
+        words = " ".join(sha256(word) if len(word) > 256 else word for word in words.split(" "))
+    text = np.frombuffer(f" {words} ".encode(), np.uint8)
+    blanks = np.flatnonzero(text == 32)                                                    # (n + 1,)
+    found = [np.zeros(0, np.uint64)]
+    for i in range(0, len(blanks) - SHINGLE, 4096):
+        at = blanks[i:i + 4096 + SHINGLE]
+        part = text[at[0]:at[-1]]
+        at = at - at[0]
+
+        # Prefix sums, and the inverse powers.
+        power, inverse = (np.full(len(part) + 1, base, np.uint64) for base in (BASE, INVERSE))
+        power[0] = inverse[0] = 1
+        sums = np.zeros(len(part) + 1, np.uint64)
+        np.cumsum(TABLE[part] * power.cumprod()[:-1], out=sums[1:])
+        found.append((sums[at[SHINGLE:]] - sums[at[:-SHINGLE]]) * inverse.cumprod()[at[:-SHINGLE]])
+    return mix(np.concatenate(found))
+
+
+def signature(shingles):
+    """uint64 (n,) → the smallest value of each hash function (a·h + b mod 2⁶⁴) >> 32, uint32 (112,)."""
+    low = np.full(len(FACTOR), 2 ** 64 - 1, np.uint64)
+
+    # Blocks that fit the processor's cache. The shift comes last: it changes no order.
+    for i in range(0, len(shingles), 512):
+        values = FACTOR * shingles[i:i + 512]                                              # (112, 512)
+        values += SUMMAND
+        np.minimum(low, values.min(1), out=low)
+    return (low >> np.uint64(32)).astype(np.uint32)
+
+
+def jaccard(a, b):
+    """(1) for two sets, each a sorted array without repetition; 0 if one is empty."""
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
+
+
+def sign(texts, min_tokens):
+    """What is kept of each text: FACTS (n,), and its buckets, one for each band, uint64 (n, 14)."""
+    facts = np.zeros(len(texts), FACTS)
+    signatures = np.zeros((len(texts), BANDS * HASHES), np.uint32)
+    for i, text in enumerate(texts):
+        plain = folded(text)
+        words = spaced(plain)
+        runs = shingles_of(words)
+        facts["digest"][i] = np.frombuffer(hashlib.blake2b(plain.encode(), digest_size=16).digest(), "<u8")
+        facts["raw"][i] = digest64(text)
+        facts["shingles"][i] = len(runs)
+        facts["short"][i] = len(plain) < 8 * min_tokens and about_tokens(words) < min_tokens
+        if len(runs):
+            signatures[i] = signature(runs)
+
+    # A bucket is a hash of the band's number and of its 8 values, two at a time.
+    pairs = signatures.view(np.uint64).reshape(len(texts), BANDS, HASHES // 2)
+    buckets = np.broadcast_to(np.arange(BANDS, dtype=np.uint64), (len(texts), BANDS))
+    for i in range(HASHES // 2):
+        buckets = mix(buckets ^ pairs[:, :, i])
+    return facts, buckets
+
+
+def shingle_sets(texts):
+    """For each text its set of shingles, as a sorted array."""
+    return [np.unique(shingles_of(spaced(folded(text)))) for text in texts]
+
+
+def in_batches(items, text_of, size):
+    """Items → lists of them, with `size` characters of text or a little more."""
+    batch = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += len(text_of(item)) + 100                         # a string takes that much more
+        if held >= size:
+            yield batch
+            batch = []
+            held = 0
+    if batch:
+        yield batch
+
+
+def end_with_parent():
+    """In a worker process: end with the parent, even if that is killed. Otherwise it would wait for ever, and
+    keep the locks that it has inherited."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_pool(f, items, text_of, size, workers, kind, **how):
+    """f of each batch of items, in order, computed by a pool of threads or processes. Batches have `size`
+    characters; a few of them wait at a time, with IN_FLIGHT bytes of text or one more batch."""
+    batches = in_batches(items, text_of, size)
+    if workers < 2:
+        yield from map(f, batches)
+        return
+    with kind(workers, **how) as pool:
+        waiting = deque()                                        # (what will be returned, bytes of text)
+        for batch in batches:
+            waiting.append((pool.submit(f, batch), sum(sys.getsizeof(text_of(item)) for item in batch)))
+            batch = None
+            while len(waiting) > workers + 1 or sum(n for _, n in waiting) > IN_FLIGHT and len(waiting) > 1:
+                yield waiting.popleft()[0].result()
+        while waiting:
+            yield waiting.popleft()[0].result()
+
+
+def in_processes(f, texts, workers):
+    """f of each batch of texts, in order, computed by worker processes."""
+    return in_pool(f, texts, str, CLEAN_BATCH, workers, ProcessPoolExecutor, initializer=end_with_parent)
+
+
+# ---- cleaning: which documents stay ------------------------------------------------------------------------
+
+class Verdict(NamedTuple):
+    """What becomes of N documents, in the order in which they are read."""
+    why: np.ndarray              # (N,) uint8: KEPT, SHORT, EXACT or NEAR
+    stays: np.ndarray            # (N,) int64: the document that stays in its place, or itself
+    jaccard: np.ndarray          # (N,) float32: (1) with that one; 1 for an exact duplicate
+    cluster: np.ndarray          # (N,) uint64: the same for near-duplicates, also through others; a digest of
+                                 # text: a split by it has each cluster on one side
+    raw: np.ndarray              # (N,) uint64: digests of the texts
+    limited: int                 # documents that met more others than could be compared
+
+
+def judge(read, folder, min_tokens=DataConfig.min_tokens, workers=1):
+    """Which documents stay → Verdict. read(): the rows; it is called twice, and may print something the first
+    time. folder: for files, to be removed by the caller."""
+    facts = sign_all(read, folder, min_tokens, workers)
+    N = len(facts)
+
+    # Rank the documents: longest first, then by contents. Those that differ only in form are neighbours.
+    digest = facts["digest"]
+    order = np.lexsort((facts["raw"], digest[:, 1], digest[:, 0], -facts["shingles"].astype(np.int64)))
+    rank = np.empty(N, np.int64)
+    rank[order] = np.arange(N)
+    facts = facts[order]                                         # from here on by rank
+    new = np.ones(N, bool)
+    new[1:] = (facts["digest"][1:] != facts["digest"][:-1]).any(1)
+    first = np.maximum.accumulate(np.where(new, np.arange(N), 0))
+
+    # Of exact duplicates only the first is compared; the others share its fate.
+    use = np.flatnonzero(new & ~facts["short"] & (facts["shingles"] > 0))
+    slots, met = meetings(folder, order, use)
+    with contextlib.redirect_stdout(None):
+        shingles, begin, size = keep_shingles(read, folder, rank, met, workers)
+    stays, alike, parent, limited = near_duplicates(folder, slots, met, shingles, begin, size)
+    why = np.where(new, KEPT, EXACT)
+    why[(stays != np.arange(N))[first]] = NEAR
+    why[facts["short"]] = SHORT
+    stays = np.where(facts["short"], np.arange(N), stays[first])
+    cluster = facts["digest"][:, 0][parent[first]]
+    return Verdict(why.astype(np.uint8)[rank], order[stays][rank], alike[first][rank], cluster[rank],
+                   facts["raw"][rank], limited)
+
+
+def sign_all(read, folder, min_tokens, workers):
+    """FACTS of all documents (N,). Their buckets are written to a file for each band."""
+    facts = [np.zeros(0, FACTS)]
+    texts = (row.text for row in read())
+    done = 0
+    reported = time.time()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(Path(folder, f"band{i}"), "wb")) for i in range(BANDS)]
+        for some, buckets in in_processes(functools.partial(sign, min_tokens=min_tokens), texts, workers):
+            facts.append(some)
+            for file, column in zip(files, buckets.T):
+                file.write(np.ascontiguousarray(column))
+            done += len(some)
+            if time.time() - reported > 10:
+                print(f"clean: {done:,} documents signed", flush=True)
+                reported = time.time()
+    return np.concatenate(facts)
+
+
+def scratch(path, dtype, N):
+    """An array (14, N) that lies on the disk, of zeros; a part that is not written to takes no room."""
+    return np.asarray(np.memmap(path, dtype, "w+", shape=(BANDS, N)))
+
+
+def meetings(folder, order, use):
+    """Sort each band → slots (14, N), and who meets anybody (N,) bool.
+
+    order (N,): the documents by rank. use: the ranks that count. A bucket with n of them has n slots of 14N;
+    slots[band, rank] is the first slot of the bucket, -1 where a document is alone."""
+    N = len(order)
+    slots = scratch(Path(folder, "slots"), np.int64, N)
+    met = np.zeros(N, bool)
+    for band in range(BANDS):
+        slots[band] = -1
+        bucket = np.fromfile(Path(folder, f"band{band}"), np.uint64)[order[use]]
+        by_bucket = np.argsort(bucket, kind="stable")
+        bucket = bucket[by_bucket]
+
+        # Runs of two and more.
+        new = np.ones(len(bucket) + 1, bool)                     # a run begins here; or the last one ends
+        new[1:-1] = bucket[1:] != bucket[:-1]
+        many = np.flatnonzero(~(new[:-1] & new[1:]))
+        begin = np.maximum.accumulate(np.where(new[:-1], np.arange(len(bucket)), 0))
+        members = use[by_bucket[many]]
+        slots[band, members] = band * N + begin[many]
+        met[members] = True
+    return slots, met
+
+
+def keep_shingles(read, folder, rank, met, workers):
+    """Write the sets of shingles of the documents that meet others, one after the other
+    → all of them as one array, and by rank (N,) where each begins, and its size."""
+    begin, size = np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
+    wanted = met[rank]                                           # in the order of reading
+    texts = (row.text for row, use in zip(read(), wanted) if use)
+    sizes = []
+    path = Path(folder, "shingles")
+    with open(path, "wb") as file:
+        for sets in in_processes(shingle_sets, texts, workers):
+            for one in sets:
+                file.write(one)
+                sizes.append(len(one))
+    if len(sizes) != wanted.sum():
+        raise ValueError("the rows changed while they were cleaned; start again")
+    size[rank[wanted]] = sizes
+    begin[rank[wanted]] = np.cumsum(sizes) - sizes
+    shingles = np.asarray(np.memmap(path, np.uint64, "r")) if sizes else None
+    return shingles, begin, size
+
+
+def members_of(members, buckets, full):
+    """Those who are in some buckets, of which `full` slots are in use: each once (n,), and in how many of the
+    buckets (n,). Of a large bucket only the last ones."""
+    slices = zip(buckets + np.maximum(0, full - REMEMBERED), buckets + full)
+    found = np.concatenate([members[a:b] for a, b in slices])
+    return np.unique(found.astype(np.int64), return_counts=True)
+
+
+def near_duplicates(folder, slots, met, shingles, begin, size):
+    """Compare the documents that meet, in the order of their ranks → by rank (N,): the document that stays in
+    its place; (1) with it; the first document of its cluster. And how many met too many others."""
+    N = len(met)
+    stays = np.arange(N)
+    alike = np.ones(N, np.float32)
+    parent = np.arange(N)
+    limited = 0
+
+    # The slots of a bucket hold the members that later ones can meet; their number is at its first slot.
+    members = scratch(Path(folder, "members"), np.uint32, N).ravel()
+    filled = scratch(Path(folder, "filled"), np.uint32, N).ravel()
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for me in np.flatnonzero(met).tolist():
+        buckets = slots[:, me]
+        buckets = buckets[buckets >= 0]
+        full = filled[buckets].astype(np.int64)
+        others, often = members_of(members, buckets, full)
+        cut_off = bool((full > REMEMBERED).any())
+
+        # Leave out those whose size says J < 0.9. First come those that stay, then those met most often.
+        fits = np.minimum(size[others], size[me]) >= SIMILAR * np.maximum(size[others], size[me])
+        others, often = others[fits], often[fits]
+        others = others[np.lexsort((others, -often, stays[others] != others))]
+
+        # Compare with those of other clusters. The first near-duplicate that stays removes this document.
+        mine = shingles[begin[me]:begin[me] + size[me]]
+        home = me                                                # root of its cluster
+        compared = 0
+        for other in others.tolist():
+            if root(other) == home:
+                continue
+            if compared == COMPARED:
+                cut_off = True
+                break
+            compared += 1
+            likeness = jaccard(mine, shingles[begin[other]:begin[other] + size[other]])
+            if likeness < SIMILAR:
+                continue
+            if stays[me] == me and stays[other] == other:
+                stays[me] = other
+                alike[me] = likeness
+            later, home = max(home, root(other)), min(home, root(other))
+            parent[later] = home
+        limited += cut_off
+
+        # Enter the buckets; a document that is removed, which can only link clusters, while there are few.
+        enter = buckets if stays[me] == me else buckets[full < COMPARED]
+        members[enter + filled[enter]] = me
+        filled[enter] += 1
+    while (parent != parent[parent]).any():
+        parent = parent[parent]
+    return stays, alike, parent, limited
+
+
+# ---- cleaning: clean text ----------------------------------------------------------------------------------
+
+def judged(read, verdict):
+    """The rows that were judged, once more → (number, Row). Raises ValueError if they are not the same."""
+    number = -1
+    for number, row in enumerate(read()):
+        if number >= len(verdict.raw) or digest64(row.text) != verdict.raw[number]:
+            raise ValueError(f"{row.file}, row {row.number}: changed while it was cleaned; start again")
+        yield number, row
+    if number + 1 != len(verdict.raw):
+        raise ValueError(f"{len(verdict.raw)} rows were cleaned, {number + 1} are left of them; start again")
+
+
+JSONL_SIZE = 256 << 20           # bytes of text in a file of clean text
+
+
+def clean(name, path, out, config=DataConfig(), workers=None):
+    """Write the documents of a source that are not too short and no duplicates to the new folder `out`, as
+    .jsonl files, and a report → the report. A row has `text`, its `source`, `file` and `row`, and `copies`,
+    the documents it stands for, itself included. Rows of the same cluster, the ends of a chain, have the same
+    `split_with`: whoever reads them puts them on the same side of the split.
+
+    The folder appears when it is complete; what a call that was killed has left is made again."""
+    out = Path(out)
+    partial = Path(f"{out}.partial")
+    source, _ = find_source(name, path, config)
+    root = Path(source.root).resolve()
+    if root in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"clean: {out} is inside {path}, from where it would be read; write elsewhere")
+    if out.exists():
+        raise ValueError(f"clean: {out} exists; remove it, or name another folder")
+    with locked(partial):
         try:
-            found.append(text_of(record))
-        except BAD_RECORD as error:
-            if not skip_bad:
-                why = "no JSON object with a string `text`"
-                if isinstance(error, UnicodeError):
-                    why = "no text in UTF-8"
-                raise ValueError(f"files: {file}, {position}: {why}; mend it, "
-                                 "or --data.skip_bad=true") from None
-            bad += 1
-    if bad:
-        print(f"{file}: {bad} bad records of {len(every)} left out")
+            # Another process may have finished meanwhile, or been killed before.
+            if out.exists():
+                raise ValueError(f"clean: {out} exists; remove it, or name another folder")
+            for old in partial.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != "lock":
+                    old.unlink()
+
+            # Judge and write.
+            read = functools.partial(rows, name, path, config)
+            with tempfile.TemporaryDirectory(dir=partial) as work:
+                verdict = judge(read, work, config.min_tokens, workers or os.cpu_count())
+            if not (verdict.why == KEPT).any():
+                raise ValueError(f"clean: none of the {len(verdict.why)} documents of {path} has "
+                                 f"{config.min_tokens} tokens; see --min_tokens=N")
+            with contextlib.redirect_stdout(None):
+                report = write_clean(read, verdict, name, partial)
+            write_atomically(Path(partial, REPORT), json.dumps(report, indent=1).encode())
+
+            # All is there: the folder gets its name. The lock goes last, as others wait for it.
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        Path(out, "lock").unlink()
+    return report
+
+
+def cleaned(paths, config, workers=0):
+    """{name: path} → {name: folder in the cache with the clean text}, made if it is not there, and the
+    configuration that reads them. Both stay as they are unless config.clean.
+
+    A process of its own makes it, since worker processes must not begin from one with threads or GPUs."""
+    if not config.clean:
+        return paths, config
+    folders = {}
+    for name, path in paths.items():
+        source, _ = find_source(name, path, config)
+        files = [f"{file} {stamp(file)}" for file in source.files]
+        options = dict(where=source.where, column=source.column, skip_bad=source.skip_bad,
+                       budget=config.budget, min_tokens=config.min_tokens)
+        key = sha256(how_read(source, config), str(config.min_tokens), *files)[:16]
+        out = folders[name] = str(Path(config.cache, f"{name}-clean-{key}"))
+        if not Path(out).exists():
+            words = [f"{name}={path}", out, f"--workers={workers}",
+                     *[f"--{option}={value}" for option, value in options.items()]]
+            done = subprocess.run([sys.executable, Path(__file__).resolve(), "clean", *words],
+                                  stderr=subprocess.PIPE, text=True)
+            if not Path(out).exists():                           # nor has another process made it
+                said = done.stderr.strip().rpartition("\n")[2].removeprefix("data.py: ")
+                raise ValueError(said or f"{out}: cleaning ended with status {done.returncode}; start again")
+    return folders, replace(config, column="text", where="", skip_bad=False, budget="")
+
+
+def write_clean(read, verdict, name, folder):
+    """Write the documents that stay to .jsonl files → the report, a dict."""
+    copies = np.bincount(verdict.stays, minlength=len(verdict.why))
+    groups = examples(verdict)
+    clusters, ends = np.unique(verdict.cluster[verdict.why == KEPT], return_counts=True)
+    chains = set(clusters[ends > 1].tolist())                    # clusters of which more than one stays
+    shown = dict.fromkeys(number for group in groups for number in group)
+    size = np.zeros(len(REASONS), np.int64)                      # bytes of text
+    with contextlib.ExitStack() as stack:
+        files = 0
+        room = 0                                                 # bytes that the open file may still take
+        for number, row in judged(read, verdict):
+            why = verdict.why[number]
+            length = len(row.text.encode())
+            size[why] += length
+            origin = dict(source=name, file=str(row.file), row=row.number)
+            if number in shown:
+                shown[number] = dict(origin, begins=row.text[:100], why=REASONS[why],
+                                     jaccard=round(float(verdict.jaccard[number]), 3))
+            if why != KEPT:
+                continue
+
+            # Close a full file and begin the next.
+            if room <= 0:
+                stack.close()
+                path = Path(folder, f"{files:05}.jsonl")
+                file = stack.enter_context(atomic(path, "w", encoding="utf-8"))
+                files += 1
+                room = JSONL_SIZE
+            line = dict(text=row.text, **origin, copies=int(copies[number]))
+            if int(verdict.cluster[number]) in chains:
+                line["split_with"] = f"{verdict.cluster[number]:016x}"
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            room -= length
+
+    # Numbers, and for each example the document that stays, then some that do not.
+    documents = np.bincount(verdict.why, minlength=len(REASONS))
+    near = np.unique(verdict.cluster[verdict.why == NEAR])
+    _, members = np.unique(verdict.cluster[verdict.why != SHORT], return_counts=True)
+    return dict(documents=dict(zip(REASONS, documents.tolist())), bytes=dict(zip(REASONS, size.tolist())),
+                clusters=len(near), largest=int(members.max(initial=0)), chains=len(chains),
+                limited=verdict.limited, examples=[[shown[number] for number in group] for group in groups])
+
+
+def examples(verdict, most=5):
+    """Lists of document numbers for the report: short ones, each alone, then the largest groups of
+    duplicates, each a document that stays and up to 3 that go for it."""
+    groups = [[number] for number in np.flatnonzero(verdict.why == SHORT)[:most].tolist()]
+    for why in (EXACT, NEAR):
+        gone = np.flatnonzero(verdict.why == why)
+        stays, n = np.unique(verdict.stays[gone], return_counts=True)
+        for number in stays[np.argsort(-n, kind="stable")][:most].tolist():
+            groups.append([number, *gone[verdict.stays[gone] == number][:3].tolist()])
+    return groups
+
+
+def print_report(report):
+    """The report of `clean` as a table, with an example for each reason."""
+    for key in REASONS:
+        print(f"{key:16}{report['documents'][key]:12,} documents{report['bytes'][key] / 1e6:12.2f} MB")
+    print(f"clusters with near-duplicates: {report['clusters']:,}, the largest of {report['largest']:,} "
+          f"documents; chains, of which more than one stays: {report['chains']:,};\n"
+          f"documents that met more others than could be compared: {report['limited']:,}")
+    for why in REASONS[1:]:
+        for first, *others in [group for group in report["examples"] if group[-1]["why"] == why][:1]:
+            for shown in (first, *others):
+                print(f"  {shown['why']}, J {shown['jaccard']}: {shown['file']}, row {shown['row']}: "
+                      f"{shown['begins'][:60]!r}")
+
+
+# ---- documents of a domain that fits into memory, and their split ------------------------------------------
+
+def documents(name, path=None, config=DataConfig(), together=None):
+    """All documents of a domain that fits into memory, duplicates included: a list of strings.
+
+    No `path`: an embedded domain; otherwise see `rows`. together {text: split_with} gets those that clean
+    text has."""
+    if path is None:
+        return embedded().documents(name)
+    found = []
+    size = 0
+    for row in rows(name, path, config):
+        found.append(row.text)
+        size += len(row.text)
+        if config.budget and size > 4 * LARGE:
+            raise ValueError(f"budget: {config.budget} of {name} are too long for it: give it in MB")
+        if row.split_with and together is not None:
+            together[row.text] = row.split_with
     return found
 
 
-def split_documents(docs, val=0.05):
+def is_validation(hashed, val=0.05):
+    """Whether the sha256 of a document, in hexadecimal, is in the lowest fraction `val` of the range."""
+    return int(hashed[:8], 16) <= val * 2 ** 32
+
+
+def split_documents(docs, val=0.05, together={}):
     """Documents → (train, val), exact duplicates removed.
 
     The hash of a document decides its side, so a document keeps it when others are added or removed: the
-    lowest fraction `val` of the hash range is validation. Two bounds handle few or uneven documents.
-    Validation gets at least 1% of the bytes: if it has less, further documents follow in order of hash. And
-    a document that would bring it above 10% stays in training, except that its last tenth is cut off for
-    validation while that has less than 1%."""
+    lowest fraction `val` of the hash range is validation. Documents with the same value in `together`, {text:
+    hash}, stay together. Two bounds handle few or uneven documents. Validation gets at least 1% of the bytes:
+    if it has less, further documents follow in order of hash. And what would bring it above 10% stays in
+    training, except that a document's last tenth is cut off for validation while that has less than 1%."""
     docs = list(dict.fromkeys(docs))
-    hashes = [int(sha256(doc)[:8], 16) for doc in docs]          # 32 bits
+    groups = defaultdict(list)                                   # hash → documents, nearly always one
+    for i, doc in enumerate(docs):
+        groups[together.get(doc) or sha256(doc)].append(i)
     sizes = [len(doc.encode()) for doc in docs]                  # bytes
     keep = [len(doc) for doc in docs]                            # characters that stay in training
     total = sum(sizes)
     held = 0                                                     # bytes of validation
 
     # Move documents to validation, the lowest hash first.
-    for i in sorted(range(len(docs)), key=hashes.__getitem__):
+    for hashed in sorted(groups, key=lambda hashed: hashed[:8]):
         enough = held >= total / 100
-        if hashes[i] > val * 2 ** 32 and enough:
+        if not is_validation(hashed, val) and enough:
             break
-        if held + sizes[i] <= total / 10:
-            keep[i] = 0
-        elif not enough:
-            keep[i] = len(docs[i]) * 9 // 10
-        held += len(docs[i][keep[i]:].encode())
+        group = groups[hashed]
+        if held + sum(sizes[i] for i in group) <= total / 10:
+            for i in group:
+                keep[i] = 0
+        elif not enough and len(group) == 1:
+            keep[group[0]] = len(docs[group[0]]) * 9 // 10
+        held += sum(len(docs[i][keep[i]:].encode()) for i in group)
 
     # Cut each document; empty parts vanish.
     train = [doc[:n] for doc, n in zip(docs, keep)]
@@ -348,80 +1350,39 @@ def split_documents(docs, val=0.05):
     return [part for part in train if part], [part for part in held_out if part]
 
 
-def text_key(record, name, path=None, skip_bad=False):
+def how_read(source, config):
+    """How the files of a source are read, for the keys of the cache."""
+    buckets = [Path(file).absolute().parent.name for file in source.files if source.kind == "txt360"]
+    return str((READER, source.kind, source.where, source.column, source.skip_bad, source.rehydrate,
+                config.budget, buckets))
+
+
+def text_key(record, name, path=None, config=DataConfig()):
     """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
 
-    Computing it does not extract the text. record: see `digest`."""
+    Computing it does not extract the text; with a budget, it does not even read the files: their stamps have
+    to do. record: see `digest`."""
     if path:
-        steps = documents, records, text_of, read_records, split_documents
-        files, _ = own_files(name, path)
+        steps = rows, rows_of_file, records, text_of, split_documents
+        source, _ = find_source(name, path, config)
         with reading(name):
-            parts = [f"{kind_of(file)} {file.suffix.lower() == '.gz'} {digest(file, record)}"
-                     for file in files]
-        return sha256(str(skip_bad), *parts, *map(inspect.getsource, steps))
+            digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
+            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
+                     for file, hashed in zip(source.files, digests)]
+        return sha256(how_read(source, config), *parts, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
-
-
-def embedded():
-    """The module that makes the default corpus, imported on use: runs on other text work without notes/.
-
-    Raises ValueError if it is missing."""
-    try:
-        from notes import corpus
-        return corpus
-    except ImportError:
-        raise ValueError("the default text is made by notes/corpus.py, which is not here: give your "
-                         "own, --data.files=NAME=PATH") from None
-
-
-def stamp(path):
-    """[size in bytes, modification time in ns]: a file with the same stamp counts as unchanged."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def digest(path, record):
-    """sha256 of a file, which is read only if its stamp differs from the recorded one.
-
-    record {path: [size, time, digest]} is updated in place. A file modified within the last two seconds is
-    not recorded: it could change again without changing its stamp."""
-    now = stamp(path)
-    name = str(path.absolute())
-    known = record.get(name)
-    if type(known) is list and len(known) == 3 and known[:2] == now and type(known[2]) is str:
-        return known[2]
-
-    # Read the file in blocks of 1 MiB.
-    h = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
-
-    # Record the digest only if the file did not change meanwhile.
-    record.pop(name, None)
-    if now == stamp(path) and time.time_ns() - now[1] > 2e9:
-        record[name] = [*now, h.hexdigest()]
-    return h.hexdigest()
-
-
-def sha256(*parts):
-    """Hex digest of strings, bytes, arrays. Lengths are hashed too: "ab", "c" differs from "a", "bc"."""
-    h = hashlib.sha256()
-    for part in parts:
-        part = part.encode() if isinstance(part, str) else memoryview(part).cast("B")
-        h.update(b"%d:" % len(part))
-        h.update(part)
-    return h.hexdigest()
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 BLANKS = re.compile(r"(\s{4096})")       # runs of blanks are cut: tiktoken fails on a million in a row
+MANY_BLANKS = re.compile(r"\s{8}")       # such a run shows as 8 blanks in every 512th character
 LONGEST = 128                   # characters; BPE training cuts longer words into pieces of this length
 EOT = "<|endoftext|>"
 SPECIALS = EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"   # the last ids of every vocabulary
 BPE_CHARS = 32_000_000          # BPE training reads this much of a document; more only costs memory
+
 
 # In order: a word with one preceding mark or blank; up to 3 digits; punctuation; line ends with the
 # indentation of the next line, one token at any depth; other blanks but the last, which joins the following
@@ -446,7 +1407,6 @@ def train_bpe(texts, vocab_size):
 
     Each step merges the most frequent pair, ties to the smallest pair of ids. Raises ValueError if the
     vocabulary is too small for all bytes, or the text has too few pairs to fill it."""
-    import regex
     size = vocab_size - len(SPECIALS)
     if size < 256:
         raise ValueError(f"vocab_size {vocab_size}: bpe needs at least {256 + len(SPECIALS)}")
@@ -535,7 +1495,7 @@ class Tokenizer:
     def encode(self, text):
         """str → ids, uint32 array"""
         parts = [text]
-        if BLANKS.search(text):
+        if MANY_BLANKS.search(text[::512]):
             parts = BLANKS.split(text)
         ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(ids)
@@ -604,53 +1564,6 @@ def known_encoding(name):
 
 # ---- the cache: written once, verified on every load, shared by processes ----------------------------------
 
-@contextlib.contextmanager
-def atomic(path, mode="wb", **how):
-    """Yield a file that replaces `path` once it is complete and on disk.
-
-    A reader sees all of it or the previous content, even after a crash. how: options of `open`."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, mode, **how) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_atomically(path, data):
-    """Write bytes or an array to `path`: see `atomic`."""
-    with atomic(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the folder's lock: one process builds, the others wait and then load.
-
-    The kernel releases the lock of a process that dies."""
-    os.makedirs(folder, exist_ok=True)
-    with open(Path(folder, "lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def read_json(path, *needs):
-    """The fields `needs` of a JSON file in the cache, as a dict; None if it is missing or damaged.
-
-    Prints a line if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-        return {name: found[name] for name in needs}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        print(f"{path}: damaged, building it again")
-        return None
-
-
 def cached_bpe(folder, vocab_size, keys, texts):
     """The BPE tokenizer of the training texts, loaded from the cache or trained and saved there.
 
@@ -703,11 +1616,13 @@ def cached_domain(folder, name, key, tokenizer, texts, verified):
     return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
 
 
-def intact(about, paths, dtype, verified):
-    """The facts in the JSON file `about` if the shards `paths` agree with them, else None.
+def intact(about, paths, dtype, verified, more=()):
+    """The facts in the JSON file `about`, also those named in `more`, if the shards `paths` agree with them,
+    else None.
 
-    Prints a line if anything is damaged. Shards in `verified` whose stamp is unchanged are not hashed."""
-    facts = read_json(about, "tokens", "bytes", "documents", "sha256")
+    Prints a line if anything is damaged. Shards in `verified` whose stamp is unchanged are not hashed; if it
+    is None, no shard is."""
+    facts = read_json(about, "tokens", "bytes", "documents", "sha256", *more)
     if not facts:
         return None
 
@@ -720,7 +1635,7 @@ def intact(about, paths, dtype, verified):
     # The shards: first the size, then the digest.
     for path, n, expected in zip(paths, facts["tokens"], facts["sha256"]):
         size = path.stat().st_size if path.exists() else 0
-        known = path.exists() and verified.get(path.name) == stamp(path)
+        known = verified is None or path.exists() and verified.get(path.name) == stamp(path)
         damaged = size != n * dtype.itemsize
         if not damaged and not known:
             damaged = sha256(np.memmap(path, dtype, "r")) != expected
@@ -752,6 +1667,505 @@ def write_shards(about, paths, dtype, tokenizer, docs):
     return facts
 
 
+# ---- large text: one shard for each part, made by worker processes -----------------------------------------
+
+READER = 2                       # raise it when reading or splitting changes: it is part of the shards' key
+PART = 64_000_000                # bytes of the files that share a shard; a longer file has one of its own
+BATCH = 1_000_000                # bytes of text that are encoded at a time
+BPE_SAMPLE = 64_000_000          # bytes of text that BPE is trained on if a domain is large
+
+
+class Plan(NamedTuple):
+    """How the shards of a large domain are made, one for each part. Worker processes get it as JSON."""
+    source: Source
+    parts: list                  # of the source's files: see parts_of
+    folder: str                  # of the shards, and of tokenizer.json
+    width: int                   # bytes of a token: 2 or 4
+    budget: str
+    verified_by: str             # the launch whose processes verify the digests, or ""
+
+
+class Shards:
+    """The tokens of one side of a domain: arrays in files, all mapped into memory at the beginning, so that a
+    later start that makes a shard anew changes nothing for this one."""
+
+    def __init__(self, paths, counts, dtype):
+        self.paths = paths
+        self.counts = counts                                     # tokens of each
+        self.arrays = []
+
+        # A mapping keeps its file open.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = min(most, 10_240) if sys.platform == "darwin" else most
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        for path, n in zip(paths, counts):
+            self.arrays.append(np.memmap(path, dtype, "r") if n else np.zeros(0, dtype))
+            if len(self.arrays[-1]) != n:
+                raise ValueError(f"{path}: {len(self.arrays[-1]):,} tokens, not {n:,}: start again")
+
+    def __len__(self):
+        return sum(self.counts)
+
+    def __getitem__(self, cut):
+        """The first tokens, [:n]."""
+        n = len(range(len(self))[cut])
+        before = np.cumsum([0, *self.counts])
+        return np.concatenate([ids[:max(0, n - start)] for ids, start in zip(self.arrays, before.tolist())])
+
+
+class Windows:
+    """Windows of T + 1 tokens, T apart, numbered through the shards of a side. None crosses a shard's end."""
+
+    def __init__(self, ids, T):
+        self.ids = ids
+        self.T = T
+        self.arrays = ids.arrays if isinstance(ids, Shards) else [ids]
+        self.ends = np.cumsum([max(0, (len(one) - 1) // T) for one in self.arrays])        # (shards,)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __call__(self, k):
+        """Window k → (the shard's tokens, the offset of the window in them)"""
+        i = int(np.searchsorted(self.ends, k, side="right"))
+        before = self.ends[i - 1] if i else 0
+        return self.arrays[i], int(k - before) * self.T
+
+
+def parts_of(files):
+    """Runs of consecutive files of at most PART bytes, or a single one: lists of files. Their shards do not
+    depend on anything else, and windows cross from file to file within a part."""
+    parts = []
+    room = 0
+    for file in files:
+        size = os.stat(file).st_size
+        if size > room:
+            parts.append([])
+            room = PART
+        parts[-1].append(file)
+        room -= size
+    return parts
+
+
+def stem(source, part):
+    """The name of a part's shards: that of its first file, made unique by a digest of all its paths."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(part[0]).name)[-60:]
+    return f"{readable}-{sha256(*[os.path.relpath(file, source.root) for file in part])[:12]}"
+
+
+def shard_paths(plan, part):
+    """(manifest, [train tokens, validation tokens], documents) of a part's shards."""
+    start = f"{plan.folder}/{stem(plan.source, part)}"
+    return Path(f"{start}.json"), [Path(f"{start}-train.bin"), Path(f"{start}-val.bin")], \
+        Path(f"{start}-rows.bin")
+
+
+def shard_of(plan, part, limit, settled=True):
+    """The manifest of a part's shards, if they are whole and were made with this limit; else None.
+
+    settled: also require that the files are unchanged, and that this launch has verified the digests."""
+    about, paths, table = shard_paths(plan, part)
+    dtype = np.dtype(f"<u{plan.width}")
+    facts = intact(about, paths, dtype, None, ("limit", "spent", "sources", "counts", "verified_by",
+                                             "files", "options"))
+    if not facts or facts["limit"] != limit or not table.exists():
+        return None
+    if table.stat().st_size != 32 * facts["documents"]:
+        return None
+    if settled and (any(known[:2] != stamp(file) for known, file in zip(facts["sources"], part))
+                    or plan.verified_by and facts["verified_by"] != plan.verified_by):
+        return None
+    return facts
+
+
+def settle(plan, part, limit, tokenizer, threads, tell):
+    """Make the shards of a part, unless those there prove right. The caller holds the claim on them."""
+    facts = shard_of(plan, part, limit)
+    if facts:
+        return facts
+    about, paths, _ = shard_paths(plan, part)
+    facts = shard_of(plan, part, limit, settled=False)
+    if facts:
+        # They are whole: compare the digests of files with another time, and of what is to be verified. A
+        # file of which only the beginning was read has none.
+        known = facts["sources"]
+        now = [source_of(file, one) if one[2] or one[:2] == stamp(file) else one[:2]
+               for file, one in zip(part, known)]
+        same = [one[2:] for one in now] == [one[2:] for one in known]
+        if same and plan.verified_by:
+            same = [tokens_digest(path) for path in paths] == facts["sha256"]
+        if same:
+            facts.update(sources=now, verified_by=plan.verified_by)
+            write_atomically(about, json.dumps(facts).encode())
+            return facts
+        print(f"{about}: the source or the shards are not those it was written for, building it again",
+              file=sys.stderr)
+    return build_shards(plan, part, limit, tokenizer, threads, tell)
+
+
+def source_of(file, known=None):
+    """[size, time, digest] of a file, hashed unless its stamp is that of `known`. A file that could still
+    change without changing its stamp has the time 0."""
+    name = str(Path(file).absolute())
+    record = {name: known}
+    hashed = digest(Path(file), record)
+    return record.get(name, [stamp(file)[0], 0, hashed])
+
+
+def build_shards(plan, part, limit, tokenizer, threads, tell):
+    """Tokenize the files of a part into its shards, then write their manifest → the manifest.
+
+    limit: bytes or documents that may still be read, or None. tell(text=.., tokens=.., at=..) is called with
+    the progress. Memory does not depend on the size of the files, but for 8 bytes a document."""
+    about, paths, table = shard_paths(plan, part)
+    before = [stamp(file) for file in part]
+
+    # To hash a file of which a budget takes the beginning could take hours: its stamp has to do.
+    of_bytes = parse_budget(plan.budget)[1]
+    whole = limit is None or of_bytes and limit >= sum(size for size, _ in before)
+    sources = [source_of(file) if whole else [*stamp(file), ""] for file in part]
+    counts = Counter()
+    dtype = np.dtype(f"<u{plan.width}")
+    tokens, sizes, documents, spent = [0, 0], [0, 0], 0, [0]
+
+    # Write the tokens as they come: without a manifest they do not count. The claim allows temporary files
+    # of a fixed name, so that those of a process that was killed are overwritten.
+    about.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(atomic(path, alone=True)) for path in paths]
+        rows_file = stack.enter_context(atomic(table, alone=True))
+        chosen = chosen_documents(plan, part, limit, counts, spent)
+        for table, ids in encoded(chosen, tokenizer, threads, dtype):      # (n, 5): file, row, side, tokens,
+            for side in (0, 1):                                            # bytes
+                mine = table[:, 2] == side
+                lengths = table[mine, 3]
+                sizes[side] += int(table[mine, 4].sum())
+                table[mine, 3] = tokens[side] + np.cumsum(lengths) - lengths       # where each begins
+                tokens[side] += len(ids[side])
+                sides[side].write(ids[side])
+            rows_file.write(np.ascontiguousarray(table[:, :4], "<i8"))
+            documents += len(table)
+            tell(text=int(table[:, 4].sum()), tokens=len(ids[0]) + len(ids[1]), at=counts["at"])
+    for file, then in zip(part, before):
+        if stamp(file) != then:
+            raise ValueError(f"files: {file} has changed while it was read: start again when it is complete")
+
+    # The manifest comes last.
+    facts = dict(tokens=tokens, bytes=sizes, documents=documents, sha256=[tokens_digest(p) for p in paths],
+                 limit=limit, spent=spent[0], sources=sources, verified_by=plan.verified_by, files=part,
+                 options=dict(column=plan.source.column, where=plan.source.where, set=plan.source.kind),
+                 counts={why: n for why, n in counts.items() if why != "at"})
+    write_atomically(about, json.dumps(facts).encode())
+    return facts
+
+
+def chosen_documents(plan, part, limit, counts, spent):
+    """(file, row, side, text) of each document of a part that is kept: file is an index; side 0 is training,
+    1 validation.
+
+    As in split_documents, its hash decides the side, so that copies in other parts have the same; a
+    repetition within the part is left out. Bounds for few documents are not needed here. Training documents
+    that count several times come again in further turns through the part: no window has two of them in a
+    row."""
+    of_bytes = parse_budget(plan.budget)[1]
+    for turn in range(1, 1 + (datasets().MOST_OFTEN if plan.source.rehydrate else 1)):
+        seen = Seen()
+        if turn > 1:
+            counts = Counter()                                   # rows and what is left out count once
+        for i, file in enumerate(part):
+            for row in rows_of_file(plan.source, file, counts):
+                hashed = sha256(row.text)
+                if not seen.add(int(hashed[:16], 16)):
+                    counts["repeated in their shard"] += 1
+                    continue
+                side = int(is_validation(row.split_with or hashed))
+                if turn > (1 if side else row.times):
+                    continue
+                yield i, row.number, side, row.text
+                spent[0] += len(row.text.encode()) if of_bytes else 1
+                if limit is not None and spent[0] >= limit:
+                    return
+
+
+class Seen:
+    """A set of 64-bit hashes at 8 bytes each: a sorted array, and a set of the last ones."""
+
+    def __init__(self, room=1 << 18):
+        self.old = np.zeros(0, np.uint64)
+        self.new = set()
+        self.room = room
+
+    def add(self, value):
+        """Add a hash → whether it is new."""
+        if value in self.new:
+            return False
+        at = np.searchsorted(self.old, np.uint64(value))
+        if at < len(self.old) and self.old[at] == np.uint64(value):
+            return False
+        self.new.add(value)
+        if len(self.new) >= self.room:
+            new = np.fromiter(self.new, np.uint64, len(self.new))
+            self.old = np.sort(np.concatenate([self.old, new]))
+            self.new.clear()
+        return True
+
+
+def encoded(chosen, tokenizer, threads, dtype):
+    """(file, row, side, text) → for each batch a table of (file, row, side, tokens, bytes of text), and the
+    tokens of each side, with an eot after every document, in the same order.
+
+    Threads run in parallel here: tiktoken releases the interpreter lock. Few batches wait at a time."""
+    end = [tokenizer.eot]
+
+    def encode(batch):
+        ids = [[np.zeros(0, dtype)], [np.zeros(0, dtype)]]
+        table = []
+        for i, number, side, text in batch:
+            here = tokenizer.encode(text)
+            ids[side] += here, end
+            table.append((i, number, side, len(here) + 1, len(text.encode())))
+        return np.array(table, np.int64), [np.concatenate(part).astype(dtype) for part in ids]
+
+    return in_pool(encode, chosen, operator.itemgetter(3), BATCH, threads, ThreadPoolExecutor)
+
+
+def tokens_digest(path):
+    """What `sha256` gives for the array in a file."""
+    return file_digest(path, b"%d:" % os.stat(path).st_size)
+
+
+@contextlib.contextmanager
+def claimed(plan, part, wait):
+    """Yield whether the shards of a part are now this process's to make. The kernel ends the claim of a
+    process that dies. Different parts are different bytes of the same lock file."""
+    byte = int(sha256(stem(plan.source, part))[:12], 16)
+    with open(Path(plan.folder, "claims"), "w") as claims:
+        try:
+            fcntl.lockf(claims, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        yield True
+
+
+def in_order(plan, get):
+    """[manifest] of the parts in order, as far as the budget goes. get(part, limit) gives one, or None."""
+    found = []
+    left = parse_budget(plan.budget)[0]
+    for part in plan.parts:
+        limit = None if left == math.inf else left
+        facts = get(part, limit)
+        found.append(facts)
+        if limit is not None:
+            if facts is None:
+                break
+            left -= facts["spent"]
+            if left <= 0:
+                break
+    return found
+
+
+def work(plan, threads, tell):
+    """Make the shards that nobody else is making; then wait for those of others, or make them after all."""
+    tokenizer = load_tokenizer(Path(plan.folder, "tokenizer.json"))
+
+    def make(part, limit, wait):
+        facts = shard_of(plan, part, limit)
+        if facts:
+            return facts
+        with claimed(plan, part, wait) as mine:
+            return settle(plan, part, limit, tokenizer, threads,
+                          lambda **seen: tell(part=part, **seen)) if mine else None
+
+    # A budget needs to know what the parts before have spent, so one after another.
+    for wait in (False, True):
+        in_order(plan, lambda part, limit: make(part, limit, wait or limit is not None))
+
+
+def work_as_told():
+    """The main function of a worker process: the plan comes in as JSON, the progress goes out as lines of
+    JSON. It ends with its parent."""
+    told = json.load(sys.stdin)
+    plan = Plan(**told["plan"])
+    plan = plan._replace(source=Source(**plan.source))
+
+    # Standard output is the pipe to the parent, for messages alone; each is written at once, so that lines of
+    # different workers do not mix. Terminated, it removes its temporary files.
+    pipe = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    end_with_parent()
+    unsaid = Counter()
+    last = [0.0]
+
+    def say(**message):
+        os.write(pipe, json.dumps(message).encode() + b"\n")
+
+    def tell(part, text, tokens, at):
+        unsaid.update(text=text, tokens=tokens)
+        if time.time() - last[0] > 0.5:
+            last[0] = time.time()
+            say(**unsaid, part=stem(plan.source, part), at=at)
+            unsaid.clear()
+
+    try:
+        work(plan, told["threads"], tell)
+    except (ValueError, OSError, MemoryError) as error:
+        said = NO_MEMORY if isinstance(error, MemoryError) else str(error)
+        if isinstance(error, (OSError, MemoryError)):
+            said = f"{plan.folder}: {said}; shards that are complete are kept"
+        say(error=said[:500])
+        raise SystemExit(1) from None
+
+
+def run_workers(plan, workers, sizes):
+    """Run worker processes and print their progress. Raises ValueError if one fails.
+
+    They are started afresh, without torch: about 130 MB each, and safe beside threads of this process.
+    sizes {stem: bytes of the part}: those to be made."""
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    count = 1 if plan.budget else min(workers or cores, len(sizes))
+    told = json.dumps(dict(plan=plan._replace(source=plan.source._asdict())._asdict(),
+                           threads=max(1, cores // count)))
+    out, into = os.pipe()
+    processes = []
+    with open(out) as messages:
+        try:
+            for _ in range(count):
+                process = subprocess.Popen([sys.executable, Path(__file__).resolve(), "work"], text=True,
+                                           stdin=subprocess.PIPE, stdout=into)
+                processes.append(process)
+                with process.stdin:
+                    process.stdin.write(told)
+            os.close(into)
+            progress(plan, messages, sizes)
+            ended = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+    if any(ended):
+        why = NO_MEMORY if min(ended) < 0 else f"a worker process ended with status {max(ended)}"
+        raise ValueError(f"{plan.folder}: {why}; start again to go on: shards that are complete are kept")
+
+
+def progress(plan, messages, sizes):
+    """Print how far the workers are, every five seconds, until they have all ended."""
+    began = said = time.time()
+    total = Counter()
+    budget, of_bytes = parse_budget(plan.budget)
+    done = {}                                                    # bytes read of the last file of each part
+    for message in map(json.loads, messages):
+        if "error" in message:
+            raise ValueError(message["error"])
+        total.update(text=message.get("text", 0), tokens=message.get("tokens", 0))
+        done[message["part"]] = message["at"]
+        now = time.time()
+        if now - said < 5 or os.environ.get("RANK", "0") != "0":
+            continue
+        said = now
+
+        # The share of the bytes on the disk, or of the budget, that has been read.
+        finished = [name for name in sizes if Path(plan.folder, f"{name}.json").exists()]
+        read = sum(sizes[name] if name in finished else done.get(name, 0) for name in sizes)
+        share = read / sum(sizes.values())
+        if of_bytes and budget < math.inf:
+            share = total["text"] / budget
+        seconds = now - began
+        left = seconds / max(share, 1e-6) - seconds
+        print(f"{plan.source.name}: {len(finished):,} of {len(sizes):,} shards, "
+              f"{total['text'] / seconds / 1e6:.1f} MB/s, {total['tokens'] / seconds / 1e6:.2f}M tokens/s, "
+              f"{left // 60:.0f}:{left % 60:02.0f} min left", flush=True)
+
+
+def large_domain(config, source, left_out, tokenizer, verify, workers):
+    """The Domain of a large source: its shards are looked at, and made if they are missing."""
+    # The folder's name stands for everything that its shards depend on, except the files themselves.
+    root = Path(source.root).absolute()
+    key = sha256(tokenizer.fingerprint, str(root), how_read(source, config))
+    folder = Path(config.cache, f"{source.name}-{key[:16]}")
+    width = 2 if tokenizer.n_vocab <= 65536 else 4
+    plan = Plan(source, parts_of(source.files), str(folder), width, config.budget, verify)
+
+    # Make what is missing.
+    found = in_order(plan, functools.partial(shard_of, plan))
+    began = 0
+    loud = os.environ.get("RANK", "0") == "0"
+    if None in found:
+        began = time.time()
+        if loud:
+            print(f"{source.name}={source.root}: {several(len(source.files), 'file')}{described(source)}"
+                  f"{reasons(left_out, {})}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / "tokenizer.json")
+        missing = [part for part, facts in itertools.zip_longest(plan.parts, found) if facts is None]
+        run_workers(plan, workers, {stem(source, part): sum(os.stat(file).st_size for file in part)
+                                    for part in missing})
+        found = in_order(plan, functools.partial(shard_of, plan, settled=False))
+        if None in found:
+            raise ValueError(f"{folder}: shards are missing although they were made: start again")
+    counts = sum((Counter(facts["counts"]) for facts in found), Counter())
+    sizes = [sum(facts["bytes"][side] for facts in found) for side in (0, 1)]
+    if not sum(sizes):
+        raise ValueError(f"files: {source.name}={source.root} is empty{reasons({}, counts)}; give text")
+    if began and loud:
+        tokens = sum(sum(facts["tokens"]) for facts in found)
+        print(f"{folder}: {several(len(found), 'shard')}, {sum(sizes) / 1e6:.1f} MB, {tokens:,} tokens, of "
+              f"which {sizes[1] / sum(sizes):.1%} are validation, {time.time() - began:.1f} s"
+              f"{reasons({}, counts)}", flush=True)
+
+    # A single shard is an array, as the domains in memory have it. If a manifest is the same after mapping,
+    # no other process has made its shards anew meanwhile: it would have removed it first.
+    sides = []
+    abouts, paths, _ = zip(*[shard_paths(plan, part) for part in plan.parts[:len(found)]])
+    for side in (0, 1):
+        shards = Shards([pair[side] for pair in paths], [facts["tokens"][side] for facts in found],
+                        np.dtype(f"<u{width}"))
+        sides.append(shards.arrays[0] if len(found) == 1 else shards)
+    for about, facts in zip(abouts, found):
+        if (read_json(about, "sha256") or {}).get("sha256") != facts["sha256"]:
+            raise ValueError(f"{about}: another process has made these shards anew: start again")
+    digests = [one for facts in found for one in facts["sha256"]]
+    return Domain(*sides, *sizes, sum(facts["documents"] for facts in found), digests)
+
+
+def sample_of_mixture(config, large, names, weights, texts):
+    """The documents that BPE is trained on if a domain is large: about BPE_SAMPLE bytes of training text,
+    each domain with its mean weight. A large one gives them from up to 16 parts, spread evenly over all,
+    or from the first ones if there is a budget. large {name: Source}; texts(name): a small domain's."""
+    found = []
+    for name, share in zip(names, weights / weights.sum() * BPE_SAMPLE):
+        parts = parts_of(large[name].files) if name in large else [[""]]
+        if not config.budget:
+            parts = parts[::max(1, len(parts) // 16)][:16]
+        files = [file for part in parts for file in part]
+        size = 0
+        for i, file in enumerate(files):
+            goal = share if config.budget else share * (i + 1) / len(files)
+            if size >= goal:
+                continue
+            if name in large:
+                here = (row.text for row in rows_of_file(large[name], file, Counter())
+                        if not is_validation(row.split_with or sha256(row.text)))
+            else:
+                here = texts(name)
+            for text in here:
+                found.append(text)
+                size += len(text.encode())
+                if size >= goal:
+                    break
+        print(f"bpe: trained on {size / 1e6:.1f} MB of {name}", flush=True)
+    return found
+
+
+def large_key(source, config):
+    """Cache key of a large source's text: names and sizes of its files, and how they are read."""
+    files = [f"{os.path.relpath(file, source.root)} {os.stat(file).st_size}" for file in source.files]
+    return sha256(how_read(source, config), *files)
+
+
+# ---- a corpus: tokenizer and domains -----------------------------------------------------------------------
+
 class Corpus(NamedTuple):
     tokenizer: Tokenizer
     domains: dict                # name → Domain
@@ -771,13 +2185,20 @@ def tokenizer_of(config, vocab_size, keys, texts):
     return known_encoding(config.tokenizer)
 
 
-def prepare(config, vocab_size, launch=""):
+def prepare(config, vocab_size, launch="", workers=0):
     """DataConfig and the model's vocab_size → Corpus, built on the first call, later loaded from the cache.
 
     A text file whose stamp is unchanged is not read again. Of the processes with the same non-empty
     `launch`, the first verifies the digests of the shards; the others trust it for shards whose stamp is
-    unchanged. Raises ValueError, saying what to correct."""
+    unchanged. Shards of large text are only verified if config.verify, by all processes of a launch together.
+    Raises ValueError, saying what to correct."""
     names, start, end, paths = parse_domains(config)
+    paths, config = cleaned(paths, config, workers)
+    found = {name: find_source(name, path, config) for name, path in paths.items()}
+    sets = [source for source, _ in found.values() if source.kind]
+    for line in datasets().twice(sets) if len(sets) > 1 else ():
+        print(line)
+    large = {name: source for name, (source, _) in found.items() if source.large}
     with locked(config.cache):
         # Digests of text files, from earlier calls.
         sources = Path(config.cache, "sources.json")
@@ -797,20 +2218,30 @@ def prepare(config, vocab_size, launch=""):
         # Texts are extracted only if something has to be built from them, and at most once.
         @functools.cache
         def split(name):
-            return split_documents(documents(name, paths.get(name), config.skip_bad))
+            together = {}
+            docs = documents(name, paths.get(name), config, together)
+            return split_documents(docs, together=together)
 
         def training_texts():
-            return [doc for name in names for doc in split(name)[0]]
+            if not large:
+                return [doc for name in names for doc in split(name)[0]]
+            return sample_of_mixture(config, large, names, start + end, lambda name: split(name)[0])
 
         # The tokenizer comes first: shards depend on it.
-        keys = {name: text_key(record, name, paths.get(name), config.skip_bad) for name in names}
+        keys = {}
+        for name in names:
+            if name in large:
+                keys[name] = large_key(large[name], config)
+            else:
+                keys[name] = text_key(record, name, paths.get(name), config)
         tokenizer = tokenizer_of(config, vocab_size, keys.values(), training_texts)
         if vocab_size < tokenizer.n_vocab:
             raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
-        domains = {}
+        domains = dict.fromkeys(names)
         for name in names:
-            texts = functools.partial(split, name)
-            domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
+            if name not in large:
+                texts = functools.partial(split, name)
+                domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
 
         # Save what the next call can reuse.
         if record != before:
@@ -818,11 +2249,58 @@ def prepare(config, vocab_size, launch=""):
         if launch:
             write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
 
+    # Large text has a lock for each file: the ranks of a launch make and verify its shards together.
+    verify = ""
+    if config.verify:
+        verify = launch or f"{os.getpid()} {time.time()}"
+    for name in large:
+        domains[name] = large_domain(config, *found[name], tokenizer, verify, workers)
+
     # The fingerprint covers names, tokens and tokenizer.
     digests = []
     for name, domain in domains.items():
         digests += [name, *domain.sha256]
     return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
+
+
+def origin(corpus, config, name, side, at):
+    """Where the document with token `at` of a domain of files comes from: (file, number of the row).
+
+    side: "train" or "val". Large text has a table of it; text held in memory is read again."""
+    ids = getattr(corpus.domains[name], side)
+    paths, config = cleaned(parse_domains(config)[3], config)
+    found = None
+    shards, counts = (ids.paths, ids.counts) if isinstance(ids, Shards) else ([ids.filename], [len(ids)])
+    ends = np.cumsum(counts)
+    i = int(np.searchsorted(ends, at, side="right"))
+    start = str(shards[i]).removesuffix(f"-{side}.bin")
+    if Path(f"{start}-rows.bin").exists():
+        table = np.fromfile(f"{start}-rows.bin", "<i8").reshape(-1, 4)     # file, row, side, first token
+        table = table[table[:, 2] == (side == "val")]
+        first = np.searchsorted(table[:, 3], at - (ends[i] - counts[i]), side="right") - 1
+        files = json.loads(Path(f"{start}.json").read_bytes())["files"]
+        found = files[table[first, 0]], int(table[first, 1])
+    else:
+        # The document's text, from the eot before it to its own. One that was cut begins or ends with it.
+        eots = np.flatnonzero(ids[:at] == corpus.tokenizer.eot)
+        start = eots[-1] + 1 if len(eots) else 0
+        length = int(np.argmax(ids[start:] == corpus.tokenizer.eot))
+        text = corpus.tokenizer.decode(ids[start:start + length].tolist())
+        source, _ = find_source(name, paths[name], config)
+        for row in itertools.chain(*(rows_of_file(source, file, Counter()) for file in source.files)):
+            if row.text == text or not found and (row.text.startswith(text) or row.text.endswith(text)):
+                found = row.file, row.number
+                if row.text == text:
+                    break
+    if not found:
+        raise ValueError(f"files: {name} has changed since it was tokenized")
+
+    # Clean text says itself where it comes from.
+    if config.clean:
+        with open(found[0], "rb") as lines:
+            line = json.loads(next(itertools.islice(lines, found[1] - 1, None)))
+        found = line["file"], line["row"]
+    return found
 
 
 # ---- mixture: which domain the n-th window comes from ------------------------------------------------------
@@ -878,14 +2356,6 @@ class Mixture:
         return domain, c[np.arange(n1 - n0), domain]
 
 
-def mix(x):
-    """splitmix64: uint64 (N,) → (N,); every output bit depends on every input bit."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
-
-
 def permute(i, n, key):
     """The image of i under a pseudo-random permutation of 0 .. n-1, which key selects.
 
@@ -926,6 +2396,7 @@ def document_starts(x, eot):
 
 def take_windows(sources, starts, T):
     """b token arrays and the offset of a window in each → x, y (b, T) int64"""
+    import torch
     rows = np.stack([ids[a:a + T + 1] for ids, a in zip(sources, starts)]).astype(np.int64)
     return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :-1], rows[:, 1:]))
 
@@ -933,7 +2404,8 @@ def take_windows(sources, starts, T):
 class Batches:
     """batch(step), a pure function of (seed, step).  batch: windows in the global batch of a step.
 
-    Window k of a domain is tokens [kT, kT + T + 1). An epoch visits each window once, in its own order."""
+    Window k of a domain is tokens [kT, kT + T + 1); with several shards, of the shard that holds it. An epoch
+    visits each window once, in its own order."""
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus = corpus
@@ -943,13 +2415,17 @@ class Batches:
         self.context = context
 
         # Every domain needs at least one window of training and of validation text.
-        for name, domain in corpus.domains.items():
-            for part, ids in (("train", domain.train), ("validation", domain.val)):
-                if len(ids) <= context:
-                    raise ValueError(f"domain {name!r}: {len(ids)} {part} tokens, "
-                                     f"less than a window: context {context} + 1")
-        windows = [(len(domain.train) - 1) // context for domain in corpus.domains.values()]
-        self.windows = np.array(windows)                                                   # (D,)
+        self.train = [Windows(domain.train, context) for domain in corpus.domains.values()]
+        self.held_out = {name: Windows(domain.val, context) for name, domain in corpus.domains.items()}
+        for name, train in zip(corpus.domains, self.train):
+            if len(train.arrays) > 1 and os.environ.get("RANK", "0") == "0":
+                lost = len(train.ids) - context * len(train)
+                print(f"{name}: {lost:,} of {len(train.ids):,} tokens are in no window, at ends of shards")
+            for part, windows in (("train", train), ("validation", self.held_out[name])):
+                if not len(windows):
+                    raise ValueError(f"domain {name!r}: {len(windows.ids)} {part} tokens, in no shard "
+                                     f"as many as a window: context {context} + 1")
+        self.windows = np.array([len(windows) for windows in self.train])                  # (D,)
         self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context)
 
     def __call__(self, step, rank=0, world=1):
@@ -958,6 +2434,7 @@ class Batches:
         Raises ValueError if the batch is not divisible by the number of ranks."""
         if self.batch % world:
             raise ValueError(f"{self.batch} windows a batch, not divisible by {world}")
+        import torch
         b, T = self.batch // world, self.context
 
         # The mixture gives each window its domain and its index j among that domain's windows.
@@ -972,14 +2449,14 @@ class Batches:
         k = permute(j % W, W, key)                                                         # (b,)
 
         # Cut the windows from the shards.
-        train = [d.train for d in self.corpus.domains.values()]
-        x, y = take_windows([train[i] for i in domain], k * T, T)
+        x, y = take_windows(*zip(*[self.train[i](window) for i, window in zip(domain, k)]), T)
         return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
 
     def doc_start(self, x):
         """`document_starts` of x (b, T) if the configuration asks for document masking, else None."""
         if not self.config.doc_mask:
             return None
+        import torch
         return torch.from_numpy(document_starts(x.numpy(), self.corpus.tokenizer.eot))
 
     def epochs(self, step):
@@ -989,10 +2466,9 @@ class Batches:
 
     def val(self, name, limit=0):
         """(x, y, doc_start or None), (n, T) int64: `limit` evenly spaced validation windows; 0: all"""
-        ids, T = self.corpus.domains[name].val, self.context
-        total = (len(ids) - 1) // T
-        n = min(limit, total) or total
-        x, y = take_windows([ids] * n, np.arange(n) * total // n * T, T)
+        windows = self.held_out[name]
+        n = min(limit, len(windows)) or len(windows)
+        x, y = take_windows(*zip(*map(windows, np.arange(n) * len(windows) // n)), self.context)
         return x, y, self.doc_start(x)
 
 
@@ -1027,9 +2503,8 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-def stats(config, vocab_size):
-    """Print a table with a row for each domain, and the fingerprints of tokenizer and data."""
-    corpus = prepare(config, vocab_size)
+def stats(corpus):
+    """Print a table with a row for each domain."""
     print(f"{'domain':12}{'documents':>10}{'MB':>8}{'tokens':>12}{'val':>10}{'bytes/token':>13}"
           f"{'windows':>14}{'bigram bits/byte':>18}")
     for (name, d), s, e in zip(corpus.domains.items(), corpus.start, corpus.end):
@@ -1038,7 +2513,27 @@ def stats(config, vocab_size):
         bits = bigram_bits(d.train, d.val, corpus.tokenizer)
         print(f"{name:12}{d.documents:10,}{size / 1e6:8.2f}{tokens:12,}{len(d.val):10,}"
               f"{size / tokens:13.2f}{f'{s:.0%} → {e:.0%}':>14}{bits:18.3f}")
-    print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
+
+
+def read_options(options, **numbers):
+    """Options --NAME=VALUE → (DataConfig, numbers): its text and boolean fields, with or without "data." in
+    front, and `numbers`, given with their defaults. Raises SystemExit at an unknown one."""
+    config = DataConfig()
+    known = {f.name: f.default for f in fields(DataConfig)}
+    for option in options:
+        name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
+        if name in numbers and value.isdecimal():
+            numbers[name] = int(value)
+        elif isinstance(known.get(name), bool):
+            config = replace(config, **{name: value.lower() == "true"})
+        elif isinstance(known.get(name), int) and value.isdecimal():
+            config = replace(config, **{name: int(value)})
+        elif isinstance(known.get(name), str):
+            config = replace(config, **{name: value})
+        else:
+            raise SystemExit(f"unknown option {option!r}; known: --{'=N --'.join(numbers)}=N "
+                             f"--{'= --'.join(known)}=")
+    return config, numbers
 
 
 def main(argv):
@@ -1047,29 +2542,38 @@ def main(argv):
         print(__doc__)
         return
     command, *options = argv or ["(none)"]
-    if command != "stats":
-        raise SystemExit(f"unknown command {command!r}; known: stats")
-
-    # Options: --vocab, and the text and boolean fields of DataConfig, with or without "data." in front.
-    config = DataConfig()
-    vocab_size = 4096
-    known = {f.name: f.default for f in fields(DataConfig) if isinstance(f.default, (str, bool))}
-    for option in options:
-        name, _, value = option.removeprefix("--").removeprefix("data.").partition("=")
-        if name == "vocab" and value.isdecimal():
-            vocab_size = int(value)
-        elif name in known:
-            if isinstance(known[name], bool):
-                value = value.lower() == "true"
-            config = replace(config, **{name: value})
-        else:
-            raise SystemExit(f"unknown option {option!r}; known: --vocab=N --{'= --'.join(known)}=")
+    if command == "work":
+        return work_as_told()
+    if command not in ("stats", "prepare", "clean", "origin", "sources"):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources")
+    if command == "clean":
+        if len(options) < 2 or any(option.startswith("--") for option in options[:2]):
+            raise SystemExit("python data.py clean IN OUT [options]: IN is a file, a folder or NAME=PATH; "
+                             "OUT is a new folder")
+        source, out, *options = options
 
     # Report errors in the input as one line, without a traceback.
+    config, numbers = read_options(options, vocab=4096, workers=0, at=0)
     try:
-        stats(config, vocab_size)
+        if command == "sources":
+            return datasets().show()
+        if command == "clean":
+            name, _, path = ("", "", source) if Path(source).exists() else source.partition("=")
+            if not path:
+                name, path = path, name
+            return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
+        corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
+        if command == "origin":
+            for name in parse_domains(config)[3]:
+                print(f"{name}: token {numbers['at']} is of", "%s, row %d" % origin(
+                    corpus, config, name, "train", min(numbers["at"], len(corpus.domains[name].train) - 1)))
+        if command == "stats":
+            stats(corpus)
+        print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None
+    except (MemoryError, BrokenExecutor):
+        raise SystemExit(f"data.py: {NO_MEMORY}") from None
 
 
 if __name__ == "__main__":

@@ -1522,7 +1522,7 @@ ROOMS = """
 The files, and which of the others each imports:
 
   kernels.py   operations: definition, fast path   -
-  data.py      text, tokens, batches               -
+  data.py      files, text, tokens, batches        -
   model.py     the network                         kernels
   muonclip.py  Muon, AdamW, QK-Clip                kernels
   parallel.py  pipeline, experts, ZeRO-1           kernels

@@ -5,9 +5,11 @@ Everything runs on CPU; multi-rank tests spawn processes that talk over gloo. To
 """
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import gzip
 import importlib
@@ -20,6 +22,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -29,6 +32,8 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +53,7 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note, faults, huggingface
+from notes import _figure, _note, datasets, faults, huggingface
 from notes import corpus as embedded
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
@@ -114,8 +119,10 @@ import data, model, muonclip, train
 train.main({options + ["--steps=4"]})
 train.main({options + ["--resume", "--steps=8"]})
 model.main(["--sample=out", "--prompt=The ", "--tokens=9"])
+open("a.parquet", "w").write("PAR1")
 for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stats"]), (muonclip.main, []),
-                    (model.main, ["--sample=out", "--export=there"])):
+                    (model.main, ["--sample=out", "--export=there"]), (data.main, ["sources"]),
+                    *[(data.main, ["stats", "--files=x=" + path]) for path in ("dclm:.", "a.parquet")]):
     try:
         main(words)
     except SystemExit as leave:
@@ -127,10 +134,11 @@ for main, words in ((train.main, ["--steps=1", "--out=new"]), (data.main, ["stat
     assert "step 4/30" in done.stdout and "resuming out at step 4" in done.stdout, done.stderr
     assert "\nThe " in done.stdout
     refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
-    asked = "the default text is made by notes/corpus.py, which is not here"
+    asked = "--data.files=NAME=PATH: the default text is made by notes/corpus.py, which is not here"
     missing = "No module named 'notes'"
-    expected = asked, asked, missing, missing
-    assert [says in line for says, line in zip(expected, refused, strict=True)] == [True] * 4
+    sets = "data.py: published sets, tables, zstd and conditions need notes/datasets.py, which is not here"
+    expected = asked, asked, missing, missing, sets, sets, sets
+    assert [says in line for says, line in zip(expected, refused, strict=True)] == [True] * 7
 
 
 def test_the_drawing_of_the_files_is_true():
@@ -1261,8 +1269,9 @@ def test_the_cache_knows_how_a_file_was_read(tmp_path):
     assert documents("a.txt") == 2, "one document, whose last tenth is validation"
     assert documents("a.jsonl") == documents("a.json") == 300
     assert documents("b.jsonl.gz", gzip.compress(lines)) == 300
-    with pytest.raises(ValueError, match="b.jsonl, line 1"):
-        documents("b.jsonl", gzip.compress(lines))
+    assert documents("b.jsonl", gzip.compress(lines)) == 300, "what is packed is known by its first bytes"
+    with pytest.raises(ValueError, match="c.jsonl.gz is a damaged gzip file"):
+        documents("c.jsonl.gz", lines)
 
 
 def test_reading_a_folder_reports_what_is_read_and_what_is_skipped(tmp_path, capsys):
@@ -1425,6 +1434,798 @@ def test_several_processes_can_prepare_at_once(tmp_path):
     assert len({fingerprint for fingerprint, _ in found}) == 1
     assert sorted(out == "" for _, out in found) == [False, True, True]
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def write_rows(path, rows, **options):
+    """Rows in the format that the name says. A test that needs a missing package is skipped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        importlib.import_module("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), path, **options)
+        return
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw)
+    if path.suffix in (".zst", ".zstd"):
+        raw = pytest.importorskip("backports.zstd").compress(raw)
+    path.write_bytes(raw)
+
+
+def numbered(start, n=3, **fields):
+    return [dict(fields, text=f"document {start + i}", number=start + i) for i in range(n)]
+
+
+def texts_of(path, **options):
+    found = data.rows("x", str(path), data.DataConfig(**options))
+    return sorted(int(row.text.split()[-1]) for row in found)
+
+
+@pytest.mark.parametrize("kind, kept, left_out", [
+    ("fineweb2", "kor_Hang/train/1.parquet jpn_Jpan/train/1.parquet",
+     "kor_Hang/test/1.parquet kor_Hang_removed/train/1.parquet kor_Hang_removed/test/1.parquet README.md"),
+    ("finemath", "finemath-3plus/1.parquet infiwebmath-4plus/1.parquet", "finemath-4plus/1.parquet"),
+    ("finemath", "finemath-4plus/1.parquet", ""),
+    ("dclm", "global/local/1.jsonl.zstd global/local/2.jsonl.zst", "filtered/1.parquet sizes.json"),
+    ("dclm", "filtered/1.parquet", ""),
+    ("txt360", "data/common-crawl/d/1-1/1.jsonl.gz data/stackexchange/1-1/1.jsonl",
+     "TxT360_BestOfWeb/1.jsonl.gz TxT360_QA/1.jsonl.gz a.parquet"),
+    ("txt360", "TxT360_BestOfWeb/1.jsonl.gz", "TxT360_QA/1.jsonl.gz"),
+    ("fineweb-edu", "data/CC-MAIN-2013-20/1.parquet", "sample/10BT/1.parquet"),
+    ("fineweb-edu", "sample/350BT/1.parquet", "sample/10BT/1.parquet sample/100BT/1.parquet")])
+def test_the_traps_of_published_sets_are_left_out(tmp_path, kind, kept, left_out):
+    for path in (kept + " " + left_out).split():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    source, others = data.find_source("x", f"{kind}:{tmp_path}", data.DataConfig())
+    below = lambda files: {os.path.relpath(file, tmp_path) for file in files}
+    assert below(source.files) == set(kept.split())
+    assert set().union(*map(below, others.values())) == set(left_out.split())
+
+
+def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
+    rows = [dict(text=f"문서 {i}", id="<urn>", dump="CC-MAIN-2014-10", url="u", date="d", file_path="f",
+                 language="kor", language_score=.9 + i / 100, language_script="Hang",
+                 minhash_cluster_size=1 + i, top_langs='{"kor_Hang_score": 0.9}') for i in range(4)]
+    root = tmp_path / "data"
+    for i, folder in enumerate(("kor_Hang/train", "kor_Hang/test", "kor_Hang_removed/train")):
+        write_rows(root / folder / "000_00000.parquet",
+                   [dict(row, text=f"{i} {row['text']}") for row in rows])
+    config = data.DataConfig(where="quality>=0.92,x:language_script=Hang")
+    found = list(data.rows("x", f"fineweb2:{root}", config))
+    assert [(row.text, row.number) for row in found] == [("0 문서 2", 3), ("0 문서 3", 4)]
+    said = capsys.readouterr().out
+    for part in ("1 of FineWeb2's test split", "1 rejected by FineWeb2's own filters (000_00000.parquet)",
+                 "2 rows not quality>=0.92", "text from `text` (there are: text, id, dump, "):
+        assert part in said, (part, said)
+    for path in ("kor_Hang_removed", "kor_Hang_removed/train", "kor_Hang_removed/train/000_00000.parquet",
+                 "kor_Hang/test"):
+        with pytest.raises(ValueError, match="nothing but files (rejected|of FineWeb2's test)"):
+            list(data.rows("x", f"fineweb2:{root / path}", data.DataConfig()))
+    assert len(list(data.rows("x", str(root), data.DataConfig()))) == 12
+    assert "this looks like fineweb2" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no field 'int_score'; it has: text, id, .*top_langs"):
+        list(data.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
+
+
+def test_fineweb2_repeats_documents_by_the_size_of_their_cluster(tmp_path):
+    often = {1: 1, 2: 2, 3: 3, 4: 3, 5: 5, 99: 5, 100: 8, 999: 8, 1000: 1, 10 ** 6: 1}
+    rows = [dict(text=f"document {i} of {size}", minhash_cluster_size=size)
+            for size in often for i in range(20)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    files = [str(tmp_path / "a.jsonl")]
+    source = data.Source("x", str(tmp_path), files, "fineweb2", "", "text", False, True, True)
+    counts = Counter()
+    plan = data.Plan(source, [files], str(tmp_path), 2, "", "")
+    found = list(data.chosen_documents(plan, files, None, counts, [0]))
+    assert counts["rows"] == len(rows) and all(one != other for one, other in zip(found, found[1:]))
+    times = Counter((side, text) for _, _, side, text in found)
+    assert len(times) == len(rows) and len({side for side, _ in times}) == 2
+    for (side, text), n in times.items():
+        assert n == (1 if side else often[int(text.split()[-1])]), (side, text)
+    for files, clean in (("x=dclm:a", False), ("x=fineweb2:a", True)):
+        with pytest.raises(ValueError, match="rehydrate: needs --data.files=NAME=fineweb2:PATH"):
+            data.parse_domains(data.DataConfig(files=files, clean=clean, rehydrate=True))
+
+
+def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
+    """4plus is contained in 3plus. The two families differ in columns and widths."""
+    pa = pytest.importorskip("pyarrow")
+    wide = dict(url="u", fetch_time=1, content_mime_type="text/html", warc_filename="w", warc_record_offset=1,
+                warc_record_length=2, token_count=3, char_count=4, metadata="{}", score=4.1, int_score=4,
+                crawl="c", snapshot_type="s", language="en", language_score=.9)
+    narrow = {name: wide[name] for name in ("url", "metadata", "score", "int_score", "token_count",
+                                            "char_count")}
+    for folder, rows in (("finemath-3plus", numbered(0, **wide)), ("finemath-4plus", numbered(0, 1, **wide)),
+                         ("infiwebmath-4plus", numbered(10, **narrow))):
+        path = tmp_path / folder / "train-00000-of-00064.parquet"
+        write_rows(path, rows)
+        if folder.startswith("fine"):
+            table = importlib.import_module("pyarrow.parquet").read_table(path)
+            at = table.schema.get_field_index("token_count")
+            table = table.set_column(at, "token_count", table["token_count"].cast(pa.int32()))
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+    assert texts_of(f"finemath:{tmp_path}", where="int_score>=4") == [0, 1, 2, 10, 11, 12]
+    assert "1 contained in 3plus" in capsys.readouterr().out
+    assert texts_of(f"finemath:{tmp_path}/finemath-4plus") == [0]
+
+
+def test_dclm_is_read_although_its_structs_do_not_unify(tmp_path, capsys):
+    """Some rows have WARC fields that others lack; the suffix is .zstd; the parquet copy is left out."""
+    prob = datasets.SETS["dclm"].quality
+    rows = numbered(0, 6, language_id_whole_page_fasttext=dict(en=.9), warcinfo="a: b\r\nc: d",
+                    previous_word_count=9, bff_contained_ngram_count_before_dedupe=0)
+    for i, row in enumerate(rows):
+        row |= {"metadata": {"WARC-Type": "response"}, prob: i / 10}
+        if i % 2:
+            row["metadata"] = dict(row["metadata"], **{"WARC-Truncated": "length"})
+    shard = tmp_path / "global-shard_01_of_10/local-shard_0_of_10/shard_00000000_processed.jsonl.zstd"
+    write_rows(shard, rows)
+    (tmp_path / "filtered").mkdir()
+    (tmp_path / "filtered/part.parquet").write_bytes(b"PAR1, not read")
+    where = "quality>0.2,language_id_whole_page_fasttext.en>=0.9"
+    assert texts_of(f"dclm:{tmp_path}", where=where) == [3, 4, 5]
+    said = capsys.readouterr().out
+    assert "3 rows not quality>0.2" in said and "1 a copy of the .jsonl.zstd (part.parquet)" in said
+    assert texts_of(f"dclm:{shard}") == [*range(6)]
+    raw = shard.read_bytes()
+    for cut in (raw[:-1], raw[:len(raw) // 2], raw[:5]):
+        shard.write_bytes(cut)
+        with pytest.raises(ValueError, match="shard_00000000_processed.jsonl.zstd is a damaged zstd file"):
+            texts_of(f"dclm:{tmp_path}")
+    shard.write_bytes(raw + raw)
+    assert texts_of(f"dclm:{tmp_path}") == sorted([*range(6)] * 2), "every frame is read"
+
+
+def test_txt360_keeps_its_buckets_and_leaves_out_its_copies(tmp_path, capsys):
+    web = tmp_path / "data/common-crawl/CC-MAIN-2013-20"
+    for start, bucket in ((0, "1-1"), (10, "2-5"), (20, "101-1000")):
+        rows = numbered(start, 2, meta={"dup_signals": {"dup_details": {f"2013-{start}": None}}})
+        write_rows(web / bucket / "chunk_000_0000.jsonl.gz", rows)
+    write_rows(tmp_path / "data/stackexchange/1-1/0_2289.jsonl", numbered(30, 2, meta={}))
+    write_rows(tmp_path / "TxT360_BestOfWeb/1-1/chunk.jsonl.gz", numbered(0, 2, meta={}))
+    write_rows(tmp_path / "TxT360_QA/1-1/chunk.jsonl.gz", numbered(0, 2, meta={}))
+    (tmp_path / "README.md").write_text("not text to train on")
+    assert texts_of(f"txt360:{tmp_path}") == [0, 1, 10, 11, 20, 21, 30, 31]
+    said = capsys.readouterr().out
+    assert "2 a copy of other documents here" in said and "1 of another kind (README.md)" in said
+    assert texts_of(f"txt360:{tmp_path}", where="bucket!=1-1") == [10, 11, 20, 21]
+    assert texts_of(f"txt360:{tmp_path}/TxT360_QA") == [0, 1], "a copy alone is no copy"
+
+
+def test_the_name_of_the_folder_itself_is_no_trap(tmp_path, capsys):
+    """Only the folders below say that a file is of a test split, or a sample of others."""
+    for kind, path in (("fineweb2", "test/train/1.parquet"), ("fineweb-edu", "data/sample/10BT/1.parquet"),
+                       ("fineweb-edu", "sample/10BT/1.parquet")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        root = tmp_path / path.partition("/")[0]
+        source, others = data.find_source("x", f"{kind}:{root}", data.DataConfig())
+        assert source.files == [f"{tmp_path}/{path}"] and not others
+
+
+def test_two_domains_of_one_set_that_share_text_are_named(tmp_path):
+    for path in ("finemath-3plus", "finemath-4plus", "infiwebmath-3plus"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "1.parquet").write_bytes(b"PAR1")
+    sources = [data.find_source(path[:3] + path[-5], f"finemath:{tmp_path}/{path}", data.DataConfig())[0]
+               for path in ("finemath-3plus", "finemath-4plus", "infiwebmath-3plus")]
+    assert list(data.datasets().twice(sources)) == ["warning: fin3 and fin4 share text: contained in 3plus"]
+    same = [sources[2], sources[2]._replace(name="again")]
+    assert list(data.datasets().twice(same)) == ["warning: inf3 and again share text: the same files"]
+
+
+def test_the_cache_knows_the_buckets_of_txt360(tmp_path):
+    """Folders that change their names change what a condition lets through, not the files."""
+    for bucket in ("1-1", "2-5"):
+        write_rows(tmp_path / f"x/{bucket}/a.jsonl", numbered(0, 60, meta={}) * (2 if bucket == "1-1" else 1))
+    config = data.DataConfig(files=f"x=txt360:{tmp_path}/x", tokenizer="bytes", where="bucket=1-1",
+                             cache=str(tmp_path / "cache"))
+    assert data.prepare(config, 261).domains["x"].documents >= 60
+    os.rename(tmp_path / "x/1-1", tmp_path / "x/1-10")
+    with pytest.raises(ValueError, match="is empty"): data.prepare(config, 261)
+
+
+def test_a_packed_file_is_known_by_its_first_line(tmp_path):
+    (tmp_path / "shard.gz").write_bytes(gzip.compress(b'{"text": "document 5"}\n{"text": "document 6"}\n'))
+    assert texts_of(tmp_path / "shard.gz") == [5, 6]
+    (tmp_path / "shard.gz").write_bytes(gzip.compress(b"document 7"))
+    assert texts_of(tmp_path / "shard.gz") == [7]
+
+
+def test_fineweb_edu_reads_one_of_its_samples(tmp_path):
+    for i, folder in enumerate(("sample/10BT", "sample/100BT", "data/CC-MAIN-2024-10")):
+        write_rows(tmp_path / folder / "000_00000.parquet", numbered(10 * i, score=3.1, int_score=3))
+    assert texts_of(f"fineweb-edu:{tmp_path}") == [20, 21, 22]
+    assert texts_of(f"fineweb-edu:{tmp_path}/sample") == [10, 11, 12]
+    assert texts_of(f"fineweb-edu:{tmp_path}/sample/10BT", where="int_score>=3,int_score<4") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("item, expected", [
+    ("number>=2", [2, 3]), ("number>2", [3]), ("number<=1", [0, 1]), ("number<1", [0]), ("number=2", [2]),
+    ("number==2", [2]), ("number!=2", [0, 1, 3]), ("a.b>1", [2, 3]), ("kind=even", [0, 2]), ("ok=TRUE", [0]),
+    ("kind>even", [1, 3]), (" number >= 1 , number < 3 ", [1, 2]), ("x:number=1,other:number=2", [1]),
+    ("maybe=1", [0])])
+def test_conditions_choose_rows(tmp_path, item, expected):
+    rows = [dict(text=f"document {i}", number=i, a=dict(b=i), kind=("even", "odd")[i % 2], ok=i == 0,
+                 maybe=None if i else 1) for i in range(4)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert texts_of(tmp_path / "a.jsonl", where=item) == expected
+
+
+@pytest.mark.parametrize("item, says", [
+    ("number", "'number' is not FIELD>=VALUE"), ("number>=", "'number>=' is not"), ("number=>1", "is not"),
+    ("__import__('os')>1", "is not"), ("score>1", "no field 'score'; it has: text, number"),
+    ("number>many", "'number' is a number in .*a.jsonl"), ("text.x=1", "no field 'text.x'"),
+    ("number>=4,typo>=1", "no field 'typo'; it has: text, number, ok, more, late"),
+    ("number>nan", "is a number"), ("ok=maybe", "'ok' is true or false in"),
+    ("more.typo=1", "no field 'more.typo'; it has: x, text")])
+def test_a_condition_that_makes_no_sense_is_refused(tmp_path, item, says):
+    rows = [dict(text="document 1", number=1, ok=True, more=dict(x=1)), dict(text="document 2", late=2)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=says):
+        texts_of(tmp_path / "a.jsonl", where=item)
+
+
+@pytest.mark.parametrize("item, expected", [
+    ("n>=4", [1, 4]), ("late>=1", [3]), ("late!=2", [3]), ("language=nan", [2, 4]), ("ok=1", [1]),
+    ("ok=False", [2]), ("year<999", [3]), ("year=1000", [3])])
+def test_a_string_is_no_number_and_a_missing_field_meets_nothing(tmp_path, item, expected):
+    """The first row lacks a field; only in a .csv are strings of digits numbers."""
+    rows = [dict(n=10, ok=True), dict(n=3, ok=False, language="nan"), dict(late=1, year="1000"),
+            dict(n=4.5, language="nan", year="999")]
+    write_rows(tmp_path / "a.jsonl", [dict(row, text=f"document {i}") for i, row in enumerate(rows, 1)])
+    assert texts_of(tmp_path / "a.jsonl", where=item) == expected
+    lines = b"text,n,language\ndocument 1,10,nan\ndocument 2,9,0x\ndocument 3,,7\n"
+    (tmp_path / "a.csv").write_bytes(lines)
+    for where in ("n>=9.5", "language=nan"):
+        assert texts_of(tmp_path / "a.csv", where=where) == [1]
+
+
+def csv_file(*rows):
+    return "\n".join(["id,text", *rows, ""]).encode()
+
+
+@pytest.mark.parametrize("name, raw, says", [
+    ("a.csv", csv_file('1,"two\nlines, 1"', "2,document 2"), [1, 2]),
+    ("a.csv", b"\xef\xbb\xbf" + csv_file("1,document 1"), [1]),
+    ("a.csv.gz", gzip.compress(csv_file("1,document 1")), [1]),
+    ("a.csv", csv_file("1,document 1", "2"), "a.csv, row 2: no string in the column `text`"),
+    ("a.csv", csv_file("1,document 1", "2,b,c"), "a.csv, row 2: no string"),
+    ("a.csv", csv_file("1,document 1") + b"2,\xe9\n", "a.csv, row 2: no text in UTF-8"),
+    ("a.csv", csv_file("1,document 1", '2,"cut sho'), "a.csv, row 2: unexpected end of data"),
+    ("a.csv", b"id,body\n1,x\n", "no column 'text'; it has: id, body; name one with --data.column"),
+    ("a.csv", b"", "no column 'text'; it has: none"),
+    ("a.jsonl", gzip.compress(b'{"text": "document 7"}\n'), [7]),
+    ("a.jsonl", b'{"text": "document 1"}\n{"text": null}\n', "a.jsonl, line 2: no JSON object with a string"),
+    ("a.jsonl", b'{"body": "x", "id": 3}\n', "line 1: no JSON object with a string `text`, only body, id;"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "document 1"}\n' * 999)[:-9], "a.jsonl.gz is a damaged gzip"),
+    ("a.jsonl.gz", b"", "a.jsonl.gz is a damaged gzip file"),
+    ("a.jsonl.zst", b'{"text": "x"}\n', "a.jsonl.zst is a damaged zstd file"),
+    ("a.parquet", b"<html>404</html>", "a.parquet is a damaged parquet file")])
+def test_tables_and_damaged_files(tmp_path, name, raw, says):
+    """Either the numbers of the documents, or a line that names the file and the row."""
+    (tmp_path / name).write_bytes(raw)
+    if isinstance(says, list):
+        assert texts_of(tmp_path / name) == says
+        return
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        texts_of(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    parquet, path = importlib.import_module("pyarrow.parquet"), tmp_path / "a.parquet"
+    some = [b"document 1", None, b"\xff", b"document 4", b" "]
+    for kind in (pa.binary(), pa.large_binary()):
+        parquet.write_table(pa.table(dict(text=pa.array(some, kind))), path)
+        with pytest.raises(ValueError, match="a.parquet, row 2: no string in the column `text`"):
+            texts_of(path)
+        assert texts_of(path, skip_bad=True) == [1, 4]
+        assert "2 rows bad, 1 row blank" in capsys.readouterr().out
+    words = pa.array(["document 1", "document 1", "document 2"])
+    for column in (words.dictionary_encode(), words.cast(pa.large_string())):
+        parquet.write_table(pa.table(dict(text=column)), path)
+        assert texts_of(path) == [1, 1, 2]
+    raw = path.read_bytes()
+    for cut in (raw[:-1], raw[:40]):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match="a.parquet is a damaged parquet file"):
+            texts_of(path)
+    parquet.write_table(pa.table(dict(text=[1, 2], tags=[["a"], ["b"]])), path)
+    for column, says in (("text", "column 'text' is int64"), ("tags", "column 'tags' is list"),
+                         ("body", "no column 'body'; it has: text, tags")):
+        with pytest.raises(ValueError, match=says):
+            texts_of(path, column=column)
+    path.rename(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="int64"): texts_of(tmp_path / "b.txt")
+
+
+def test_text_is_read_without_the_tables_beside_it(tmp_path, capsys):
+    """Tables are read from a folder if nothing else in it is text; different tables are a mistake."""
+    write_rows(tmp_path / "a.jsonl", numbered(1, 2))
+    (tmp_path / "README.md").write_text("words 5")
+    assert texts_of(tmp_path) == [1, 2, 5], "prose beside .jsonl has always been read"
+    (tmp_path / "b.csv").write_bytes(csv_file("1,document 3"))
+    (tmp_path / "c.txt.zst").write_bytes(b"not read")
+    (tmp_path / "d.parquet").write_bytes(b"not read")
+    left_out = "3 a table beside text: name it on its own (b.csv, c.txt.zst, d.parquet)"
+    assert texts_of(tmp_path) == [1, 2, 5] and left_out in capsys.readouterr().out
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("words 6")
+    assert texts_of(tmp_path) == [5, 6] and left_out in capsys.readouterr().out
+    (tmp_path / "a.txt").rename(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('[{"text": "words 7"}]')
+    assert texts_of(tmp_path) == [5, 7] and left_out in capsys.readouterr().out
+    (tmp_path / "a.json").write_text('{"name": "words 7"}')
+    with pytest.raises(ValueError, match="mixes .csv and .parquet: give each a name of its own"):
+        texts_of(tmp_path)
+    (tmp_path / "d.parquet").unlink()
+    (tmp_path / "c.txt.zst").unlink()
+    assert texts_of(tmp_path) == [3] and "2 beside the data (README.md, a.json)" in capsys.readouterr().out
+    (tmp_path / "b.csv").rename(tmp_path / "c.jsonl.zst")
+    source, _ = data.find_source("x", str(tmp_path), data.DataConfig())
+    assert source.files == [f"{tmp_path}/c.jsonl.zst"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet", "backports", "compression"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, raw, says in (("a.parquet", b"PAR1", "pip install pyarrow"),
+                            ("a.jsonl", b"\x28\xb5\x2f\xfd", "pip install backports.zstd"),
+                            ("b.jsonl.zst", b"\x50\x2a\x4d\x18", "pip install backports.zstd")):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{name} is .*: {says}"): texts_of(tmp_path / name)
+
+
+def test_motifs_mixture_asks_for_its_eight_domains():
+    config = data.DataConfig(mixture="motif", files="web=w,korean=k")
+    missing = "'multilingual', 'academic', 'specialized', 'reasoning' without text"
+    with pytest.raises(ValueError, match=missing):
+        data.parse_domains(config)
+    names = "web multilingual korean academic specialized code math reasoning".split()
+    files = ",".join(f"{name}=p" for name in names)
+    found = data.parse_domains(replace(config, files=files))
+    assert found[0] == names and [w.tolist() for w in found[1:3]] == list(map(list, MOTIF_MIXTURE))
+    with pytest.raises(ValueError, match="'mortif' is unknown; known: motif"):
+        data.parse_domains(replace(config, mixture="mortif"))
+
+
+# Large text: LARGE is lowered, so that a few hundred kilobytes are streamed.
+
+def large_text(tmp_path, files=4, n=300, repeat=True):
+    """A folder of jsonl files → (configuration, {file name: its documents})"""
+    rng, docs = random.Random(files), {}
+    for f in range(files):
+        words = lambda: " ".join(f"{rng.random():.6f}" for _ in range(rng.randrange(1, 40)))
+        docs[f"{f}.jsonl"] = [f"{f} {i} {words()}" for i in range(n)]
+        lines = [json.dumps(dict(text=doc)) for doc in docs[f"{f}.jsonl"]]
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / f"mine/{f}.jsonl").write_text("\n".join(lines + lines[:repeat]) + "\n\n")
+        os.utime(tmp_path / f"mine/{f}.jsonl", (1e9, 1e9))
+    config = data.DataConfig(files=f"mine={tmp_path}/mine", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    return config, docs
+
+
+def shard_files(config):
+    return {path.name: path.read_bytes() for path in Path(config.cache).rglob("*.jsonl-*")}
+
+
+def test_a_large_file_gives_the_tokens_of_a_small_one(tmp_path, monkeypatch):
+    """A domain of one shard has the windows and the digests that it has when it is held in memory."""
+    config, _ = large_text(tmp_path, 1, 2000)
+    small = data.prepare(config, 261)
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    large = data.prepare(replace(config, cache=str(tmp_path / "other")), 261)
+    assert large.fingerprint == small.fingerprint and len(list(tmp_path.glob("other/mine-*/*.bin"))) == 3
+    x = [data.Batches(corpus, config, 0, 8, 64)(3).x for corpus in (small, large)]
+    assert torch.equal(*x)
+
+
+def test_documents_held_in_memory_know_their_rows_too(tmp_path):
+    config, docs = large_text(tmp_path, 3, 40)
+    corpus = data.prepare(config, 261)
+    for side in ("train", "val"):
+        ids = getattr(corpus.domains["mine"], side)
+        for at in range(0, len(ids), 997):
+            file, row = data.origin(corpus, config, "mine", side, at)
+            text = corpus.tokenizer.decode(ids[:at + 1]).split(data.EOT)
+            assert docs[Path(file).name][row - 1].startswith(text[-1] or text[-2])
+
+
+def test_shards_do_not_depend_on_the_workers(tmp_path, monkeypatch, capsys):
+    """One shard for each file, in order; every document is on the side of its hash and knows its row."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, docs = large_text(tmp_path)
+    found = data.prepare(config, 261, workers=1)
+    said = capsys.readouterr().out
+    assert "4 rows repeated in their shard" in said and "4 shards" in said, said
+    other = replace(config, cache=str(tmp_path / "other"))
+    assert data.prepare(other, 261, workers=3).fingerprint == found.fingerprint
+    assert shard_files(config) == shard_files(other) and not list(tmp_path.rglob("*.tmp"))
+    domain, eot = found.domains["mine"], found.tokenizer.eot
+    assert domain.documents == 1200 and domain.train_bytes + domain.val_bytes == sum(
+        len(doc) for part in docs.values() for doc in part)
+    for side, shards in enumerate((domain.train, domain.val)):
+        for i, (name, part) in enumerate(docs.items()):
+            ids = shards.arrays[i]
+            texts = found.tokenizer.decode(ids).split(data.EOT)[:-1]
+            assert texts == [doc for doc in part if data.is_validation(data.sha256(doc)) == side]
+            for at in (0, len(ids) // 2, len(ids) - 1):
+                before = sum(shards.counts[:i])
+                file, row = data.origin(found, config, "mine", ("train", "val")[side], before + at)
+                assert file.endswith(name) and part[row - 1] == texts[(ids[:at] == eot).sum()]
+
+
+def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
+    """Each is seen once an epoch; none crosses a shard's end; the global batch does not depend on ranks."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, _ = large_text(tmp_path, 3, 40)
+    (tmp_path / "mine/1b.jsonl").write_text('{"text": "short"}')
+    corpus = data.prepare(config, 261)
+    T, domain = 64, corpus.domains["mine"]
+    batches = data.Batches(corpus, config, 5, 4, T)
+    expected = [tuple(domain.train.arrays[i][k:k + T + 1].tolist()) for i in range(4)
+                for k in range(0, len(domain.train.arrays[i]) - T, T)]
+    W = len(expected)
+    assert batches.windows.tolist() == [W] and len(set(expected)) == W > 50
+    seen = [tuple(row.tolist()) for s in range(W // 2 + 1) for b in [batches(s)]
+            for row in torch.cat([b.x, b.y[:, -1:]], 1)]
+    assert sorted(seen[:W]) == sorted(expected) != seen[:W]
+    parts = [batches(7, rank, 2).x for rank in range(2)]
+    assert torch.equal(torch.cat(parts), batches(7).x)
+    x, y, _ = batches.val("mine")
+    assert len(x) == sum(max(0, (n - 1) // T) for n in domain.val.counts)
+    whole = np.concatenate([domain.train.arrays[i] for i in range(4)])
+    assert all(domain.train[:n].tolist() == whole[:n].tolist() for n in (0, 9, 5555, len(whole), 10 ** 9))
+    with pytest.raises(ValueError, match="tokens, in no shard as many as a window: context 11111"):
+        data.Batches(corpus, config, 0, 4, 10 ** 5 // 9)
+
+
+def test_shards_made_anew_change_nothing_for_a_run_that_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, _ = large_text(tmp_path, 2)
+    first, untouched = [data.Batches(data.prepare(config, 261), config, 0, 4, 64) for _ in range(2)]
+    expected = [first(step).x for step in range(20)]
+    for i in "01":
+        text = (tmp_path / f"mine/{i}.jsonl").read_text()
+        (tmp_path / f"mine/{i}.jsonl").write_text(text[:len(text) // 2].rpartition("\n")[0])
+    assert data.prepare(config, 261).fingerprint != first.corpus.fingerprint
+    assert all(torch.equal(untouched(step).x, x) for step, x in enumerate(expected))
+
+    # A manifest that changes while the shards are mapped, and a shard that is too short.
+    class Raced(data.Shards):
+        def __init__(self, paths, *options):
+            super().__init__(paths, *options)
+            about = Path(str(paths[0]).replace("-train.bin", ".json").replace("-val.bin", ".json"))
+            about.write_text(about.read_text().replace('"sha256": ["', '"sha256": ["0'))
+    monkeypatch.setattr(data, "Shards", Raced)
+    with pytest.raises(ValueError, match="another process has made these shards anew: start again"):
+        data.prepare(config, 261)
+    monkeypatch.undo()
+    (tmp_path / "a.bin").write_bytes(bytes(20))
+    with pytest.raises(ValueError, match="a.bin: 10 tokens, not 11: start again"):
+        data.Shards([tmp_path / "a.bin"], [11], "<u2")
+
+
+def test_small_files_share_a_shard(tmp_path, monkeypatch, capfd):
+    """Windows cross from file to file; a document knows its file; nothing changes with the workers."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    config, docs = large_text(tmp_path, 60, 5)
+    sizes = [os.stat(file).st_size for file in sorted((tmp_path / "mine").iterdir())]
+    parts = data.parts_of(sorted((tmp_path / "mine").iterdir()))
+    assert [len(part) for part in parts] == [60]
+    monkeypatch.setattr(data, "PART", sum(sizes) // 3)
+    corpus = data.prepare(config, 261, workers=2)
+    assert "60 files" in capfd.readouterr().out
+    domain = corpus.domains["mine"]
+    found = data.Batches(corpus, config, 0, 1, 1024).train[0]
+    shards = len(domain.train.arrays)
+    assert shards in (3, 4) and len(found) * 1024 > len(domain.train) - shards * 1025
+    assert f"{len(domain.train) - 1024 * len(found):,} of {len(domain.train):,} tokens are in no window" in \
+        capfd.readouterr().out
+    at = 0
+    for ids in domain.train.arrays:
+        for place in range(0, len(ids), 501):
+            file, row = data.origin(corpus, config, "mine", "train", at + place)
+            text = corpus.tokenizer.decode(ids[:place + 1]).split(data.EOT)
+            assert docs[Path(file).name][row - 1].startswith(text[-1] or text[-2])
+        at += len(ids)
+    place = len(domain.train) // 2
+    words = f"--files={config.files} --at={place} --tokenizer=bytes --cache={config.cache}"
+    data.main(["origin", *words.split()])
+    told = "mine: token %d is of %s, row %d" % (place, *data.origin(corpus, config, "mine", "train", place))
+    assert told in capfd.readouterr().out
+    os.utime(tmp_path / "mine/7.jsonl", (1e9 + 5, 1e9 + 5))
+    assert data.prepare(config, 261).fingerprint == corpus.fingerprint
+    assert Path(data.origin(corpus, config, "mine", "train", 0)[0]).name == "0.jsonl"
+
+
+PREPARE = ("import sys, data; data.LARGE = data.PART = 0; "
+           "data.prepare(data.DataConfig(files=sys.argv[1], tokenizer='bytes', cache=sys.argv[2]), 261)")
+
+
+def prepare_outside(config, **options):
+    return subprocess.Popen([sys.executable, "-c", PREPARE, config.files, config.cache], cwd=HERE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+
+
+def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
+    """Killed at any moment, alone or with its workers, and resumed: equal to the byte."""
+    config, _ = large_text(tmp_path, 6, 2000)
+    whole, began = prepare_outside(config), time.time()
+    assert whole.wait(60) == 0, whole.stderr.read()
+    took, expected = time.time() - began, shard_files(config)
+    killed = replace(config, cache=str(tmp_path / "killed"))
+    rng = random.Random(2)
+    for i in range(3):
+        process = prepare_outside(killed)
+        time.sleep(took * rng.uniform(.3, 1))
+        (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+    two = [prepare_outside(killed) for _ in range(2)]               # and two at once share the rest
+    assert [process.wait(60) for process in two] == [0, 0], [process.stderr.read() for process in two]
+    assert shard_files(killed) == expected and len(expected) == 24
+
+
+def test_a_shard_is_claimed_by_one_process(tmp_path):
+    """While one process makes the shards of a file, another passes them over, and takes those of the next."""
+    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True, False)
+    plan = data.Plan(source, [], str(tmp_path), 2, "", "")
+    script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
+              f"    with data.claimed(plan, [f'{tmp_path}/{{name}}'], False) as mine: print(mine)")
+    with data.claimed(plan, [f"{tmp_path}/a"], False) as mine:
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert mine and done.stdout == "False\nTrue\n", done.stderr
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    config, docs = large_text(tmp_path, 2, 3000)
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, 99_999))
+    process = prepare_outside(config, preexec_fn=small)
+    _, said = process.communicate()
+    assert process.returncode and "File too large; shards that are complete are kept" in said, said
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("mine-*/*.jsonl-*.json"))
+    process = prepare_outside(config)
+    assert process.wait(60) == 0 and len(shard_files(config)) == 8
+
+
+def test_a_start_makes_only_what_has_changed(tmp_path, monkeypatch, capfd):
+    """A file that was only touched is hashed, one that was changed or whose shards are damaged is made
+    again; a digest is compared only on request. Adding a file makes only its shards."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, _ = large_text(tmp_path)
+    first = data.prepare(config, 261).fingerprint
+    shards = lambda: Path(config.cache).rglob("*-train.bin")
+    made = lambda: {path.name[0] for path in shards() if path.stat().st_mtime_ns > since}
+
+    def again(**options):
+        nonlocal since
+        since = max(path.stat().st_mtime_ns for path in shards())
+        return data.prepare(replace(config, **options), 261).fingerprint
+    since = 0
+    assert again() == first and made() == set()
+    os.utime(tmp_path / "mine/1.jsonl", (2e9 - 1e9 + 5, 1e9 + 5))
+    assert again() == first and made() == set()
+    capfd.readouterr()
+    assert again() == first and capfd.readouterr().out == "", "the new time is known now"
+    shard = next(Path(config.cache).rglob("2.jsonl-*-train.bin"))
+    raw = bytearray(shard.read_bytes())
+    raw[9] ^= 1
+    shard.write_bytes(raw)
+    assert again() == first and made() == set(), "the size is right"
+    assert again(verify=True) == first and made() == {"2"} and shard.read_bytes() != raw
+    shard.write_bytes(raw[:-2])
+    assert again() == first and made() == {"2"}
+    next(Path(config.cache).rglob("3.jsonl-*.json")).write_text("{")
+    next(Path(config.cache).rglob("0.jsonl-*-rows.bin")).unlink()
+    assert again() == first and made() == {"0", "3"}
+    shutil.copy(tmp_path / "mine/0.jsonl", tmp_path / "mine/00.jsonl")
+    assert again() != first and made() == {"0"}
+    (tmp_path / "mine/00.jsonl").unlink()
+    text = (tmp_path / "mine/1.jsonl").read_text()
+    (tmp_path / "mine/1.jsonl").write_text(text.replace("0", "1"))
+    assert again() != first and made() == {"1"}
+
+
+@pytest.mark.parametrize("budget, documents, files", [
+    ("450documents", 450, 2), ("10KB", None, 1), ("1TB", 1200, 4), ("300 documents", 300, 1)])
+def test_a_budget_reads_the_first_files_only(tmp_path, budget, documents, files, capsys, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    config, docs = large_text(tmp_path)
+    config = replace(config, budget=budget)
+    domain = data.prepare(config, 261).domains["mine"]
+    assert len(list(Path(config.cache).rglob("*-train.bin"))) == files
+    size = domain.train_bytes + domain.val_bytes
+    assert domain.documents == documents if documents else 10_000 <= size < 10_500
+    capsys.readouterr()
+    data.prepare(config, 261)
+    assert capsys.readouterr().out == ""
+    found = [row.text for row in data.rows("mine", str(tmp_path / "mine"), config)]
+    if documents == 450:
+        assert len(found) == 450
+    for wrong in ("lots", "0MB", "5", "-1MB", "3 MBit"):
+        with pytest.raises(ValueError, match="is not like 100MB, 2GB or 5000documents"):
+            data.prepare(replace(config, budget=wrong), 261)
+
+
+def test_a_small_budget_is_held_in_memory_and_reads_no_whole_file(tmp_path, monkeypatch):
+    """Few documents get a validation side as without a budget, and no file is hashed for a part of it."""
+    config, docs = large_text(tmp_path, 2, 6)
+    small = data.prepare(replace(config, budget="14documents"), 261).domains["mine"]
+    assert small.sha256 == data.prepare(config, 261).domains["mine"].sha256 and len(small.val)
+    hashed, file_digest = [], data.file_digest
+    monkeypatch.setattr(data, "file_digest",
+                        lambda path, *head: hashed.append(str(path)) or file_digest(path, *head))
+    data.prepare(replace(config, budget="1KB"), 261)
+    with pytest.raises(ValueError, match="budget: 9documents of mine are too long for it: give it in MB"):
+        with mock.patch.object(data, "LARGE", 99): data.documents("mine", str(tmp_path / "mine"),
+                                                                  replace(config, budget="9documents"))
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
+    for budget in ("1KB", "5documents"):
+        some = replace(config, budget=budget)
+        first = data.prepare(some, 261).fingerprint
+        assert not any(path.endswith(".jsonl") for path in hashed)
+        os.utime(tmp_path / "mine/0.jsonl", (1e9 + 5, 1e9 + 5))
+        assert data.prepare(some, 261).fingerprint == first
+        text = (tmp_path / "mine/0.jsonl").read_text()
+        (tmp_path / "mine/0.jsonl").write_text(text[:20] + "a" + text[20:])
+        assert data.prepare(some, 261).fingerprint != first
+    assert not any(path.endswith(".jsonl") for path in hashed)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch, tmp_path):
+    config, _ = large_text(tmp_path, 1, 9)
+    for error in (MemoryError(), concurrent.futures.process.BrokenProcessPool("a long story")):
+        def fails(*args, **options): raise error
+        monkeypatch.setattr(data, "prepare", fails)
+        with pytest.raises(SystemExit, match="^data.py: a worker was killed, probably for memory: fewer"):
+            data.main(["prepare", "--files=x=y"])
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "LARGE", 0)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(data, "progress", lambda *_: [process.kill() for process in started])
+    with pytest.raises(ValueError, match="a worker was killed, probably for memory: fewer --workers; start"):
+        data.prepare(config, 261)
+
+
+def test_a_source_with_a_time_in_the_future_counts_as_settled(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    later = time.time() + 9e4
+    os.utime(tmp_path / "a.txt", (later, later))
+    record = {}
+    data.digest(tmp_path / "a.txt", record)
+    assert len(record) == 1
+
+
+def test_long_rows_and_batches_are_bounded(tmp_path, monkeypatch):
+    """A long row is refused in every format of large text; a batch of long texts goes alone; rows of a table
+    that are or may be long are decoded one at a time; long words take no memory."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    long = [dict(text="document 1"), dict(text="x" * 1001)]
+    (tmp_path / "a.csv").write_text("text\ndocument 1\n" + "é" * 501 + "\n")
+    write_rows(tmp_path / "a.jsonl", long)
+    for name in ("a.csv", "a.jsonl"):
+        with pytest.raises(ValueError, match=f"{name}, (row|line) 2 is longer than 0 MB"):
+            texts_of(tmp_path / name)
+    (tmp_path / "a.json").write_text('{"text": "document 1"}\n' + json.dumps(long[1]))
+    with pytest.raises(ValueError, match="a.json, line 2 is longer than"): texts_of(tmp_path / "a.json")
+    held = []
+    monkeypatch.setattr(data, "IN_FLIGHT", 10_000)
+
+    def texts():
+        for i in range(40):
+            held.append(i)
+            yield "x" * 9000
+    found = data.in_pool(len, texts(), str, 9000, 8, data.ThreadPoolExecutor)
+    assert next(found) == 1 and len(held) <= 2 and sum(found) == 39
+    one, two = "a" * 300, "b" * 300
+    assert len(set(data.shingles_of(f"{one} {two} c d e {one} {two} c d e").tolist())) == 5
+    tracemalloc.start()
+    assert len(data.shingles_of(" ".join([one * 1000] * 9))) == 5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6, peak
+    pa = pytest.importorskip("pyarrow")
+    write_rows(tmp_path / "a.parquet", long)
+    with pytest.raises(ValueError, match="a.parquet, row 2 is longer than"): texts_of(tmp_path / "a.parquet")
+    words = pa.RecordBatch.from_pydict(dict(text=pa.array(["x" * 10 ** 6] * 50).dictionary_encode()))
+    plain = pa.RecordBatch.from_pydict(dict(text=["x" * 10 ** 6] * 50))
+    for batch in (words, plain):
+        tracemalloc.start()
+        assert sum(1 for _ in datasets.batch_records(batch)) == 50
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6, peak
+
+
+def test_the_last_piece_of_a_long_text_is_not_tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 100)
+    for end in ("the last", "", "x" * 150, "y" * 60):
+        raw = (("x" * 24 + "\n") * 100 + end).encode()
+        found = [text for _, text in data.pieces("a.txt", io.BytesIO(raw), 1600)]
+        assert "".join(found).encode() == raw and all(49 <= len(text) <= 100 for text in found), found
+
+
+def test_a_thousand_shards_start_in_two_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "PART", 0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(data, "run_workers", lambda plan, *_: data.work(plan, 1, lambda **seen: None))
+    config, _ = large_text(tmp_path, 1000, 4)
+    first = data.prepare(config, 261)
+    assert len(first.domains["mine"].train.paths) == 1000
+    began = time.process_time()
+    assert data.prepare(config, 261).fingerprint == first.fingerprint
+    assert time.process_time() - began < 2
+
+
+def test_bpe_learns_from_a_sample_of_large_text(tmp_path, monkeypatch, capsys):
+    """Each domain gives its share, of training text alone, from files spread over the folder."""
+    config, docs = large_text(tmp_path, 8, 200)
+    (tmp_path / "small.txt").write_text("".join(f"small {i * i} words\n" for i in range(9000)))
+    monkeypatch.setattr(data, "LARGE", 200_000)
+    monkeypatch.setattr(data, "BPE_SAMPLE", 40_000)
+    config = replace(config, files=f"{config.files},small={tmp_path}/small.txt", tokenizer="bpe",
+                     domains="mine:0.5:1,small:0.5:0")
+    sample, train_bpe = [], data.train_bpe
+    monkeypatch.setattr(data, "train_bpe", lambda texts, size: sample.extend(texts) or train_bpe(texts, size))
+    data.prepare(config, 300)
+    large = [text for text in sample if "small" not in text]
+    assert 30_000 <= sum(map(len, large)) < 34_000 and {text[0] for text in large} == set("01234567")
+    assert not any(data.is_validation(data.sha256(text)) for text in large)
+    assert "bpe: trained on 0.0 MB of mine" in capsys.readouterr().out
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    """Few batches are read ahead; workers do without torch; a long text file comes in pieces at line ends."""
+    read, tokenizer = [], data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    monkeypatch.setattr(data, "BATCH", 2000)
+    for threads in (1, 3):
+        chosen = ((0, read.append(i) or i, i % 2, "x" * 100) for i in range(5000))
+        batches = data.encoded(chosen, tokenizer, threads, "<u2")
+        table, ids = next(batches)
+        assert len(table) == 10 and len(ids[0]) == len(ids[1]) == 505 and len(read) <= 60
+        assert [i for table, _ in batches for i in table[:, 1]] == [*range(10, 5000)], "the order is kept"
+        read.clear()
+    script = "import sys, data; print({'torch', 'pyarrow', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+    monkeypatch.setattr(data, "PIECE", 100)
+    text = "".join(f"é{i}" * (i % 9) + "\n" for i in range(300)) + "ü" * 700
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(data, "LARGE", 0)
+    source, _ = data.find_source("x", str(tmp_path / "a.txt"), data.DataConfig())
+    found = [row.text for row in data.rows_of_file(source, source.files[0], Counter())]
+    assert "".join(found) == text and max(len(part.encode()) for part in found) <= 100 and len(found) > 40
+    assert sum(part.endswith("\n") for part in found) > len(found) - 16
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"not UTF-8 at byte {len(text.encode())}"):
+        list(data.rows_of_file(source, source.files[0], Counter()))
+    assert "cut into documents of 100" in data.described(source)
+    monkeypatch.setattr(data, "LONGEST_ROW", 1000)
+    (tmp_path / "a.json").write_text(json.dumps(numbered(0, 99)))
+    source, _ = data.find_source("x", str(tmp_path / "a.json"), data.DataConfig(budget="1TB"))
+    with pytest.raises(ValueError, match="a.json is too long for an array in one piece: write it as .jsonl"):
+        list(data.rows_of_file(source, source.files[0], Counter()))
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n' + json.dumps(dict(text="x" * 1000)))
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is longer than"): texts_of(tmp_path / "a.jsonl")
+
+
+def test_seen_is_a_set():
+    rng, ours, theirs = random.Random(0), data.Seen(room=8), set()
+    for value in [rng.randrange(2 ** 64) for _ in range(50)] * 2 + [rng.randrange(60) for _ in range(300)]:
+        assert ours.add(value) == (value not in theirs)
+        theirs.add(value)
 
 
 def test_the_mixture_of_motif_follows_its_integral():
@@ -1593,6 +2394,463 @@ def test_command_line_refuses_unknown_words(tmp_path, capsys):
     data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--files={config.files}",
                f"--cache={tmp_path}/cache"])
     assert re.search(r"^a +2 .* 50% → 50% ", capsys.readouterr().out, re.M)
+
+
+# ---- data.py: cleaning -------------------------------------------------------------------------------------
+
+def judged(texts, folder, workers=1):
+    """Verdict of data.judge on these texts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    rows = [data.Row(text, "f", i) for i, text in enumerate(texts)]
+    return data.judge(lambda: iter(rows), folder, 0, workers)
+
+
+def true_jaccard(a, b):
+    """J of two texts that have blanks between words, from sets of 5 words each."""
+    sets = []
+    for text in (a, b):
+        words = text.lower().split()
+        sets.append({tuple(words[i:i + 5]) for i in range(len(words) - 4)})
+    return len(sets[0] & sets[1]) / max(1, len(sets[0] | sets[1]))
+
+
+def numbered_words(n, prefix):
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def planted(shingles, shared, name):
+    """Two texts of that many shingles each, all of them different, of which the first `shared` are shared."""
+    first = numbered_words(shingles + 4, name)
+    second = first[:shared + 4] + numbered_words(shingles - shared, name + "other")
+    return " ".join(first), " ".join(second)
+
+
+def test_planted_pairs_are_found_at_and_above_the_limit_and_never_below(tmp_path):
+    """300 pairs each of J = .85, .89, .9 and .95: by (4), 1 of 2,500 is missed at J = .9; none below goes."""
+    kinds = {.85: (185, 170), 179 / 201: (190, 179), .9: (190, 180), .95: (195, 190)}
+    texts, true = [], []
+    for likeness, (shingles, shared) in kinds.items():
+        for i in range(300):
+            pair = planted(shingles, shared, f"p{shared}x{i}x")
+            assert abs(true_jaccard(*pair) - likeness) < 1e-12
+            texts += pair
+            true.append(likeness)
+    verdict = judged(texts, tmp_path / "work")
+    gone = (verdict.why == data.NEAR).reshape(-1, 2)
+    found = {likeness: int(gone[np.array(true) == likeness].sum()) for likeness in kinds}
+    assert found[.85] == found[179 / 201] == 0 and found[.9] >= 299 and found[.95] == 300, found
+    for i in np.flatnonzero(verdict.why == data.NEAR):
+        assert abs(true_jaccard(texts[i], texts[verdict.stays[i]]) - verdict.jaccard[i]) < 1e-6
+    assert ((verdict.cluster[::2] == verdict.cluster[1::2]) == gone.any(1)).all()
+
+
+def test_a_signature_is_the_least_value_of_each_hash_function():
+    """In whole numbers of Python: min over h of (a·h + b mod 2⁶⁴) // 2³²; over several blocks, too."""
+    a, b = data.FACTOR.ravel().tolist(), data.SUMMAND.ravel().tolist()
+    shingles = data.shingles_of(" ".join(numbered_words(1100, "w")))
+    assert len(set(shingles.tolist())) == 1096 and all(factor % 2 for factor in a) and len(set(a + b)) == 224
+    least = [min((f * h + s) % 2 ** 64 for h in shingles.tolist()) // 2 ** 32 for f, s in zip(a, b)]
+    assert data.signature(shingles).tolist() == least
+
+
+def test_equal_runs_of_words_have_equal_hashes_wherever_they_stand():
+    """10,000 words of one or two letters out of three, so that runs recur, in several blocks of 4,096, and a
+    few very long ones, whose digests stand for them: hashes are equal exactly where the words are, and equal
+    (3) in whole numbers."""
+    rng = random.Random(0)
+    text = ["".join(rng.choices("aäb", k=rng.randrange(1, 3))) for _ in range(10_000)] + ["a" * 70_000] * 9
+    runs = [" ".join(text[i:i + 5]) for i in range(len(text) - 4)]
+    found = data.shingles_of(" ".join(text)).tolist()
+    assert len(found) == len(runs) > len(set(found)) + 100
+    assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs)))
+    for i in (0, 4095, 4096, 9_999):
+        words = (data.sha256(word) if len(word) > 256 else word for word in runs[i].split())
+        run = enumerate(f" {' '.join(words)}".encode())
+        h = sum(int(data.TABLE[byte]) * pow(data.BASE, j, 2 ** 64) for j, byte in run)
+        assert int(data.mix(np.array([h % 2 ** 64], np.uint64))[0]) == found[i]
+    assert not len(data.shingles_of("")) and not len(data.shingles_of("one two three four"))
+
+
+def test_signatures_estimate_jaccard_as_well_as_those_of_rensa(tmp_path):
+    """Over 150 pairs of J = .9 and .5 the share of equal values is right within 3 standard errors, and its
+    standard deviation is a binomial's; as is true of rensa's, except that it scatters less."""
+    try:
+        import rensa
+    except ImportError:
+        rensa = None
+    for shingles, shared in ((190, 180), (150, 100)):
+        true = shared / (2 * shingles - shared)
+        ours, theirs = [], []
+        for i in range(150):
+            pair = planted(shingles, shared, f"q{i}x")
+            first, second = (data.signature(data.shingles_of(text)) for text in pair)
+            ours.append((first == second).mean())
+            if rensa:
+                sketches = []
+                for text in pair:
+                    sketch = rensa.RMinHash(num_perm=112, seed=1)
+                    each = text.split()
+                    sketch.update([" ".join(each[j:j + 5]) for j in range(len(each) - 4)])
+                    sketches.append(sketch)
+                theirs.append(sketches[0].jaccard(sketches[1]))
+        deviation = (true * (1 - true) / 112) ** 0.5
+        for estimates in filter(None, (ours, theirs)):
+            assert abs(np.mean(estimates) - true) < 3 * deviation / 150 ** 0.5
+            assert np.std(estimates) < 1.2 * deviation
+        assert np.std(ours) > 0.8 * deviation
+    if not rensa:
+        pytest.skip("rensa is not installed (pip install rensa): only our own estimates were checked")
+
+
+def test_documents_meet_as_often_as_bands_of_eight_values_agree():
+    """Of 300 pairs of J = .7 and of .5 that many meet in a bucket as (4) says, .56 and .05, within 4 standard
+    errors."""
+    for shingles, shared in ((170, 140), (150, 100)):
+        true = shared / (2 * shingles - shared)
+        texts = [text for i in range(300) for text in planted(shingles, shared, f"m{i}x")]
+        _, buckets = data.sign(texts, 0)
+        meet = (buckets[::2] == buckets[1::2]).any(1).mean()
+        often = 1 - (1 - true ** 8) ** 14
+        assert abs(meet - often) < 4 * (often * (1 - often) / 300) ** 0.5
+
+
+def lively_corpus(rng, families=25):
+    """Families of a text and edits of edits of it, some in capitals or with other blanks; short ones."""
+    texts = ["a few words"] * 3 + ["some other words", "A  few\nwords"]
+    for family in range(families):
+        members = [numbered_words(rng.randrange(30, 300), f"f{family}x")]
+        for _ in range(rng.randrange(8)):
+            edit = list(rng.choice(members))
+            edit[rng.randrange(len(edit))] = rng.choice("xyz")
+            members.append(edit)
+        for member in members:
+            text = rng.choice((" ", "\n", "  ")).join(member)
+            texts.append(text.upper() if rng.random() < .2 else text)
+            if rng.random() < .2:
+                texts.append(texts[-1] + " ")
+    return texts
+
+
+def brute_force(texts):
+    """Who stays, by comparing all pairs, in the order: longest first, then by digest; and the clusters."""
+    from hashlib import blake2b
+    plain = list(dict.fromkeys(" ".join(text.lower().split()) for text in texts))
+    runs = {text: max(0, len(text.split()) - 4) for text in plain}
+    digest = {text: np.frombuffer(blake2b(text.encode(), digest_size=16).digest(), "<u8") for text in plain}
+    plain.sort(key=lambda text: (-runs[text], *digest[text].tolist()))
+    kept, clusters = [], {text: {text} for text in plain}
+    for i, text in enumerate(plain):
+        alike = [other for other in plain[:i] if true_jaccard(text, other) >= .9]
+        if not set(alike) & set(kept):
+            kept.append(text)
+        for other in alike:
+            joined = clusters[text] | clusters[other]
+            for member in joined:
+                clusters[member] = joined
+    return set(kept), {frozenset(cluster) for cluster in clusters.values()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_stays_is_what_all_pairs_say_in_whatever_order_the_documents_come(seed, tmp_path):
+    """Equal to brute force, kept texts and clusters; shuffled, the same texts stay, to the letter; in two
+    processes, too. A document goes only for one that stays."""
+    rng = random.Random(seed)
+    texts = lively_corpus(rng)
+    kept, clusters = brute_force(texts)
+    stay = None
+    for i in range(3):
+        rng.shuffle(texts)
+        verdict = judged(texts, tmp_path / "work", workers=1 + i % 2)
+        assert (verdict.why[verdict.stays] == data.KEPT).all()
+        assert ((verdict.stays == np.arange(len(texts))) == (verdict.why == data.KEPT)).all()
+        found = {}
+        for text, cluster in zip(texts, verdict.cluster.tolist()):
+            found.setdefault(cluster, set()).add(" ".join(text.lower().split()))
+        assert set(map(frozenset, found.values())) == clusters
+        mine = sorted(text for text, why in zip(texts, verdict.why) if why == data.KEPT)
+        assert sorted(" ".join(text.lower().split()) for text in mine) == sorted(kept)
+        assert stay in (None, (mine, sorted(found)))
+        stay = mine, sorted(found)
+
+
+def test_a_chain_of_near_duplicates_cannot_swallow_a_corpus(tmp_path):
+    """200 documents, each like the next, J .94, but not like the one after that. At least every third stays,
+    none goes but for one that is like it, and they are one cluster, so they are on one side of a split."""
+    stream = numbered_words(5000, "c")
+    texts = [" ".join(stream[12 * i:12 * i + 404]) for i in range(200)]
+    assert true_jaccard(*texts[:2]) > .9 > true_jaccard(texts[0], texts[2])
+    verdict = judged(texts, tmp_path / "work")
+    gone = np.flatnonzero(verdict.why == data.NEAR)
+    assert 100 <= len(gone) <= 133 and len(set(verdict.cluster.tolist())) == 1
+    assert all(true_jaccard(texts[i], texts[verdict.stays[i]]) >= .9 for i in gone)
+
+
+def test_boilerplate_takes_time_linear_in_its_documents(tmp_path):
+    """1,500 copies of a page with another word each are compared little more than once each. If a tenth of
+    the page differs, all of them stay: they are compared no more than 64 times, and that is reported; near-
+    duplicates of 30 of them are found all the same."""
+    for changed, most, kept in ((1, 1.1, (1, 2)), (18, 64, (1500, 1500))):
+        rng, texts = random.Random(0), []
+        for i in range(1500):
+            page = numbered_words(200, "w")
+            at = rng.randrange(200 - changed)
+            page[at:at + changed] = numbered_words(changed, f"x{i}x")
+            texts.append(" ".join(page))
+        again = [text.replace("w199", "last") for text in texts[:30] if changed == 18]
+        with mock.patch.object(data, "jaccard", wraps=data.jaccard) as compared:
+            verdict = judged(texts + again, tmp_path / "work")
+        assert compared.call_count <= most * len(verdict.why)
+        assert kept[0] <= (verdict.why == data.KEPT).sum() <= kept[1]
+        assert (verdict.limited > 500) == (changed == 18) == bool(again)
+
+
+def test_cleaning_holds_200_bytes_of_a_document_in_memory(tmp_path):
+    """The peak over 2,000 documents, of which most are duplicates of some kind, less that over 1,000; their
+    texts, which lie in memory here, do not count. In batches of 16 kB."""
+    texts = []
+    for i in range(2_000):
+        page = numbered_words(20, f"d{i // 3}x")
+        page[-1] += "z" * (i % 3 // 2)
+        texts.append(" ".join(page))
+    rows = [data.Row(text, "f", i) for i, text in enumerate(texts)]
+    peaks = []
+    for n in (1_000, 2_000):
+        (tmp_path / str(n)).mkdir()
+        tracemalloc.start()
+        with mock.patch.object(data, "CLEAN_BATCH", 1 << 14):
+            verdict = data.judge(lambda: (row for row in rows[:n]), tmp_path / str(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (verdict.why != data.KEPT).sum() > n // 4
+    assert 50_000 < peaks[1] - peaks[0] < 1_000 * 200
+
+
+@pytest.mark.parametrize("first, last", [(0x4E00, 0x9FA0), (0xE01, 0xE2E), (0x3041, 0x3094),
+                                         (0x1000, 0x1020)])
+def test_scripts_without_spaces_are_compared_by_their_characters(first, last, tmp_path):
+    """A text of 400 characters in a row with one changed is a near-duplicate, another one is not; and 30
+    characters are long enough to be kept."""
+    rng = random.Random(first)
+    texts = []
+    for _ in range(2):
+        text = [chr(rng.randrange(first, last)) for _ in range(400)]
+        texts.append("".join(text))
+        text[200] = "x"
+        texts.append("".join(text))
+    verdict = judged(texts, tmp_path / "work")
+    assert (verdict.why == data.NEAR).reshape(2, 2).sum(1).tolist() == [1, 1]
+    assert data.spaced("日本 x語z") == "日 本 x 語 z"
+    assert data.about_tokens(data.spaced(texts[0][:30])) >= 24
+
+
+def test_documents_that_differ_only_in_form_are_exact_duplicates(tmp_path):
+    """Case, white space and composition of characters do not count; anything else does. Of equal ones the
+    first in the order of their letters' digests stays, whatever comes first."""
+    texts = ["straße É x", "STRASSE e\u0301  x", "\tstrasse\nÉ x ", "straße E x", "straßeÉx", "가 나", "가 나"]
+    verdict = judged(texts, tmp_path / "work")
+    assert [int(why) for why in verdict.why].count(data.EXACT) == 3
+    assert len(set(verdict.stays[:3])) == 1 == len(set(verdict.stays[5:])) and (verdict.why[3:5] == 0).all()
+    for text in ("ǰ ǆ ŉ", "ᾳ ΐ ς", "istanbul"):
+        plain = data.folded(text)
+        assert plain == data.folded(text.upper()) == data.folded(plain)
+
+
+def test_only_documents_of_less_than_24_tokens_are_short():
+    """At least a token for 8 bytes, so nothing of 192 bytes is short; a token for each short word or mark,
+    two for a Korean word of four syllables."""
+    rng = random.Random(0)
+    for _ in range(300):
+        plain = data.folded(random_text(rng, rng.randrange(300)))
+        assert data.about_tokens(plain) * 8 >= len(plain.encode())
+    texts = ["one two three " * 7 + "four,", "one, two, three, " * 4, "one two three " * 8, "a" * 192]
+    facts, _ = data.sign([*texts, "가나다라 " * 12, "가나다라 " * 11], 24)
+    assert facts["short"].tolist() == [True, False, False, False, False, True]
+
+
+def make_source(folder):
+    """A folder of two .jsonl files with duplicates of each kind → their texts"""
+    folder.mkdir()
+    texts = lively_corpus(random.Random(5), families=12)
+    for name, part in (("a.jsonl", texts[::2]), ("b.jsonl", texts[1::2])):
+        (folder / name).write_text("".join(json.dumps(dict(text=text)) + "\n" for text in part), "utf-8")
+    return texts
+
+
+def test_clean_text_knows_where_it_comes_from_and_the_report_adds_up(tmp_path, capsys):
+    """`python data.py clean`: what is written, who stays for how many, and the report; the folder is a source
+    like any other."""
+    texts = make_source(tmp_path / "in")
+    data.main(["clean", f"web={tmp_path / 'in'}", str(tmp_path / "out"), "--min_tokens=5"])
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "00000.jsonl").open(encoding="utf-8")]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    source = {(str(row.file), row.number): row.text
+              for row in data.rows("web", str(tmp_path / "in"), data.DataConfig())}
+    assert len(source) == len(texts)
+    for line in lines:
+        assert source[line["file"], line["row"]] == line["text"] and line["source"] == "web"
+    count, size = report["documents"], report["bytes"]
+    assert sum(count.values()) == len(texts) and sum(size.values()) == sum(len(t.encode()) for t in texts)
+    assert count["kept"] == len(lines) and sum(line["copies"] for line in lines) == len(texts) - 5
+    assert min(count.values()) > 3 and count["too short"] == 5
+    for why, n in count.items():
+        assert f"{why:16}{n:12,} documents" in printed
+    kinds = {tuple(shown["why"] for shown in group) for group in report["examples"]}
+    assert ("too short",) in kinds and ("kept", "near-duplicate") in {kind[:2] for kind in kinds}
+    capsys.readouterr()
+    assert sorted(data.documents("out", str(tmp_path / "out"))) == sorted(line["text"] for line in lines)
+    assert "left out" not in capsys.readouterr().out, "the report is no text"
+
+
+@pytest.mark.parametrize("moment", ["sign", "ascontiguousarray", "jaccard", "write_atomically", "rename"])
+def test_a_clean_that_is_killed_is_not_taken_for_whole(moment, tmp_path):
+    """Killed as it signs, here or in two processes, as it compares, before the report and before the name:
+    there is no folder OUT. Run again, it gives the same bytes as one that was never killed; no worker process
+    is left that would hold its lock."""
+    make_source(tmp_path / "in")
+    arguments = "web", str(tmp_path / "in"), tmp_path / "out"
+    place = {"ascontiguousarray": np, "rename": os}.get(moment, data)
+    child = os.fork()
+    if not child:
+        setattr(place, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        data.clean(*arguments, workers=1 + (place is np))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with open(tmp_path / "out.partial" / "lock") as lock:
+        for attempt in range(50):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a worker process is left")
+    (tmp_path / "out.partial" / "00007.jsonl").write_text("half of a li")
+    data.clean(*arguments, workers=1)
+    data.clean(*arguments[:2], tmp_path / "again", workers=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.jsonl", "report.json"]
+    for name in ("00000.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in", "out"]
+
+
+def test_a_run_can_clean_a_path_with_an_equals_sign(tmp_path, monkeypatch):
+    """As Hive names its folders. The workers of the run are those of the cleaning."""
+    make_source(tmp_path / "lang=ko")
+    config = data.DataConfig(files=f"web={tmp_path}/lang=ko", clean=True, min_tokens=5, tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: ran.append(words) or run(words, **how))
+    assert data.prepare(config, 261, workers=2).domains["web"].documents > 9 and "--workers=2" in ran[0]
+    for given in (f"{tmp_path}/lang=ko", f"a={tmp_path}/lang=ko"):
+        data.main(["clean", given, f"{tmp_path}/{len(given)}", "--min_tokens=5"])
+
+
+def test_clean_refuses_what_would_lose_or_mix_up_text(tmp_path):
+    """A folder that exists, a place inside the source, text that changes meanwhile, a source that is not
+    there, nothing that stays: one line each, and nothing is left behind."""
+    make_source(tmp_path / "in")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "tiny").write_text("a few words")
+    here = str(tmp_path / "in")
+    for source, out, says in ((here, "there", "exists"), (here, "in/out", "is inside"),
+                              (here, "in", "is inside"), (here + "n", "out", "No such file"),
+                              (str(tmp_path / "tiny"), "out", "none of the 1")):
+        with pytest.raises(ValueError, match=says):
+            data.clean("a", source, tmp_path / out, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "there", "tiny"]
+
+    # As many rows as before, but others.
+    texts = ["first " * 40, "second " * 40, "third " * 40]
+    verdict = judged(texts, tmp_path / "work")
+    for other, says in ((texts[::-1], "f, row 0: changed"), (texts[:2], "2 are left"),
+                        (texts * 2, "f, row 3: changed")):
+        read = lambda: (data.Row(text, "f", i) for i, text in enumerate(other))
+        with pytest.raises(ValueError, match=says):
+            list(data.judged(read, verdict))
+
+
+def test_who_waits_takes_the_lock_of_a_new_folder(tmp_path):
+    """The folder is renamed or removed by its holder: the next makes it again, and keeps others out."""
+    for end in (lambda: os.rename(tmp_path / "a", tmp_path / "b"), lambda: shutil.rmtree(tmp_path / "a")):
+        waits, inside, leave = (threading.Event() for _ in range(3))
+
+        def wait():
+            waits.set()
+            with data.locked(tmp_path / "a"):
+                inside.set()
+                leave.wait(10)
+        with data.locked(tmp_path / "a"):
+            waiter = threading.Thread(target=wait)
+            waiter.start()
+            waits.wait()
+            time.sleep(.1)
+            assert not inside.is_set()
+            end()
+        assert inside.wait(10)
+        with open(tmp_path / "a/lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leave.set()
+        waiter.join()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_run_can_clean_its_text(large, tmp_path, monkeypatch, capfd):
+    """--data.clean=true gives the tokens of `python data.py clean` and its folder, once; a document knows the
+    row it had before. Killed, it goes on. Other text or other options are cleaned anew."""
+    make_source(tmp_path / "in")
+    monkeypatch.setattr(data, "LARGE", 0 if large else 10 ** 9)
+    config = data.DataConfig(files=f"web={tmp_path}/in", clean=True, min_tokens=5, tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    first = data.prepare(config, 261)
+    assert f"{'near-duplicate':16}" in capfd.readouterr().out
+    data.main(["clean", f"{tmp_path}/in", f"{tmp_path}/out", "--min_tokens=5"])
+    by_hand = data.prepare(replace(config, files=f"web={tmp_path}/out", clean=False), 261)
+    assert by_hand.fingerprint == first.fingerprint and isinstance(by_hand.domains["web"].train, np.ndarray)
+    file, row = data.origin(first, config, "web", "train", 0)
+    line = json.loads((tmp_path / "in" / file).read_text("utf-8").splitlines()[row - 1])
+    ids = first.domains["web"].train
+    assert first.tokenizer.decode(ids[:list(ids).index(256)]) == line["text"]
+
+    # Nothing runs a second time; the same text at another place, killed as it is cleaned, gives the same.
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError):
+        assert data.prepare(config, 261).fingerprint == first.fingerprint
+    if not large:
+        other = replace(config, cache=str(tmp_path / "other"))
+        script = f"import data\nfrom data import DataConfig\ndata.prepare({other}, 261)"
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, start_new_session=True)
+        while not list(tmp_path.glob("other/*.partial")):
+            time.sleep(.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert data.prepare(other, 261).fingerprint == first.fingerprint
+        assert not list(tmp_path.glob("other/*.partial"))
+    with pytest.raises(ValueError, match="^clean: none of the .* has 9999 tokens"):
+        data.prepare(replace(config, min_tokens=9999), 261)
+    (tmp_path / "in/a.jsonl").write_text(json.dumps(dict(text="a new text " * 99)))
+    assert data.prepare(config, 261).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_near_duplicates_that_stay_are_on_one_side(large, tmp_path, monkeypatch):
+    """60 chains of three: the ends of each stay, in different files, and one hash decides for both."""
+    monkeypatch.setattr(data, "LARGE", 0 if large else 10 ** 9)
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        texts = [" ".join(numbered_words(428, f"c{i}x")[12 * part:12 * part + 404]) for i in range(60)]
+        (tmp_path / f"in/{part}.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
+    monkeypatch.setattr(data, "JSONL_SIZE", 100_000)
+    data.clean("web", str(tmp_path / "in"), tmp_path / "out", workers=1)
+    found = data.prepare(data.DataConfig(files=f"web={tmp_path}/out", tokenizer="bytes",
+                                         cache=str(tmp_path / "cache")), 261)
+    sides = {}
+    for side in ("train", "val"):
+        ids = getattr(found.domains["web"], side)[:10 ** 9]
+        for text in found.tokenizer.decode(ids).split(data.EOT)[:-1]:
+            sides.setdefault(re.match(r"c\d+x", text)[0], []).append(side)
+    assert len(sides) == 60 and max(map(len, sides.values())) == 2
+    assert {*map(tuple, sides.values())} == {("train",), ("val",), ("train", "train"), ("val", "val")}
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
@@ -4653,7 +5911,7 @@ def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
 
 
 # Exchanges overlapped with computation: (pp, ep) of each world, on the first ranks of eight.
-WOVEN = [(1, 2), (2, 2), (1, 4), (2, 4)]
+WOVEN = [(1, 2), (2, 2), (2, 4)]
 WOVEN_MODEL = replace(K2, n_layer=4, n_dense=0, vocab_size=261, tie=False, balance_loss=0.01)
 
 
@@ -4763,7 +6021,7 @@ def step_of_a_weave(config, mesh, alone, x, nats, monkeypatch):
 
 
 def test_woven_exchanges_change_no_number_and_are_hidden(text):
-    """On pp × ep ranks for pp = 1, 2 and ep = 2, 4, in float64 and with empty experts: losses and gradients
+    """On pp × ep = 1 × 2, 2 × 2 and 2 × 4 ranks, in float64 and with empty experts: losses and gradients
     match one process to 1e-9, and the same layout without overlap to the bit. Whenever tokens travel in a
     steady tick, a part of another micro-batch computes between the start of the exchange and the wait."""
     spawn(8, every_weave, text)
@@ -4843,12 +6101,13 @@ STAGED = {
     "experts": replace(K2, n_layer=8, vocab_size=261, tie=False, balance_loss=0.01),
 }
 FIVE_STEPS = [
-    ("tied", 4, dict(pp=2, chunks=2)), ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)),
-    ("untied", 4, dict(pp=4, chunks=2)), ("untied", 4, dict(pp=2)),
-    ("experts", 4, dict(pp=2, ep=2)), ("experts", 4, dict(pp=2, chunks=2, ep=2)),
-    ("experts", 4, dict(chunks=2, ep=2)), ("experts", 4, dict(pp=2, ep=2, overlap=True)),
+    ("tied", 4, dict(pp=2, chunks=2)), ("untied", 4, dict(pp=4, chunks=2)),
+    ("experts", 4, dict(pp=2, chunks=2, ep=2)), ("experts", 4, dict(chunks=2, ep=2)),
+    ("experts", 4, dict(pp=2, ep=2, overlap=True)),
 ]
 ONE_STEP = [
+    ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
+    ("experts", 4, dict(pp=2, ep=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
@@ -4856,7 +6115,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
-SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP)]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::2])]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -4980,10 +6239,12 @@ def text(tmp_path_factory):
     return write_sentences(tmp_path_factory.mktemp("text"))
 
 
-def test_a_run_survives_every_fault(tmp_path):
-    """One fault of each kind except the two slowest; the full campaign is `python -m notes.faults`."""
+def test_a_run_survives_faults(tmp_path):
+    """Each moment of a kill, a torn file, a full disk; the full campaign is `python -m notes.faults`."""
     with ThreadPoolExecutor(2) as two:                             # a trial spends most of its time waiting
-        kinds = [kind for kind in faults.KINDS if kind not in ("layout changed", "node killed")]
+        kinds = ("rank killed", "kill in save", "kill in average", "kill in evaluation", "flipped byte",
+                 "full disk", "stop in save")
+        assert set(kinds) < set(faults.KINDS)
         for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
             assert 0 <= again <= 29, kind
 

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 
 import parallel
-from data import (Batch, Batches, Corpus, DataConfig, atomic, bigram_bits, load_tokenizer, prepare,
-                  write_atomically)
+from data import (MIXTURES, Batch, Batches, Corpus, DataConfig, Windows, atomic, bigram_bits, load_tokenizer,
+                  prepare, write_atomically)
 from kernels import attention_path, listed
 from model import (PRESETS, Local, ModelConfig, Ops, Transformer, count_parameters, count_parts,
                    flops_per_token, generate, layer_costs, read_tensors, renormalise_, write_tensors)
@@ -171,8 +171,7 @@ MOTIF = Config(                                                                 
     optim=OptimConfig(name="adamw", lr=5e-4, warmup=5000 * 1024 * 4096 / 2.5e12, decay="rsqrt",
                       decay_start=0.8, floor=0.25, tau=0),
     data=DataConfig(horizon=2_000_000_000_000,                                                 # [Table 2]
-                    domains="web:.68:.33,multilingual:.07:0,korean:.01:.30,academic:.06:.03,"
-                            "specialized:.05:.01,code:.10:.18,math:.02:.10,reasoning:.01:.05"))
+                    domains=MIXTURES["motif"]))
 LC_RATE = 5e-4 / math.sqrt(1 + 15 * 0.84)     # MOTIF's rate 80B tokens before its end, 84% into its decay
 DEEPSEEK = Config(                                                                    # [DeepSeek-V3 §4.2]
     recipe="deepseek-v3", model=PRESETS["deepseek-v3"], tokens=14_300_000_000_000, **BIG,
@@ -283,7 +282,8 @@ def changes(old, new):
             yield name, a, b
 
 
-PLACES = "out", "data.files", "data.cache"    # paths: they may differ between stops and between nodes
+# Paths, and how they are checked: they may differ between stops and between nodes.
+PLACES = "out", "data.files", "data.cache", "data.verify"
 
 
 def other_run(old, new):
@@ -1521,7 +1521,7 @@ def report(config, history, model, corpus):
           f"{'bigram':<9}{'nats/token':>10}")
     for name, domain in corpus.domains.items():
         bigram = bigram_bits(domain.train, domain.val, corpus.tokenizer)
-        windows = last[f"epochs_{name}"] * ((len(domain.train) - 1) // config.model.context)
+        windows = last[f"epochs_{name}"] * len(Windows(domain.train, config.model.context))
         before = f"{first[f'bpb_{name}']:.3f}" if first["step"] == 0 else ""
         print(f"{name:<12}{windows:>14,.0f}{last[f'epochs_{name}']:>9.2f}{before:>11}{'→':^4}"
               f"{last[f'bpb_{name}']:<9.3f}{bigram:<9.3f}{last[f'val_{name}']:>10.3f}")

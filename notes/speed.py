@@ -3,14 +3,17 @@
   python -m notes.speed                 # operations, optimizer, a step: 2 minutes; adds a run to speed.csv
   python -m notes.speed --whole=FILE    # `shakespeare` and its control, interleaved, on that text: 10 minutes
   python -m notes.speed --ranks         # ZeRO-1 on two ranks: half a minute
+  python -m notes.speed --text          # tokenizing beside tiktoken alone, cleaning beside rensa: a minute
   python -m notes.speed --plot          # table and figure from speed.csv alone
 
 Every number is a ratio of two medians whose calls are interleaved, because machines differ and their load
 changes by the minute. Run it on an otherwise idle machine.
 """
 import argparse
+import contextlib
 import csv
 import itertools
+import json
 import math
 import os
 import socket
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 import kernels
 import muonclip
 import parallel
@@ -453,6 +457,54 @@ def ranks():
     yield "laptop step, two ranks of one thread", "ZeRO-1 with MuonClip", theirs, muon, zero, ""
 
 
+# ---- text --------------------------------------------------------------------------------------------------
+
+def tokenizing():
+    """`data.py prepare` on a file of the standard library's code: reading, hashing, splitting, tokenizing and
+    writing by one thread, beside tiktoken alone on the same documents."""
+    docs = data.documents("code")
+    size = sum(len(doc.encode()) for doc in docs) / 1e6
+    tokenizer = data.prepare(data.DataConfig(), 4096).tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder, "tokenizer.json"))
+        file = Path(folder, "code.jsonl")
+        file.write_text("".join(json.dumps(dict(text=doc)) + "\n" for doc in docs))
+        source, _ = data.find_source("code", str(file), data.DataConfig())
+        plan = data.Plan(source._replace(large=True), [source.files], folder, 2, "", "")
+        manifest, _, _ = data.shard_paths(plan, source.files)
+
+        def prepared():
+            manifest.unlink(missing_ok=True)
+            data.work(plan, 1, lambda **seen: None)
+
+        def alone():
+            for doc in docs:
+                tokenizer.encoding.encode_to_numpy(doc, disallowed_special=())
+        ours, theirs = in_turn(prepared, alone, rounds=5)
+    yield "tokenizing text", f"{size:.1f} MB in {len(docs):,} documents", "tiktoken", ours, theirs, "≤ 1.25"
+
+
+def signing():
+    """Signatures of the documentation in the default corpus, by one process; with rensa, if it is there."""
+    rensa = None
+    with contextlib.suppress(ImportError):
+        import rensa
+    docs = data.documents("prose")
+    size = sum(len(doc.encode()) for doc in docs) / 1e6
+
+    def rensas():
+        for doc in docs:
+            words = data.spaced(data.folded(doc)).split()
+            sketch = rensa.RMinHash(num_perm=112, seed=1)
+            sketch.update([" ".join(words[i:i + 5]) for i in range(len(words) - 4)])
+            sketch.digest()
+    case = f"{size:.1f} MB in {len(docs):,} documents"
+    ours, *theirs = in_turn(lambda: data.sign(docs, 0), *[rensas] * bool(rensa), rounds=5)
+    yield "signing text", case, "2 MB/s", ours, size / 2 * 1e3, "≤ 1"
+    for t in theirs:
+        yield "signing text", case, "rensa", ours, t, ""
+
+
 # ---- whole runs: a loss, and the time to reach it ----------------------------------------------------------
 
 def control(path):
@@ -534,12 +586,13 @@ def whole(path):
 
 # ---- table and figure --------------------------------------------------------------------------------------
 
-def measured(path, two_ranks):
-    """Rows of the whole runs on the text at `path`, of two ranks, or by default of the parts."""
-    if two_ranks:
-        return (yield from ranks())
+def measured(path, two_ranks, text):
+    """Rows of the whole runs on the text at `path`, of two ranks, of text, or by default of the parts."""
     parts = (poly_norm, attention, mixture, optimizer, bounds, logits, split, compiled)
-    parts = (against_plain, whole) if path else parts
+    if path:
+        parts = against_plain, whole
+    elif two_ranks or text:
+        parts = (ranks,) if two_ranks else (tokenizing, signing)
     for part in parts:
         yield from part(path) if path else part()
 
@@ -581,6 +634,7 @@ def main(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", metavar="FILE", help="Tiny Shakespeare, as a text file")
     parser.add_argument("--ranks", action="store_true")
+    parser.add_argument("--text", action="store_true")
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args(argv)
     if args.plot:
@@ -592,7 +646,7 @@ def main(argv):
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        for what, case, baseline, ms, baseline_ms, target in measured(args.whole, args.ranks):
+        for what, case, baseline, ms, baseline_ms, target in measured(args.whole, args.ranks, args.text):
             ratio = ms / baseline_ms
             writer.writerow(dict(zip(COLUMNS, (run, what, case, baseline, f"{ms:.3f}", f"{baseline_ms:.3f}",
                                                f"{ratio:.3f}", target))))
