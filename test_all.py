@@ -55,8 +55,9 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note, datasets, faults, huggingface
+from notes import _figure, _note, datasets, faults, huggingface, measures
 from notes import corpus as embedded
+from notes import endpoint as asking
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
 HERE = Path(__file__).parent
@@ -2947,19 +2948,20 @@ def unruly(request, before):
 
 GENERATING = """
 import json, sys, data
+from notes import endpoint as asking
 url, out, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-data.FIRST_WAIT = .002
+asking.FIRST_WAIT = .002
 endpoint = data.Endpoint(url, "m", threads=threads, timeout=2)
 prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
 accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
 rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
-with data.Journal(out + ".calls.jsonl", endpoint) as journal:
+with asking.Journal(out + ".calls.jsonl", endpoint) as journal:
     journal.total = n
     with data.atomic(out, "w") as file:
         for row, result in data.generate(rows, prompt, lambda row, answer: dict(text=answer), accept,
                                          endpoint, journal):
             file.write(json.dumps([row["id"], result]) + "\\n")
-    sys.exit(data.summary(journal) > 0)
+    sys.exit(asking.summary(journal) > 0)
 """
 
 
@@ -3028,10 +3030,10 @@ def generated(rows, path, reply=None, url="offline", accept=lambda row, result: 
         if reply:
             url, came, _ = stack.enter_context(serving(reply))
         endpoint = data.Endpoint(url, **options)
-        with data.Journal(path, endpoint, dry_run) as journal:
+        with asking.Journal(path, endpoint, dry_run) as journal:
             results = list(data.generate(rows, SAY, lambda row, answer: dict(text=answer), accept, endpoint,
                                          journal))
-            data.summary(journal)
+            asking.summary(journal)
     assert [row for row, _ in results] == list(rows)
     return [result for _, result in results], journal, out.getvalue(), came
 
@@ -3092,25 +3094,25 @@ def test_what_no_try_mends_is_told_from_what_passes():
         (400, b'{"error": "model \\"llama\\" not found, try pulling it first"}'), (200, say(code=401)),
         (429, say(code="insufficient_quota")), (200, say(code=404, message="The model `x` does not exist"))]
     for status, body in hopeless:
-        assert data.completion(status, {}, body, "").keys() == {"error"}, (status, body)
+        assert asking.completion(status, {}, body, "").keys() == {"error"}, (status, body)
     for cases, waits in ((passing, 0), (ending, math.inf)):
         for status, body in cases:
-            with pytest.raises(data.Unanswered) as caught:
-                data.completion(status, {}, body, "")
+            with pytest.raises(asking.Unanswered) as caught:
+                asking.completion(status, {}, body, "")
             assert caught.value.args[1] == waits, (status, body)
     body = b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'
-    assert data.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
+    assert asking.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
     for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
                         (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
         body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
-        assert data.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
+        assert asking.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
 
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
     for headers, seconds in (({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5), ({"Retry-After": "9"}, 9),
                              ({"Retry-After": "2.5"}, 2.5), ({"Retry-After": soon}, 89.5), ({}, 0),
                              ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
                              *[({"Retry-After": odd}, 0) for odd in ("soon", "-5", "nan", "")]):
-        assert abs(data.seconds_to_wait(headers) - seconds) < 1, headers
+        assert abs(asking.seconds_to_wait(headers) - seconds) < 1, headers
 
 
 def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monkeypatch):
@@ -3239,7 +3241,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
         assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
         assert f"no more calls: the budget of {calls} calls is spent" in said
         assert f"{30 - calls} rows missing: the same command goes on from here" in said
-        assert data.summary(journal) == 30 - calls               # what the command's exit code says
+        assert asking.summary(journal) == 30 - calls               # what the command's exit code says
     results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
     assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
     assert all(generated(rows, tmp_path / "c", reply)[0])
@@ -3269,9 +3271,9 @@ def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
     reply = lambda *_: completed("A fine text.")
     generated(rows, tmp_path / "c", reply)
     endpoint = data.Endpoint()
-    with data.Journal(tmp_path / "c", endpoint):
+    with asking.Journal(tmp_path / "c", endpoint):
         with pytest.raises(ValueError, match="c: another process writes it; give another OUT"):
-            data.Journal(tmp_path / "c", endpoint)
+            asking.Journal(tmp_path / "c", endpoint)
     whole = (tmp_path / "c").read_bytes()
     assert "sk-" not in whole.decode() and whole.count(b"\n") == 3
     (tmp_path / "c").write_bytes(whole[:-9])                     # killed in the midst of a line
@@ -3281,7 +3283,7 @@ def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
     for damaged in (b"{}\n", b"\0\0\n", b'{"key": "x"}\n', b"[]\n"):
         (tmp_path / "c").write_bytes(lines[0] + damaged + lines[2])
         with pytest.raises(ValueError, match="c, line 2 is damaged: remove the line"):
-            data.Journal(tmp_path / "c", endpoint)
+            asking.Journal(tmp_path / "c", endpoint)
 
 
 def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
@@ -3299,7 +3301,7 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
         for i in range(200):
             begun.append(i)
             yield dict(id=f"d{i // 2}", text=f"t{i // 2}")
-    with serving(reply) as (url, came, _), data.Journal(tmp_path / "c", endpoint := data.Endpoint(
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "c", endpoint := data.Endpoint(
             url, "m", threads=2)) as journal, contextlib.redirect_stdout(io.StringIO()) as out:
         journal.total = 200
         journal.said -= 4.8                                      # a line is due in the wait for the first row
@@ -3313,7 +3315,7 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
 
     # Who leaves early leaves rows that are not begun, and can go on.
     take = lambda row, answer: dict(text=answer)
-    with serving(reply) as (url, came, _), data.Journal(tmp_path / "d", endpoint) as journal:
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "d", endpoint) as journal:
         for n in 1, 100:
             found = data.generate(rows(), SAY, take, lambda row, result: "", replace(endpoint, endpoint=url),
                                   journal)
@@ -3324,9 +3326,9 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
     # A mistake in a recipe's own function ends the run; what was answered stays.
     def parse(row, answer):
         return dict(text=row["tekst"])
-    with data.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
+    with asking.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
         list(data.generate(rows(), SAY, parse, lambda row, result: "", endpoint, journal))
-    assert data.Journal(tmp_path / "c", endpoint).calls == 100
+    assert asking.Journal(tmp_path / "c", endpoint).calls == 100
 
 
 def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeypatch):
@@ -3388,8 +3390,8 @@ DAMAGE = (("1200", "1500", "a number is lost"), ("35 percent", "35", "a number i
 
 def test_an_honest_rewrite_is_taken_in_any_form():
     for form, text in HONEST.items():
-        measured = data.fidelity(LIFE, text)
-        assert data.unfaithful(measured) == "", (form, measured)
+        measured = measures.fidelity(LIFE, text)
+        assert measures.unfaithful(measured) == "", (form, measured)
         assert measured.numbers == measured.dates == measured.names == 1, (form, measured)
 
 
@@ -3397,21 +3399,22 @@ def test_an_honest_rewrite_is_taken_in_any_form():
 def test_a_damaged_rewrite_is_refused_for_its_damage(old, new, reason):
     text = " ".join(HONEST["prose"].split())
     assert text.count(old) == 1
-    assert data.unfaithful(data.fidelity(LIFE, text.replace(old, new))) == reason
+    assert measures.unfaithful(measures.fidelity(LIFE, text.replace(old, new))) == reason
 
 
 def test_a_copy_a_scrap_and_a_flood_are_no_rewrites():
     text = HONEST["prose"]
-    assert data.unfaithful(data.fidelity(LIFE, LIFE)) == "copied"
-    assert data.fidelity(LIFE, LIFE.upper().replace(",", " -")).copied == 1, "case and commas hide no copy"
-    assert data.unfaithful(data.fidelity(LIFE, "")) == "too short"
-    assert data.unfaithful(data.fidelity(LIFE, text[:99])) == "too short"
-    assert data.unfaithful(data.fidelity(LIFE, 4 * text)) == "too long"
-    assert data.fidelity("", "") and data.fidelity("", text).numbers == 1
+    assert measures.unfaithful(measures.fidelity(LIFE, LIFE)) == "copied"
+    loud = LIFE.upper().replace(",", " -")
+    assert measures.fidelity(LIFE, loud).copied == 1, "case and commas hide no copy"
+    assert measures.unfaithful(measures.fidelity(LIFE, "")) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, text[:99])) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, 4 * text)) == "too long"
+    assert measures.fidelity("", "") and measures.fidelity("", text).numbers == 1
     words = [f"w{i}" for i in range(40)]
     for kept in range(8, 40):                              # runs of 8 in the first `kept` words, of 33 in all
         mixed = words[:kept] + [f"v{i}" for i in range(40 - kept)]
-        assert data.fidelity(" ".join(words), " ".join(mixed)).copied == pytest.approx((kept - 7) / 33)
+        assert measures.fidelity(" ".join(words), " ".join(mixed)).copied == pytest.approx((kept - 7) / 33)
 
 
 def test_numbers_are_the_same_in_other_spellings():
@@ -3419,46 +3422,48 @@ def test_numbers_are_the_same_in_other_spellings():
             ("5 per cent", "five percent"), ("twelve", "12"), ("2.5 million", "2,500,000"), ("-3", "−3"),
             ("１２", "12"), (".5", "0.50"), ("3.11.2", "3.11.2"), ("7th", "7"), ("1\u202f000", "1000"))
     for a, b in same:
-        one, two = (set.union(*data.numbers_of(f"about {x} of them")) for x in (a, b))
+        one, two = (set.union(*measures.numbers_of(f"about {x} of them")) for x in (a, b))
         assert one == two and len(one) == 1, (a, b, one, two)
     others = (("5%", "5"), ("1,000", "1,00"), ("-3", "3"), ("3.11.2", "3.11"), ("1000", "1001"),
               ("5 million", "5"))
     for a, b in others:
-        assert data.numbers_of(f"about {a} of them") != data.numbers_of(f"about {b} of them"), (a, b)
+        assert measures.numbers_of(f"about {a} of them") != measures.numbers_of(f"about {b} of them"), (a, b)
     listed = "1. with x2 and utf8\n 2) in v1.2\n- Step 3: from 4-5 to 6\nQ 7: none\n\nIt took 8."
-    assert data.numbers_of(data.flowing(listed))[0] == {"4", "5", "6", "8"}, "no labels, no parts of words"
+    numbers, _ = measures.numbers_of(measures.flowing(listed))
+    assert numbers == {"4", "5", "6", "8"}, "no labels, no parts of words"
 
 
 def test_dates_are_the_same_in_other_spellings():
     for text in ("3 May 1897", "3rd of May, 1897", "May 3, 1897", "May 3rd 1897", "1897-05-03", "1897/05/03",
                  "1897年5月3日", "1897년 5월 3일"):
-        assert data.dates_of(f"It was ({text}) then.")[0] == {(1897, 5, 3)}, text
-    assert data.dates_of("In Sept. 1901, on 4 July, and 10/11 or 2 men may 3")[0] == {(1901, 9, 0), (0, 7, 4)}
+        assert measures.dates_of(f"It was ({text}) then.")[0] == {(1897, 5, 3)}, text
+    dates, _ = measures.dates_of("In Sept. 1901, on 4 July, and 10/11 or 2 men may 3")
+    assert dates == {(1901, 9, 0), (0, 7, 4)}
     source = "The bridge was opened on 3 May 1897 by the mayor of the town."
     for text, dates, added, numbers in (("It dates from May 1897.", 0, 0, 0), ("Opened in 1897.", 0, 0, 0),
                                         ("On 3 May it was opened.", 0, 0, 0), ("On 4 May 1897.", 0, 1, 0),
                                         ("In 1898.", 0, 0, 1), ("On 1897-05-03.", 1, 0, 0)):
-        m = data.fidelity(source, text)
+        m = measures.fidelity(source, text)
         assert (m.dates, m.dates_added, m.numbers_added) == (dates, added, numbers), text
-    assert data.fidelity("It was May 1897.", "It was 9 May 1897.").dates == 1
+    assert measures.fidelity("It was May 1897.", "It was 9 May 1897.").dates == 1
 
 
 def test_names_are_learned_from_the_text():
-    names = lambda text: data.names_of(text)
+    names = lambda text: measures.names_of(text)
     assert names("The Danube passes Vienna. Later it meets Tisza's water, and (said NASA) more.") == \
         {"danube", "vienna", "tisza"} | {"nasa"}
     assert names("Rivers meet. Bridges stand.\nTHE STORY OF RIVER TOWNS\nA History of River Towns\n") == set()
     assert names("the Value is there: return the value, or a value") == set(), "more often small"
     assert names("Der Fluss und die Stadt, das Haus und der Berg, ein Wort: das ist die Regel.") == set()
     assert names("다뉴브 강은 빈을 지난다. 多瑙河流经维也纳。") == set()
-    m = data.fidelity("In spring the river Danube passes Vienna.",
+    m = measures.fidelity("In spring the river Danube passes Vienna.",
                       "Vienna: the DANUBE is there, and later on the danube's water comes to Linz.")
     assert m.names == 1 and m.names_added == 1
 
 
 def test_negations_are_compared_between_sentences_that_answer_to_each_other():
     def turned(source, text):
-        return data.fidelity(source, text).negations
+        return measures.fidelity(source, text).negations
     valve = "The valve is not opened before the pressure falls."
     assert turned(valve, "Before the pressure falls, nobody opens the valve.") == 0
     assert turned(valve, "The valve is opened before the pressure falls.") == 1
@@ -3477,13 +3482,15 @@ def test_negations_are_compared_between_sentences_that_answer_to_each_other():
 def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():
     lines = [" ".join(f"{a}{i}word{chr(97 + i)}" for a in "pqrs") + "." for i in range(26)]
     whole = " ".join(f"X{line}" for line in lines[:19])
-    assert data.fidelity(whole, whole).covered == 1
-    assert data.fidelity(whole, whole.replace(f"X{lines[7]}", "")).covered == 0
+    assert measures.fidelity(whole, whole).covered == 1
+    assert measures.fidelity(whole, whole.replace(f"X{lines[7]}", "")).covered == 0
     longer = " ".join(f"X{line}" for line in lines[:20])
-    assert data.fidelity(longer, longer.replace(f"X{lines[7]}", "")).covered == 1
-    assert data.fidelity(longer, longer.replace(f"X{lines[7]}", "").replace(f"X{lines[8]}", "")).covered == 0
-    assert data.fidelity(whole, whole.replace(lines[7], "other sentence entirely different.")).supported == 0
-    part = data.fidelity("Common rare1 rare2 rare3. Common other1 other2.",
+    assert measures.fidelity(longer, longer.replace(f"X{lines[7]}", "")).covered == 1
+    shorter = longer.replace(f"X{lines[7]}", "").replace(f"X{lines[8]}", "")
+    assert measures.fidelity(longer, shorter).covered == 0
+    other = whole.replace(lines[7], "other sentence entirely different.")
+    assert measures.fidelity(whole, other).supported == 0
+    part = measures.fidelity("Common rare1 rare2 rare3. Common other1 other2.",
                          "common rare1 rare2 other1 other2")
     assert part.covered == pytest.approx(2.5 / 3.5), "a word that two sentences have weighs half"
 
@@ -3492,7 +3499,7 @@ def test_best_cuts_equals_brute_force():
     rng = np.random.default_rng(0)
     for k, n in ((2, 0), (2, 1), (2, 9), (3, 8), (4, 7)):
         labels = rng.integers(0, k, (3, n))
-        for row, found in zip(labels, data.best_cuts(labels, k)):
+        for row, found in zip(labels, measures.best_cuts(labels, k)):
             best = 0
             for cuts in itertools.combinations_with_replacement(range(n + 1), k - 1):
                 for order in itertools.permutations(range(k)):
@@ -3512,23 +3519,23 @@ def test_fusion_is_told_from_concatenation():
              "a source is missing": " ".join(bees) + " Ships also wait."}
     sources = [" ".join(bees), " ".join(ships)]
     for reason, text in texts.items():
-        measured = data.integration(sources, text)
-        assert data.concatenated(measured) == reason, measured
-        swapped = data.integration(sources[::-1], text)
+        measured = measures.integration(sources, text)
+        assert measures.concatenated(measured) == reason, measured
+        swapped = measures.integration(sources[::-1], text)
         assert swapped.coverage == measured.coverage[::-1] and swapped.mixed == measured.mixed
         assert swapped.purity == pytest.approx(measured.purity, abs=0.15), "random orders differ"
-    row = data.integration(sources, texts["one source after the other"])
-    turn = data.integration(sources, texts["sources in turn"])
+    row = measures.integration(sources, texts["one source after the other"])
+    turn = measures.integration(sources, texts["sources in turn"])
     assert row.purity == 1 and row.switches < 0.4 and row.mixed == 0 and row.coverage == (1, 1)
-    assert turn.switches > 1.5 and turn.purity < 0.5 and data.integration(sources, joined).mixed == 1
-    assert data.concatenated(data.integration(sources, "Nothing of either.")) == "a source is missing"
-    assert data.integration(sources * 2, joined).purity == 0, "nobody owns a word"
+    assert turn.switches > 1.5 and turn.purity < 0.5 and measures.integration(sources, joined).mixed == 1
+    assert measures.concatenated(measures.integration(sources, "Nothing of either.")) == "a source is missing"
+    assert measures.integration(sources * 2, joined).purity == 0, "nobody owns a word"
 
 
 def test_diversity_equals_its_definitions():
     texts = ["The cat sat. The cat sat!", "the Cat sat down here now and then slept", "ein Hund",
              "the cat sat down here now and then slept well"]
-    d = data.diversity(texts, ["a", "b", "", "b"])
+    d = measures.diversity(texts, ["a", "b", "", "b"])
     split = [["the", "cat", "sat", "the", "cat", "sat"], "the cat sat down here now and then slept".split(),
              ["ein", "hund"], "the cat sat down here now and then slept well".split()]
     threes = [[tuple(w[i:i + 3]) for i in range(max(1, len(w) - 2))] for w in split]
@@ -3539,9 +3546,9 @@ def test_diversity_equals_its_definitions():
     assert d.openings == 2 / 4 and d.documents == 4
     raw = "\n".join(texts).encode()
     assert d.compression == len(raw) / len(data.zlib.compress(raw))
-    assert math.isnan(data.diversity(texts).distance)
-    assert math.isnan(data.diversity(texts, ["a", "b", "", "c"]).distance)
-    halves = data.diversity(["one two", "three four five"])
+    assert math.isnan(measures.diversity(texts).distance)
+    assert math.isnan(measures.diversity(texts, ["a", "b", "", "c"]).distance)
+    halves = measures.diversity(["one two", "three four five"])
     assert halves.distinct == 1, "no run crosses documents"
 
 
@@ -3561,7 +3568,7 @@ def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
              for line in out.splitlines() if re.match(rf"{name} .*\d\.\d+ +\S+$", line) and "→" not in line}
     kept = [row["text"] for row in again[:int(table["again"][1])]]
     kept[-1] = kept[-1][:size - sum(map(len, kept[:-1]))]
-    expected = data.diversity(kept, [row["parent"] for row in again])
+    expected = measures.diversity(kept, [row["parent"] for row in again])
     assert table["again"][2:] == [f"{value:.3f}" for value in expected[1:]]
     assert table["raw"][1] == "40" and table["raw"][-1] == "nan" and float(table["again"][-1]) < 0.1
     assert float(table["raw"][2]) < float(table["again"][2]), "rewrites that repeat compress better"
@@ -3570,10 +3577,10 @@ def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
 def test_thresholds_of_the_measures_are_those_that_the_notes_choose():
     from notes import fidelity, fusion
     rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fidelity.csv")]
-    ours = dict(kept=data.LEAST, added=data.ADDED, found=data.FOUND)
+    ours = dict(kept=measures.LEAST, added=measures.ADDED, found=measures.FOUND)
     assert fidelity.chosen(rows, fidelity.HALVES[0]) == ours
     rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fusion.csv")]
-    assert dict(apart=data.APART, mixed=data.MIXED, missing=data.MISSING) in fusion.best(rows)
+    assert dict(apart=measures.APART, mixed=measures.MIXED, missing=measures.MISSING) in fusion.best(rows)
 
 
 def test_the_doubt_of_a_note_is_that_of_data():
@@ -3581,12 +3588,13 @@ def test_the_doubt_of_a_note_is_that_of_data():
     rng = random.Random(0)
     for _ in range(300):
         pick = lambda *some: rng.choice(some)
-        m = data.Fidelity(1, 0, pick(.85, .9, 1), 1, 1, pick(0, 1), 0, 0, pick(0, 0, 1), pick(.19, .2, .9), 1)
+        m = measures.Fidelity(1, 0, pick(.85, .9, 1), 1, 1, pick(0, 1), 0, 0, pick(0, 0, 1),
+                              pick(.19, .2, .9), 1)
         row = dict(kept=min(m[2:5]), added=sum(m[5:8]), negations=m.negations, found=min(m[9:]))
-        assert (fidelity.doubt(row) > 1 + 1e-9) == bool(data.unfaithful(m)), m
-        m = data.Integration(pick(.1, .7, .71, 1), 1, pick(0, .19, .2, 1), (pick(0., .19, .21, 1), 1))
+        assert (fidelity.doubt(row) > 1 + 1e-9) == bool(measures.unfaithful(m)), m
+        m = measures.Integration(pick(.1, .7, .71, 1), 1, pick(0, .19, .2, 1), (pick(0., .19, .21, 1), 1))
         row = dict(purity=m.purity, mixed=m.mixed, least=min(m.coverage))
-        assert (fusion.doubt(row) > 1 + 1e-9) == bool(data.concatenated(m)), m
+        assert (fusion.doubt(row) > 1 + 1e-9) == bool(measures.concatenated(m)), m
 
 
 # ---- data.py: conversations and recipes --------------------------------------------------------------------

@@ -4,8 +4,7 @@ import random
 import re
 import statistics
 
-import data
-from notes import _note, corpus
+from notes import _note, corpus, measures
 
 # What is done to a rewrite. The thresholds are chosen on one row of kinds and tested on the other.
 KINDS = dict(number="a number changed", name="a name changed", dropped="a sentence dropped",
@@ -45,7 +44,7 @@ def passages():
         here = []
         paragraphs = [" ".join(paragraph.split()) for paragraph in document.split("\n\n")]
         for paragraph in dict.fromkeys(filter(ends_well, filter(None, paragraphs))):
-            here += data.sentences_of(paragraph)
+            here += measures.sentences_of(paragraph)
             if len(here) >= 5:
                 found.append(here[:14])
                 here = []
@@ -96,7 +95,7 @@ def respelled(sentence, rng):
 @functools.cache
 def common_words():
     words = [word for sentences in passages() for word in re.findall(r"\b[a-z]{4,9}\b", " ".join(sentences))]
-    return sorted(word for word in set(words) - data.FUNCTION_WORDS if not data.NEGATION.search(word))
+    return sorted(word for word in set(words) - measures.FUNCTION_WORDS if not measures.NEGATION.search(word))
 
 
 def reworded(sentence, part, rng):
@@ -145,7 +144,7 @@ def turned_around(sentence):
     question, answer, statement = sentence.rpartition("\nA: ")
     if re.search(VERBS + " not ", statement):
         statement = re.sub(VERBS + " not ", r"\1 ", statement, count=1)
-    elif re.search(VERBS + " ", statement) and not data.NEGATION.search(statement):
+    elif re.search(VERBS + " ", statement) and not measures.NEGATION.search(statement):
         statement = re.sub(VERBS + " ", r"\1 not ", statement, count=1)
     else:
         return None
@@ -206,7 +205,7 @@ def run(kind, half, n):
         text = join.join(rewritten) if kind == "honest" else damaged(kind, rewritten, join, number, rng)
         if text is None:
             continue
-        m = data.fidelity(" ".join(sentences), text)
+        m = measures.fidelity(" ".join(sentences), text)
         yield dict(form=form, kept=round(min(m.numbers, m.dates, m.names), 4), negations=m.negations,
                    added=m.numbers_added + m.dates_added + m.names_added,
                    found=round(min(m.covered, m.supported), 4))
@@ -214,7 +213,7 @@ def run(kind, half, n):
 
 # ---- thresholds and curves ---------------------------------------------------------------------------------
 
-def doubt(row, kept=data.LEAST, added=data.ADDED, found=data.FOUND):
+def doubt(row, kept=measures.LEAST, added=measures.ADDED, found=measures.FOUND):
     """How far the worst measure is from what is asked of it: above 1, the rewrite is refused."""
     short = lambda share, least: (1 - share) / (1 - least)
     return max(short(row["kept"], kept), row["added"] / (added + 0.5), 2 * row["negations"],
@@ -256,7 +255,7 @@ def show(rows):
     honest_ = [row for row in rows if row["arm"] == "honest"]
     choice = [chosen(rows, kinds) for kinds in HALVES]
     test = lambda kind: _note.of_arm(rows, kind)[1]
-    table = [("damage", "rewrites", "AUC", "refused at the thresholds of `data.py`",
+    table = [("damage", "rewrites", "AUC", "refused at the thresholds in use",
               "refused on the half not chosen on, by thresholds of the other kinds")]
     for i, (kind, label) in enumerate(KINDS.items()):
         bad = [row for row in rows if row["arm"] == kind]
@@ -268,7 +267,7 @@ def show(rows):
                     color=_note.COLOURS[i])
     both = " / ".join(f"{rate(test('honest'), **thresholds):.0%}" for thresholds in choice)
     table.append(("none: honest rewrites", len(honest_), "", f"{rate(honest_):.0%}", both))
-    curves.plot([rate(honest_)] * 2, [0, 1], color="0.4", ls=":", lw=1.5, label="the thresholds of data.py")
+    curves.plot([rate(honest_)] * 2, [0, 1], color="0.4", ls=":", lw=1.5, label="the thresholds in use")
     curves.set(title="damaged rewrites refused, and area", xlabel="honest rewrites refused",
                xlim=(-.005, 0.3))
     curves.legend(loc=(0.42, 0.31))
@@ -281,7 +280,7 @@ def show(rows):
     for kind, style in (("dropped", "--"), ("invented", ":")):
         bad = [row for row in rows if row["arm"] == kind]
         forms.plot(ticks, [rate(bad, found=tick) for tick in ticks], label=KINDS[kind], color="0.4", ls=style)
-    forms.axvline(data.FOUND, color="0.4", ls=":", lw=1.5)
+    forms.axvline(measures.FOUND, color="0.4", ls=":", lw=1.5)
     forms.set(title="refused, by form of the honest rewrite", xlabel="share of a sentence that must be found",
               xlim=(0, 1.2), xticks=(0, 0.2, 0.4, 0.6))
     forms.legend(loc="center right")

@@ -3,8 +3,7 @@ import random
 import re
 import statistics
 
-import data
-from notes import _note
+from notes import _note, measures
 from notes.fidelity import area, passages, respelled, reworded, roc
 
 # What is made of the sources: first what counts as fused, then what does not.
@@ -83,7 +82,7 @@ def run(kind, size, n):
     for i in range(n):
         rng = random.Random(f"{size} {i}")
         sources = [passages()[(k * i + j) % len(passages())][:None if size else 2] for j in range(k)]
-        m = data.integration([" ".join(source) for source in sources], combined(kind, sources, rng))
+        m = measures.integration([" ".join(source) for source in sources], combined(kind, sources, rng))
         row = dict(purity=m.purity, switches=m.switches, mixed=m.mixed,
                    least=min(m.coverage) / max(*m.coverage, 1e-9))
         yield {name: round(value, 4) for name, value in row.items()}
@@ -91,7 +90,7 @@ def run(kind, size, n):
 
 # ---- thresholds and curves ---------------------------------------------------------------------------------
 
-def doubt(row, apart=data.APART, mixed=data.MIXED, missing=data.MISSING):
+def doubt(row, apart=measures.APART, mixed=measures.MIXED, missing=measures.MISSING):
     """How far the worst measure is from what is asked of it: above 1, the text is no fusion."""
     return max(row["purity"] / apart, (1 - row["mixed"]) / (1 - mixed), (1 - row["least"]) / (1 - missing))
 
@@ -131,11 +130,11 @@ def show(rows):
         table.append((label, "yes" if kind in FUSED else "no", auc, *refused, *median))
         plane.plot([row["purity"] for row in of if row["seed"]], [row["mixed"] for row in of if row["seed"]],
                    "o" if kind in FUSED else "x", ms=3, label=label, color=_note.COLOURS[i % 7], alpha=0.5)
-    curves.plot([rate(good)] * 2, [0, 1], color="0.4", ls=":", lw=1.5, label="the thresholds of data.py")
+    curves.plot([rate(good)] * 2, [0, 1], color="0.4", ls=":", lw=1.5, label="the thresholds in use")
     curves.set(title="others refused, and area", xlabel="fusions refused", xlim=(-.005, 0.2))
     curves.legend(loc="lower right")
-    plane.axvline(data.APART, color="0.4", ls=":", lw=1.5)
-    plane.axhline(data.MIXED, color="0.4", ls=":", lw=1.5)
+    plane.axvline(measures.APART, color="0.4", ls=":", lw=1.5)
+    plane.axhline(measures.MIXED, color="0.4", ls=":", lw=1.5)
     plane.set(title="texts of two to four sources; ○ fusions", xlabel="purity of the best cuts, 0: by chance",
               ylabel="sentences with words of two sources", xlim=(-0.25, 2.3), xticks=(0, 0.5, 1))
     plane.legend(fontsize=8, loc="upper right", markerscale=2)
