@@ -2716,7 +2716,7 @@ class Endpoint:
     timeout: float = 300.0       # seconds for a try
     calls: int = 0               # budget of OUT over all runs; 0: none
     tokens: int = 0              # budget of prompts and answers, which calls in flight may pass; 0: none
-    seed: int = 1
+    seed: int = 1                # of all answers: another one asks anew
 
     def __post_init__(self):
         if self.endpoint != "offline" and not (re.match("https?://[^/]", self.endpoint) and self.model):
@@ -3389,9 +3389,13 @@ SHARED = dict(column=("text", "the field that holds the text"), where=("", "as -
 def help_of(name):
     """What `python data.py NAME --help` prints."""
     recipe = RECIPES[name]
-    options = [f"  --{option}={default}".ljust(28) + what
-               for option, (default, what) in {**recipe.options, **SHARED}.items()]
+    options = [(option, default, what) for option, (default, what) in {**recipe.options, **SHARED}.items()]
+
+    # The endpoint's options, with the comments of its fields.
     endpoint = Path(__file__).read_text("utf-8").partition("class Endpoint:\n")[2].partition("\n\n")[0]
+    found = re.findall(r'(?m)^    (\w+): \w+ = "?([^"\s]*)"? *(?:# (.*))?$', endpoint)
+    options, found = ("\n".join(f"  --{option}={default}".ljust(28) + what for option, default, what in some)
+                      for some in (options, found))
     return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
 
 {inspect.cleandoc(recipe.run.__doc__)}
@@ -3400,10 +3404,11 @@ IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.c
 answer, so that the same command goes on after a kill and pays for no call twice.
 Calls: {recipe.costs}; an answer that is refused is asked for again.
 
-{chr(10).join(options)}
+{options}
 
 Options of the endpoint:
-{endpoint}
+
+{found}
 
 Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
 
