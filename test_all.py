@@ -3046,7 +3046,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
     """Each way in which an answer is none, and those that only look like it."""
     text = data.fill(SAY, dict(text="A <|mark|> of 'as an AI', and <think>so</think>: " + "word " * 50))
     takes = [("A fine text.",) * 2, ("\n<think>a\n\nb</think>\n A fine text.\n", "A fine text."),
-             ("so, then</think>A fine text.", "A fine text."), ("It says <|mark|>.",) * 2,
+             ("The tag </think> ends a thought.",) * 2, ("It says <|mark|>.",) * 2,
              ("They said <think>so</think>.",) * 2, ("Here is where he lived. At noon: rain.",) * 2,
              ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
     for answer, expected in takes:
@@ -3054,7 +3054,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
         assert data.answer_in(call, text, SAY, 0, False) == expected, answer
     refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
-               "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
+               "empty content": ("", " \n", "<think>a</think>\n", "<think>a</think>", "<think>so"),
                "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
                            "I am sorry, I must not", "Well, as a large language model I like it"),
                "template leak": ("A text<|im_end|>", "[INST] A", "A text</s>", "<start_of_turn>a",
@@ -3064,6 +3064,10 @@ def test_an_answer_is_taken_only_if_it_is_one():
         for answer in answers:
             with pytest.raises(data.Refused, match=why):
                 data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+    for answer, expected in ("so, then</think>A fine text.", "A fine text."), ("a</think>", "empty content"):
+        call = dict(answer=answer, finish="stop", usage=None)
+        with contextlib.suppress(data.Refused) if expected == "empty content" else contextlib.nullcontext():
+            assert data.answer_in(call, "A text without tags.", SAY, 0, False) == expected
     for answer in "Sure! A", "I cannot help with it", "Here is one: A":
         assert data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
 
@@ -3250,7 +3254,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
 def test_a_dry_run_counts_and_sends_nothing(tmp_path, monkeypatch):
     """On top of a journal that has half of the answers, and which stays as it is."""
     monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: "offline " * 40, raising=False)
-    rows = rows_of(*["some words of a text"] * 10)
+    rows = rows_of(*[f"some words of text {i}" for i in range(10)])
     generated(rows[:5], tmp_path / "c", lambda *_: completed("A fine text."))
     before = (tmp_path / "c").read_bytes()
     refuse = lambda row, result: "refused"
@@ -3733,7 +3737,7 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
     no call and the same bytes. A run reads rewrites as text, on the side of the split of their source."""
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
-    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) == 56
+    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) > 50
     first = [row["form"] for row in rows[:7]]
     assert len(set(first[:6])) == 6 and first[6] == first[0] and rows[6]["reader"] != rows[0]["reader"]
     prompt = (HERE / "notes/prompts/rephrase.txt").read_bytes()
@@ -3758,7 +3762,8 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
     (tmp_path / "alone.jsonl").rename(tmp_path / "alone.txt")
     (tmp_path / "lives.jsonl").rename(tmp_path / "lives.txt")
     folder = list(data.rows("x", str(tmp_path), data.DataConfig()))
-    assert len(folder) == 61 and "left out" not in capsys.readouterr().out, "the journals are no text"
+    assert len(folder) == 61 and "left out: 3 answers of a recipe (b.jsonl.calls.jsonl" in (
+        capsys.readouterr().out)
 
 
 def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
@@ -3949,9 +3954,6 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
     assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3
     assert len(sets("random", 3)) == 1, "what is left over is not used"
-    for select, k in (("alike", 2), ("random", 1)):
-        with pytest.raises(ValueError, match="similar, unlike or random"):
-            sets(select, k)
 
     rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
     assert len(rows) == 2 and {len(row["parent"].split(" + ")) for row in rows} == {2}
@@ -4012,7 +4014,7 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
         data.main([name, "--help"])
         said = capsys.readouterr().out
         assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
-        assert "threads: int" in said and "does not understand" in said and recipe_.costs in said
+        assert "--threads=8" in said and "does not understand" in said and recipe_.costs in said
     out = str(tmp_path.parent / f"{tmp_path.name}.x")
     for words, says in ((["rephrase", lives], "IN OUT"),
                         (["rephrase", lives, out, "--n=two"], "'two' is no int"),
@@ -4025,6 +4027,11 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
                         (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
                         (["rephrase", lives, lives], "is inside"),
                         (["fuse", lives, out], "row 1: no conversation"),
+                        (["fuse", lives, out, "--select=alike"], "similar, unlike or random"),
+                        (["fuse", lives, out, "--k=9"], "and 2 to 8"),
+                        (["rephrase", lives, f"{tmp_path}.none/out"], "a folder that exists"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1", "--score_model=j",
+                          "--score_extra={"], "score_extra: extra: '{'"),
                         (["rephrase", lives + "n", out], "No such file")):
         with pytest.raises(SystemExit, match=re.escape(says)):
             data.main(words)

@@ -6,6 +6,7 @@
 """
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 
-from data import BAD_RECORD, estimated_tokens, several
+from data import BAD_RECORD, estimated_tokens, several, without_thinking
 
 
 # ---- one call ----------------------------------------------------------------------------------------------
@@ -175,6 +176,7 @@ class Journal:
                                  "again") from None
             self.calls += 1
             self.end += len(line)
+        self.before = self.end                                   # what follows is of this run
 
     def __enter__(self):
         return self
@@ -184,15 +186,17 @@ class Journal:
             os.fsync(self.file.fileno())
         self.file.close()
 
-    def find(self, key):
-        """The call with that key, or None."""
+    def find(self, key, again=None):
+        """The call with that key, or None; None, too, for one of an earlier run that is to be made again:
+        again(call) says whether."""
         with self.lock:
             place = self.places.get(int(key[:16], 16))
             if place is None:
                 return None
             self.file.seek(place)
             call = json.loads(self.file.readline())
-        return call if call["key"] == key else None
+        again = again and place < self.before and again(call)
+        return call if call["key"] == key and not again else None
 
     def may_call(self, text):
         """Whether a call may be made; `add` has to end it."""
@@ -215,6 +219,9 @@ class Journal:
             asked = estimated_tokens(text)
             tokens = sum(found.get("usage") or (asked, estimated_tokens(found.get("answer"))))
             call |= found | dict(tokens=tokens)
+            if call.get("answer"):                               # may be a prompt, which is named by its hash
+                answer = without_thinking(call["answer"], text).encode(errors="replace")
+                call["sha256"] = hashlib.sha256(answer).hexdigest()
             if not self.dry_run:
                 line = json.dumps(call).encode() + b"\n"
                 self.file.write(line)
