@@ -52,7 +52,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +76,8 @@ class DataConfig:
     where: str = ""              # FIELD>=VALUE,...  rows that are read; NAME:FIELD.. is for one domain
     budget: str = ""             # 100MB | 5000documents: how much of each domain of files is read
     skip_bad: bool = False       # leave out records without a string text instead of stopping
+    rehydrate: bool = False      # repeat FineWeb2's training documents by the size of the cluster
+                                 # of duplicates that each stands for, as its README says
     clean: bool = False          # leave out short documents and duplicates, as `python data.py clean` does
     min_tokens: int = 24         # fewer are short                                                  [Motif]
     tokenizer: str = "bpe"       # "bytes" | "bpe", trained on the training text | a tiktoken name ("gpt2")
@@ -148,6 +150,8 @@ def parse_domains(config):
     if config.where:
         datasets().parse_where(config.where, paths)
     parse_budget(config.budget)
+    if config.rehydrate and (config.clean or not any(re.match("fineweb2:", path) for path in paths.values())):
+        raise ValueError("rehydrate: needs --data.files=NAME=fineweb2:PATH, without --data.clean")
 
     # The weights of each end of the schedule sum to 1.
     start = np.array([weight for _, weight, _ in rows])          # (D,)
@@ -278,6 +282,7 @@ PIECE = 1_000_000                # bytes; a streamed text file of more than 16 p
 LONGEST_ROW = 16_000_000         # bytes of a record of streamed text
 PACKED = ".gz", ".zst", ".zstd"
 REPORT = "report.json"           # beside clean text
+CALLS = ".calls.jsonl"           # beside the output of a recipe
 KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
 NO_MEMORY = "a worker was killed, probably for memory: fewer --workers"
 BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
@@ -289,6 +294,8 @@ class Row(NamedTuple):
     file: str
     number: int                  # from 1: the line of a .jsonl, the record of a .json, the row of a table
     split_with: str = ""         # hexadecimal digits that decide its side in place of its hash: see `clean`
+    times: int = 1               # how often it is in the training text: see DataConfig.rehydrate
+    parent: str = ""             # the document that it was made of, in the output of a recipe
 
 
 class Source(NamedTuple):
@@ -301,6 +308,7 @@ class Source(NamedTuple):
     column: str
     skip_bad: bool
     large: bool                  # streamed into a shard for each file, not held in memory
+    rehydrate: bool
 
 
 def find_source(name, path, config):
@@ -320,7 +328,7 @@ def find_source(name, path, config):
         files, left_out = own_files(name, root)
         traps = {}
         if len(files) > 1 and any(re.search(r"\.(csv|parquet|zstd?)\b", file.name.lower()) for file in files):
-            probe = Source(name, root, [], "", "", config.column, False, False)
+            probe = Source(name, root, [], "", "", config.column, False, False, False)
             traps = datasets().beside_tables(name, root, files, functools.partial(holds_text, probe))
     for file, why in traps.items():
         left_out[why].append(file)
@@ -336,9 +344,10 @@ def find_source(name, path, config):
     budget, of_bytes = parse_budget(config.budget)
     size = min(size, budget if of_bytes else budget * 50_000)    # a long document
     where = datasets().parse_where(config.where) if config.where else []
+    rehydrate = config.rehydrate and kind == "fineweb2"
     return Source(name, root, [str(file) for file in files], kind,
                   ",".join(c.said for c in where if c.domain in ("", name)), config.column, config.skip_bad,
-                  size > LARGE), left_out
+                  size > LARGE or rehydrate, rehydrate), left_out
 
 
 def bare(file):
@@ -386,6 +395,8 @@ def own_files(name, path, kinds=KINDS):
                     left_out["hidden"].append(file)
                 elif filename == REPORT and "00000.jsonl" in filenames:
                     pass                                         # of `clean`, about the text here
+                elif filename.endswith(CALLS):
+                    left_out["answers of a recipe"].append(file)
                 elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
                     left_out["of another kind"].append(file)
                 elif not file.is_file():
@@ -425,6 +436,16 @@ def embedded():
 def datasets():
     """The module that knows published sets, conditions, and formats that need a package."""
     return from_notes("datasets", "published sets, tables, zstd and conditions need")
+
+
+def server():
+    """The module that asks a model server."""
+    return from_notes("endpoint", "a model server is asked by")
+
+
+def measures():
+    """The module that compares a rewrite with its source, or a fusion with its sources."""
+    return from_notes("measures", "what a model has written is judged by")
 
 
 # ---- sources: their rows -----------------------------------------------------------------------------------
@@ -532,7 +553,10 @@ def rows_of_file(source, file, counts):
         check = datasets().Check(source, file, kind) if source.where else None
         unit = dict(jsonl="line", json="record", text="piece").get(kind, "row")
         limit = LONGEST_ROW if source.large else LARGE
-        for number, record in records(source, file, kind, counts, check.fields if check else ()):
+        needed = check.fields if check else set()
+        if source.rehydrate:
+            needed = needed | {datasets().CLUSTER}
+        for number, record in records(source, file, kind, counts, needed):
             counts["rows"] += 1
             try:
                 if isinstance(record, bytes):
@@ -557,7 +581,9 @@ def rows_of_file(source, file, counts):
                 counts[f"not {failed}"] += 1
             else:
                 together = str(record.get("split_with", ""))
-                yield Row(text, file, number, together if re.fullmatch("[0-9a-f]{16}", together) else "")
+                together = together if re.fullmatch("[0-9a-f]{16}", together) else ""
+                times = datasets().repetitions(record[datasets().CLUSTER]) if source.rehydrate else 1
+                yield Row(text, file, number, together, times, str(record.get("parent") or ""))
 
         for field, names in check.missing.items() if check else ():
             if names:
@@ -1345,7 +1371,8 @@ def split_documents(docs, val=0.05, together={}):
 def how_read(source, config):
     """How the files of a source are read, for the keys of the cache."""
     buckets = [Path(file).absolute().parent.name for file in source.files if source.kind == "txt360"]
-    return str((READER, source.kind, source.where, source.column, source.skip_bad, config.budget, buckets))
+    return str((READER, source.kind, source.where, source.column, source.skip_bad, source.rehydrate,
+                config.budget, buckets))
 
 
 def text_key(record, name, path=None, config=DataConfig()):
@@ -1855,19 +1882,27 @@ def chosen_documents(plan, part, limit, counts, spent):
     1 validation.
 
     As in split_documents, its hash decides the side, so that copies in other parts have the same; a
-    repetition within the part is left out. Bounds for few documents are not needed here."""
-    seen = Seen()
+    repetition within the part is left out. Bounds for few documents are not needed here. Training documents
+    that count several times come again in further turns through the part: no window has two of them in a
+    row."""
     of_bytes = parse_budget(plan.budget)[1]
-    for i, file in enumerate(part):
-        for row in rows_of_file(plan.source, file, counts):
-            hashed = sha256(row.text)
-            if not seen.add(int(hashed[:16], 16)):
-                counts["repeated in their shard"] += 1
-                continue
-            yield i, row.number, int(is_validation(row.split_with or hashed)), row.text
-            spent[0] += len(row.text.encode()) if of_bytes else 1
-            if limit is not None and spent[0] >= limit:
-                return
+    for turn in range(1, 1 + (datasets().MOST_OFTEN if plan.source.rehydrate else 1)):
+        seen = Seen()
+        if turn > 1:
+            counts = Counter()                                   # rows and what is left out count once
+        for i, file in enumerate(part):
+            for row in rows_of_file(plan.source, file, counts):
+                hashed = sha256(row.text)
+                if not seen.add(int(hashed[:16], 16)):
+                    counts["repeated in their shard"] += 1
+                    continue
+                side = int(is_validation(row.split_with or hashed))
+                if turn > (1 if side else row.times):
+                    continue
+                yield i, row.number, side, row.text
+                spent[0] += len(row.text.encode()) if of_bytes else 1
+                if limit is not None and spent[0] >= limit:
+                    return
 
 
 class Seen:
@@ -2560,7 +2595,9 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- conversations -----------------------------------------------------------------------------------------
 
-CONVENTIONS = "messages", "conversations", "prompt/chosen/rejected", "prompt/completion", "instruction/output"
+CONVENTIONS = {"prompt/chosen/rejected": {"chosen", "rejected"}, "messages": {"messages"},
+               "conversations": {"conversations"}, "prompt/completion": {"prompt", "completion"},
+               "instruction/output": {"instruction", "output"}}  # the fields by which they are known
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
              bot="assistant", system="system")
 
@@ -2573,18 +2610,15 @@ class Conversation(NamedTuple):
     number: int                  # from 1, as in Row
 
 
-def convention_of(record):
-    """The one of CONVENTIONS whose fields a record has, or ""."""
-    for names in ("chosen", "rejected"), ("messages",), ("conversations",), ("prompt", "completion"), \
-            ("instruction", "output"):
-        if all(name in record for name in names):
-            return next(convention for convention in CONVENTIONS if convention.endswith(names[-1]))
-    return ""
+def convention_of(fields):
+    """The name of a record's convention, by the names of its fields; "" if it has none."""
+    return next((name for name, needs in CONVENTIONS.items() if needs <= set(fields)), "")
 
 
 def turns(value, role):
     """A field of a record → messages: of a string one with this role, or of a list of {"role", "content"} or
-    {"from", "value"}. Raises ValueError, saying what is wrong."""
+    {"from", "value"}. A content may be a list of parts, {"text"} each, which are joined. Two messages in a
+    row may have the same role, and stay two. Raises ValueError, saying what is wrong."""
     if isinstance(value, str):
         value = [dict(role=role, content=value)]
     if not isinstance(value, list) or not value:
@@ -2593,10 +2627,14 @@ def turns(value, role):
     for i, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"message {i} is no object with a role and a content")
-        said = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
+        said = turn.get("from") if turn.get("role") is None else turn["role"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         if not isinstance(said, str) or said.lower() not in ROLES:
             raise ValueError(f"message {i} has the unknown role {said!r}; known: {', '.join(ROLES)}")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+                raise ValueError(f"message {i}, of {said!r}, has a part that is no text")
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"message {i}, of {said!r}, is empty")
         content.encode()                                         # JSON may hold a lone surrogate
@@ -2606,11 +2644,12 @@ def turns(value, role):
 
 def messages_of(record):
     """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
+    record = {name: value for name, value in record.items() if value is not None}
     convention = convention_of(record)
     found = []
     if not convention:
         raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
-    if record.get("system") and isinstance(record["system"], str):
+    if isinstance(record.get("system"), str) and record["system"].strip():
         found += turns(record["system"], "system")
     if convention == "prompt/chosen/rejected":
         prompt, chosen, _ = pair_of(record)
@@ -2620,32 +2659,41 @@ def messages_of(record):
     elif convention == "instruction/output":
         for asked, answered in record.get("history") or []:
             found += turns(asked, "user") + turns(answered, "assistant")
-        more = "\n\n" + record["input"] if record.get("input") else ""
-        found += turns(record["instruction"] + more, "user") + turns(record["output"], "assistant")
+        found += turns(instruction_of(record), "user") + turns(record["output"], "assistant")
     else:
         found += turns(record[convention], "user")
+    if found[0]["role"] == "system" and found[:1] == found[1:2]:
+        del found[0]                                             # in a field of its own, too
     if not any(message["role"] == "user" for message in found):
         raise ValueError("no message is a user's")
     return convention, found
 
 
+def instruction_of(record):
+    """The instruction of a record, with its input; None if it has none."""
+    more = record.get("input")
+    return record["instruction"] + "\n\n" + more if more else record.get("instruction")
+
+
 def pair_of(record):
     """A record with a chosen and a rejected answer → (prompt, chosen, rejected), lists of messages.
 
-    Some sets repeat the whole conversation in both answers, beside a prompt that is its first message: then
-    the prompt is all that they have in common. Raises ValueError, saying what is wrong."""
+    Some sets repeat the conversation in both answers, from its beginning or from the last message of the
+    prompt on; what they have in common belongs to the prompt. Raises ValueError, saying what is wrong."""
     chosen, rejected = turns(record["chosen"], "assistant"), turns(record["rejected"], "assistant")
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
+    common = chosen[:n]
 
-    # Messages that begin with an answer go on from the prompt.
-    prompt = chosen[:n]
-    if not n or chosen[0]["role"] == "assistant":
-        given = record.get("prompt") or record.get("instruction")
-        if not given:
-            raise ValueError("the two answers have no beginning in common, and there is no prompt")
-        prompt = turns(given, "user") + prompt
+    # Unless they repeat it from the beginning on, they go on from the prompt, or from within it.
+    given = record.get("prompt") or instruction_of(record)
+    given = turns(given, "user") if given else []
+    k = next(k for k in range(min(len(given), n), -1, -1) if given[len(given) - k:] == common[:k])
+    if not given and (not n or chosen[0]["role"] == "assistant"):
+        raise ValueError("the two answers have no beginning in common, and there is no prompt")
+    on = not n or chosen[0]["role"] == "assistant" or given and given[-1]["role"] == "system"
+    prompt = given + common[k:] if k or on else common
     if n == min(len(chosen), len(rejected)):
         raise ValueError("the chosen and the rejected answer are equal, or one is the beginning of the other")
     if not chosen[n]["role"] == rejected[n]["role"] == "assistant":
@@ -2666,7 +2714,7 @@ def conversations(name, path, config, check=lambda record, messages: None, optio
             check(record, messages)
         except BAD_RECORD as error:
             if not source.skip_bad:
-                why = error if type(error) is ValueError else "a field of the conversation has the wrong type"
+                why = error if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
                 raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --{option}=true") from None
             counts["bad"] += 1
             continue
@@ -2934,12 +2982,8 @@ def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
 
 # ---- generation: one function, any endpoint ----------------------------------------------------------------
 
-FIRST_WAIT = 0.5                 # seconds before the second try of a call; doubled for each further try
-LONGEST_WAIT = 600               # seconds; a server that asks for more ends the run
 LOOK_AHEAD = 32                  # rows for each thread that may be begun before an earlier one is done
 USUAL_WINDOWS = {2 ** n for n in range(11, 18)}                  # tokens of prompt and answer together
-OVERFLOW = re.compile("(?i)context.?(length|size|window)|exceed_context|(prompt|input).{0,30}too long")
-NO_USE = re.compile("(?i)model_not_found|insufficient_quota|invalid_api_key|model .{0,80}not (found|exist)")
 REFUSAL = re.compile(r"(?i)(unfortunately, |i['’]m |i am )?((really |very )?sorry,? (but|i)|i( am|['’]m) "
                      r"(unable|not able) to|i (cannot|can['’]t|won['’]t) (help|assist|provide|comply|fulfil|"
                      r"create|generate|rewrite|answer|write|continue|complete|process|do|access))\b")
@@ -2955,10 +2999,6 @@ class Refused(Exception):
 
 class Hopeless(Refused):
     """No answer to this prompt would be taken."""
-
-
-class Unanswered(Exception):
-    """A call without an answer: (why, seconds to wait before the next try, at least). inf: no try helps."""
 
 
 class Prompt(NamedTuple):
@@ -2990,10 +3030,11 @@ class Endpoint:
     threads: int = 8             # calls at a time
     attempts: int = 3            # answers for a row, each with its own seed, before it is refused for good
     retries: int = 7             # further tries of a call that brings no answer
+    ask_again: bool = False      # ask again what the server refused in earlier runs, if it is mended
     timeout: float = 300.0       # seconds for a try
     calls: int = 0               # budget of OUT over all runs; 0: none
     tokens: int = 0              # budget of prompts and answers, which calls in flight may pass; 0: none
-    seed: int = 1
+    seed: int = 1                # of all answers: another one asks anew
 
     def __post_init__(self):
         if self.endpoint != "offline" and not (re.match("https?://[^/]", self.endpoint) and self.model):
@@ -3030,28 +3071,32 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     """Have an answer to the prompt for each row → (row, result) in the order of rows.
 
     rows: dicts with "id" and what the prompt needs. parse(row, answer) → result, a dict; accept(row, result)
-    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is None for a row
-    that is refused for good or could not be answered: the journal counts which. chat: an answer may begin as
-    one to a person does, "Sure" or "I cannot". Equal requests are made once."""
+    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is False for a row
+    that is refused for good, and None for one that is missing: no answer could be had in this run. chat: an
+    answer may begin as one to a person does, "Sure" or "I cannot".
+
+    Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
+    share their calls, whatever their ids and places are."""
     rows = iter(rows)
     ahead = deque()                                              # (row, its future), in the order of rows
-    latest = {}                                                  # id → the last future for it in `ahead`
+    latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
     try:
         while True:
             for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
-                future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
-                                     latest.get(row["id"]))
-                latest[row["id"]] = future
-                ahead.append((row, future))
+                asked = fill(prompt, row), row.get("k", 0)
+                future = pool.submit(result_of, row, asked, prompt, parse, accept, endpoint, journal, chat,
+                                     latest.get(asked))
+                latest[asked] = future
+                ahead.append((row, asked, future))
             if not ahead:
                 return
-            row, future = ahead.popleft()
+            row, asked, future = ahead.popleft()
             while not wait([future], 1).done:
                 journal.progress()
             journal.progress()
-            if latest[row["id"]] is future:
-                del latest[row["id"]]
+            if latest[asked] is future:
+                del latest[asked]
             yield row, future.result()
     except (Exception, KeyboardInterrupt):
         journal.stop("interrupted")
@@ -3061,72 +3106,85 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
         pool.shutdown(cancel_futures=True)
 
 
-def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
-    """The result for a row, or None: up to `attempts` answers, from the journal if they are there.
+def result_of(row, asked, prompt, parse, accept, endpoint, journal, chat, twin):
+    """The result for a row, False or None: up to `attempts` answers, from the journal if they are there.
 
-    twin: the future of an earlier row with this id, whose requests may be the same."""
+    asked: the text of the prompt, and the row's k. twin: the future of an earlier row that asks the same."""
     if twin:
         wait([twin])
-    text = fill(prompt, row)
+    text, k = asked
+    again = (lambda call: refused_by_server(call, text)) if endpoint.ask_again else None
     for attempt in range(endpoint.attempts):
         # The seed is hashed beside the request as well, because `extra` may leave it out.
-        seed = digest64(json.dumps([endpoint.seed, prompt.name, row["id"], attempt])) >> 33
+        seed = digest64(json.dumps([endpoint.seed, text, k, attempt])) >> 33
         request = endpoint.request(text, seed)
         key = sha256(json.dumps(request, sort_keys=True), str(seed))
-        call = journal.find(key)
+        call = journal.find(key, again)
         new = call is None
         if new and journal.may_call(text):
             if endpoint.endpoint == "offline" or journal.dry_run:
                 call = dict(answer=offline_answer(prompt.name, row, seed), finish="stop", usage=None)
             else:
-                call = ask(endpoint, request, key, journal)
+                call = server().ask(endpoint, request, key, journal)
             call = journal.add(text, call, key=key, id=row["id"], prompt=prompt.name, attempt=attempt)
         if call is None:
             return journal.count("rows", "missing")
 
-        # The journal has answers as they came; whether one is taken is decided anew in each run.
+        # The journal has answers as they came; whether one is taken is decided anew in each run. A dry run
+        # takes what stands for an answer, so that it comes to all later calls.
+        pretended = new and journal.dry_run
         try:
-            result = parse(row, judged(call, text, prompt, endpoint.window, chat))
-            why = accept(row, result)
+            answer = (call["answer"].strip() if pretended else
+                      answer_in(call, text, prompt, endpoint.window, chat))
+            result = parse(row, answer)
+            why = "" if pretended else accept(row, result)
             if why:
                 raise Refused(why)
         except Refused as error:
-            hopeless = isinstance(error, Hopeless)
-            journal.count("answers refused", str(error), new and hopeless)
-            if hopeless or journal.dry_run:
-                break
-            continue
-        journal.count("rows", "taken")
-        return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
-                             prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
-                             parent=row.get("parent", ""))
-    return journal.count("rows", "refused for good")
+            why, hopeless = str(error), isinstance(error, Hopeless)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            why, hopeless = f"it cannot be read: {type(error).__name__}", False
+        else:
+            journal.count("rows", "taken")
+            return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
+                                 prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
+                                 parent=row.get("parent", ""))
+        journal.count("answers refused", why, new and hopeless)
+        if hopeless:
+            journal.count("rows that the server refused; --ask_again=true asks again", why)
+        if hopeless or pretended:
+            break
+    journal.count("rows", "refused for good")
+    return False
 
 
-def judged(call, text, prompt, window, chat):
-    """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
+def refused_by_server(call, text):
+    """Why a server does not answer this text, until it is set up in another way; "" if it does.
+
+    Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
+    tokens than words mean a cut."""
     if "error" in call:
-        raise Hopeless("over the context window" if OVERFLOW.search(call["error"]) else call["error"][:3])
+        return call["why"]
+    return "prompt cut by the server" if call["usage"] and 0 < call["usage"][0] < len(text.split()) else ""
+
+
+def answer_in(call, text, prompt, window, chat):
+    """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
+    why = refused_by_server(call, text)
+    if why:
+        raise Hopeless(why)
     if call["finish"] != "stop":
         raise Refused(f"finish_reason {call['finish']}")
 
-    # Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
-    # tokens than words mean a cut; and prompt and answer then tend to fill the window exactly. Without
-    # `window` that is only a suspicion, but another answer would hardly be as long by chance.
-    asked, answered = call["usage"] or (0, 0)
-    if 0 < asked < len(text.split()):
-        raise Hopeless("prompt cut by the server")
-    if asked + answered >= window if window else asked + answered in USUAL_WINDOWS:
+    # Where a prompt was cut, it and the answer tend to fill the window exactly. Without `window` that is only
+    # a suspicion, but another answer would hardly be as long by chance.
+    length = sum(call["usage"] or (0, 0))
+    if length >= window if window else length in USUAL_WINDOWS:
         raise Refused("fills the window")
 
-    # Thinking comes first, at times without the tag that opens it.
-    answer = call["answer"]
-    if answer is None:
+    if call["answer"] is None:
         raise Refused("null content")
-    before, closed, after = answer.partition("</think>")
-    if closed and "<think>" not in before.lstrip()[1:]:
-        answer = after
-    answer = answer.strip()
+    answer = without_thinking(call["answer"], text)
     if not answer or answer.startswith("<think>"):
         raise Refused("empty content")
     if re.search("[\ud800-\udfff]", answer):
@@ -3145,268 +3203,19 @@ def judged(call, text, prompt, window, chat):
     return answer
 
 
-# ---- generation: one call ----------------------------------------------------------------------------------
-
-def ask(endpoint, request, key, journal):
-    """Make a call, again if need be → {answer, finish, usage} or {error}; None if it was not answered."""
-    for tried in range(endpoint.retries + 1):
-        if journal.stopped:
-            return None
-        try:
-            return completion(*post(endpoint, request), endpoint.key())
-        except Unanswered as error:
-            why, seconds = error.args
-            if seconds > LONGEST_WAIT:
-                journal.stop(why)
-            elif tried < endpoint.retries:
-                # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
-                journal.count("calls tried again", why)
-                spread = 0.75 + int(key[tried:tried + 8], 16) / 2 ** 33
-                journal.ending.wait(seconds + min(FIRST_WAIT * 2 ** tried, 60) * spread)
-    return None
-
-
-def post(endpoint, request):
-    """One HTTP request → (status, headers, body). No proxy is used; a redirection is not followed, since it
-    could carry the key to another host."""
-    import http.client
-    scheme, _, rest = f"{endpoint.endpoint.rstrip('/')}/chat/completions".partition("://")
-    host, _, path = rest.partition("/")
-    headers = {"Content-Type": "application/json"}
-    if endpoint.key():
-        headers["Authorization"] = f"Bearer {endpoint.key()}"
-    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    late = time.monotonic() + endpoint.timeout
-    try:
-        with contextlib.closing(kind(host, timeout=endpoint.timeout)) as connection:
-            connection.request("POST", f"/{path}", json.dumps(request), headers)
-            response = connection.getresponse()
-            body = b""
-            while block := response.read1(1 << 20):
-                body += block
-                if time.monotonic() > late:                      # the connection's timeout is for each block
-                    raise TimeoutError
-            return response.status, response.headers, body
-    except (OSError, http.client.HTTPException) as error:
-        why = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
-        raise Unanswered(why, 0) from None
-
-
-def completion(status, headers, body, key):
-    """A response → {answer, finish, usage}, or {error} if this request is never answered."""
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
-        reply = None
-    error = reply.get("error") if isinstance(reply, dict) else None
-    if status == 200 and not error:
-        try:
-            choice = reply["choices"][0]
-            answer = choice["message"].get("content")
-            finish = str(choice.get("finish_reason"))[:20]
-        except (TypeError, LookupError, AttributeError):
-            raise Unanswered("half an answer", 0) from None
-        usage = reply.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        return dict(answer=answer if isinstance(answer, str) else None, finish=finish,
-                    usage=tokens if all(type(n) is int and n >= 0 for n in tokens) else None)
-
-    # An error, at times in a response of status 200. Servers differ in its form, so its text decides.
-    said = json.dumps(error or reply) if reply else body.decode(errors="replace")
-    said = " ".join(said.replace(key or "\0", "[key]").split())[:300]
-    why = str(status)
-    if status == 200:
-        why = "error in a 200"
-        code = error.get("code") if isinstance(error, dict) else 0
-        status = code if type(code) is int and code >= 400 else 500
-    if OVERFLOW.search(said) and status != 429 or status in (400, 413, 422) and not NO_USE.search(said):
-        return dict(error=f"{status} {said}")
-    if NO_USE.search(said) or status < 500 and status not in (408, 409, 425, 429):
-        raise Unanswered(f"the server says {status} {said}", math.inf)
-    seconds = seconds_to_wait(headers)
-    if seconds > LONGEST_WAIT:
-        why = f"the server says {status} and to wait {seconds:,.0f} s"
-    raise Unanswered(why, seconds)
-
-
-def seconds_to_wait(headers):
-    """What retry-after-ms or Retry-After, in seconds or as a date, asks for; else 0."""
-    from email.utils import parsedate_to_datetime
-    asked = headers.get("Retry-After")
-    for read in (lambda: float(headers.get("retry-after-ms")) / 1000, lambda: float(asked),
-                 lambda: parsedate_to_datetime(asked).timestamp() - time.time()):
-        with contextlib.suppress(ValueError, TypeError):
-            return max(0.0, read())
-    return 0.0
-
-
-# ---- generation: the journal of calls ----------------------------------------------------------------------
-
-class Journal:
-    """The answers of all runs of OUT, in OUT.calls.jsonl: one line each, which is only appended; and counts.
-
-    A line is found by the hash of its request. That has neither the API key nor the server's address in it,
-    so a model may move. A line is written before its answer is used: a process that is killed loses the calls
-    in flight, one a thread at most, and nothing else. It is on the disk a second later: a sync for each line
-    would take longer than many a call, so a power cut may lose that second. Memory: 120 bytes a line."""
-
-    def __init__(self, path, endpoint, dry_run=False):
-        self.path = path
-        self.endpoint = endpoint                                 # for its budget
-        self.dry_run = dry_run                                   # offline answers stand for those of calls
-        self.lock = threading.Lock()
-        self.places = {}                                         # first 64 bits of a key → start of its line
-        self.end = self.calls = self.tokens = 0                  # of the file, of all runs
-        self.made = self.flying = self.asked = 0                 # calls of this run, in flight; their prompts
-        self.fruitless = Counter()                               # in a row
-        self.counts = defaultdict(Counter)                       # of rows, answers refused, ...: by reason
-        self.total = 0                                           # rows to come, if that is known
-        self.stopped = ""                                        # why no more calls are made
-        self.ending = threading.Event()
-        self.example = ""                                        # the first prompt
-        self.said = self.synced = self.begun = time.monotonic()
-        if dry_run:
-            self.file = open(path, "rb") if os.path.exists(path) else io.BytesIO()
-        else:
-            self.file = open(path, "a+b")
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path}: another process writes it; give another OUT") from None
-
-        # Where each line begins. After a kill the last one may not be whole: it is cut off.
-        self.file.seek(0)
-        for number, line in enumerate(self.file, 1):
-            if not line.endswith(b"\n"):
-                if not dry_run:
-                    self.file.truncate(self.end)
-                break
-            try:
-                call = json.loads(line)
-                self.places[int(call["key"][:16], 16)] = self.end
-                self.tokens += call["tokens"]
-            except BAD_RECORD:
-                raise ValueError(f"{path}, line {number} is damaged: remove the line, and its call is made "
-                                 "again") from None
-            self.calls += 1
-            self.end += len(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if not self.dry_run:
-            os.fsync(self.file.fileno())
-        self.file.close()
-
-    def find(self, key):
-        """The call with that key, or None."""
-        with self.lock:
-            place = self.places.get(int(key[:16], 16))
-            if place is None:
-                return None
-            self.file.seek(place)
-            call = json.loads(self.file.readline())
-        return call if call["key"] == key else None
-
-    def may_call(self, text):
-        """Whether a call may be made; `add` has to end it."""
-        with self.lock:
-            self.example = self.example or text
-            for what, spent in (("calls", self.calls + self.flying), ("tokens", self.tokens)):
-                budget = getattr(self.endpoint, what)
-                if 0 < budget <= spent and not self.dry_run:
-                    self.stop(f"the budget of {budget:,} {what} is spent")
-            self.flying += not self.stopped
-            return not self.stopped
-
-    def add(self, text, found, **call):
-        """Write a call that has ended → the call. found: what it brought; None: no answer."""
-        with self.lock:
-            self.flying -= 1
-            if found is None:
-                self.in_a_row("calls without an answer", 3)
-                return None
-            asked = estimated_tokens(text)
-            tokens = sum(found.get("usage") or (asked, estimated_tokens(found.get("answer"))))
-            call |= found | dict(tokens=tokens)
-            if not self.dry_run:
-                line = json.dumps(call).encode() + b"\n"
-                self.file.write(line)
-                self.file.flush()
-                self.places[int(call["key"][:16], 16)] = self.end
-                self.end += len(line)
-                if time.monotonic() > self.synced + 1:
-                    os.fsync(self.file.fileno())
-                    self.synced = time.monotonic()
-            self.made += 1
-            self.calls += 1
-            self.asked += asked
-            self.tokens += tokens
-            self.fruitless["calls without an answer"] = 0
-            return call
-
-    def in_a_row(self, what, most):
-        """Count what ends the run when it comes so many times with nothing good in between."""
-        self.fruitless[what] += 1
-        if self.fruitless[what] >= most:
-            self.stop(f"{most} {what} in a row")
-
-    def stop(self, why):
-        """Make no more calls: what is not in the journal is missing."""
-        if not self.stopped and why != "interrupted":
-            print(f"no more calls: {why}; every answer is kept in {self.path}", flush=True)
-        self.stopped = self.stopped or why
-        self.ending.set()
-
-    def count(self, what, why, hopeless=False):
-        """hopeless: a new answer that no other could better. A server that gives only such is left alone."""
-        with self.lock:
-            self.counts[what][why] += 1
-            if hopeless:
-                self.in_a_row(f"rows that the server refuses ({why})", 20)
-            elif why == "taken":
-                self.fruitless.clear()
-
-    def progress(self):
-        """A line every five seconds."""
-        now = time.monotonic()
-        if now > self.said + 5:
-            self.said = now
-            done = self.counts["rows"].total()
-            speed = self.made / (now - self.begun)
-            line = f"{done:,} of {self.total or '?'} rows, {self.counts['rows']['refused for good']:,} "
-            line += f"refused; {self.made:,} calls, {speed:.1f} a second; {self.tokens:,} tokens in all"
-            if self.total and speed:
-                line += f"; {(self.total - done) / speed:,.0f} s left"
-            print(f"{line}{listed('; tried again', self.counts['calls tried again'])}", flush=True)
-
-
-def listed(what, counts):
-    """": 3 timeout, 1 429" after `what`, most frequent first; "" if there is none."""
-    return f"{what}: {', '.join(f'{n:,} {why}' for why, n in counts.most_common())}" if counts else ""
+def without_thinking(answer, text):
+    """An answer after its thinking, which comes first, at times without the tag that opens it. Where the
+    prompt has the tag that closes it, so may an answer that did not think."""
+    before, closed, after = answer.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if closed and "<think>" not in before.lstrip()[1:] and (opened or "</think>" not in text):
+        answer = after
+    return answer.strip()
 
 
 def estimated_tokens(text):
     """Some four bytes of English text are a token."""
     return len((text or "").encode(errors="replace")) // 4 + 1
-
-
-def summary(journal):
-    """Print what a run, or a dry run, has done → the number of rows that are missing."""
-    if journal.dry_run:
-        answers = journal.made * journal.endpoint.max_tokens
-        print(f"The first prompt:\n{journal.example}\n\ndry run, nothing is sent: {journal.made:,} calls, "
-              f"some {journal.asked:,} tokens of prompts and {answers:,} of answers at most; up to "
-              f"{journal.endpoint.attempts} times that if answers are refused")
-        return 0
-    print(f"{journal.made:,} calls now; {journal.calls:,} and {journal.tokens:,} tokens in all")
-    for what, counts in sorted(journal.counts.items()):
-        print(listed(what, counts))
-    missing = journal.counts["rows"]["missing"]
-    if missing:
-        print(f"{several(missing, 'row')} missing: the same command goes on from here")
 
 
 # ---- generation: without a server --------------------------------------------------------------------------
@@ -3448,6 +3257,7 @@ def read_documents(name, path, config, what):
     as_chat = what == "conversations" or config.column not in there and convention_of(there)
     for row in (conversations if as_chat else rows)(name, path, config):
         file = Path(row.file).name if row.file == source.root else os.path.relpath(row.file, source.root)
+        file = os.fsencode(file).decode(errors="replace")        # a name may be any bytes
         text = as_text(row.messages) if as_chat else row.text
         together = row.record.get("split_with") if as_chat else row.split_with
         yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
@@ -3466,9 +3276,10 @@ def in_order_of(key, items):
 
 def made(documents, result, id, **fields):
     """A row of the output: its fields, then where it comes from."""
-    return dict(fields, id=id, parent=" ".join(document.id for document in documents),
+    return dict(fields, id=id, parent=" + ".join(document.id for document in documents),
                 recipe=result["recipe"], prompt_name=result["prompt"], prompt_sha256=result["prompt_sha256"],
-                model=result["model"], seed=result["seed"], split_with=documents[0].split_with)
+                model=result["model"], seed=result["seed"],
+                split_with=min(document.split_with for document in documents))
 
 
 def as_it_is(row, answer):
@@ -3476,18 +3287,18 @@ def as_it_is(row, answer):
 
 
 BYTES = 4                        # of a token, as in `estimated_tokens`
-SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)", re.S)
+SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)\s*", re.S)
 
 
 def cut(text, most):
     """A text in parts of about equal size and at most `most` tokens, by an estimate. They end with a sentence
-    or a line where these are not longer than that. Joined, they are the text."""
+    or a line where these are not longer than that; none is blank. Joined, they are the text."""
     size = estimated_tokens(text)
     size /= math.ceil(size / most)
     parts, length, total = [""], 0, 0
     for sentence in SENTENCE.findall(text):
         whole = len(sentence.encode()) <= most * BYTES
-        for piece in [sentence] if whole else re.findall(r"\s*\S{1,64}|\s+", sentence):
+        for piece in [sentence] if whole else re.findall(r"\S{1,64}\s*|\s+", sentence):
             n = len(piece.encode()) / BYTES
             if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
                 parts.append("")
@@ -3499,9 +3310,9 @@ def cut(text, most):
 
 
 def last_tokens(text, most):
-    """The end of a text, from the beginning of a word on."""
+    """The end of a text, from the beginning of a word on, unless there is none nearby."""
     end = text.encode()[-most * BYTES:].decode(errors="ignore")
-    return text if len(end) == len(text) else end.partition(" ")[2]
+    return text if len(end) == len(text) else re.sub(r"\A\S{0,64}\s+", "", end)
 
 
 # ---- recipes: text from documents --------------------------------------------------------------------------
@@ -3512,10 +3323,8 @@ class Rewrite:
     document: Document
     asked: dict                  # what the prompt gets beside the text
     parts: list                  # of the document
-    written: list                # the results so far
-
-    def text(self):
-        return "\n\n".join(result["text"] for result in self.written)
+    written: list = field(default_factory=list)                  # the results so far
+    context: str = ""            # the end of their text
 
 
 def rewritten(rewrites, prompt, accept, o, asking):
@@ -3524,15 +3333,17 @@ def rewritten(rewrites, prompt, accept, o, asking):
     for j in range(max(len(rewrite.parts) for rewrite in rewrites)):
         live = [rewrite for rewrite in rewrites if len(rewrite.parts) > j == len(rewrite.written)]
         asked = [dict(rewrite.asked, id=f"{rewrite.asked['id']}/{j}", text=rewrite.parts[j].strip(),
-                      context=last_tokens(rewrite.text(), o.context)) for rewrite in live]
+                      context=rewrite.context) for rewrite in live]
         for (_, result), rewrite in zip(asking(asked, prompt, accept=accept), live):
             if result:
                 rewrite.written.append(result)
+                so_far = f"{rewrite.context}\n\n{result['text']}".strip()
+                rewrite.context = last_tokens(so_far, o.context)
     for rewrite in rewrites:
         if len(rewrite.written) == len(rewrite.parts):
-            fields = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
-            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=rewrite.text(),
-                       **fields)
+            text = "\n\n".join(result["text"] for result in rewrite.written)
+            way = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
+            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=text, **way)
 
 
 def rephrase(documents, o, asking):
@@ -3554,13 +3365,13 @@ def rephrase(documents, o, asking):
                 reader = in_order_of(key + form, readers)[k // len(forms)]
                 asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
                              form_is=forms[form], reader_is=readers[reader])
-                rewrites.append(Rewrite(document, asked, parts, []))
+                rewrites.append(Rewrite(document, asked, parts))
         yield from rewritten(rewrites, prompt, faithful, o, asking)
 
 
 def choices(name, chosen):
     """The lines NAME: DESCRIPTION of a prompt file as a dict; of those in `chosen` if it names any."""
-    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines())
+    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines() if ": " in line)
     chosen = chosen.split(",") if chosen else list(known)
     for word in chosen:
         if word not in known:
@@ -3570,6 +3381,7 @@ def choices(name, chosen):
 
 def faithful(row, result):
     """"" or why a rewritten part is not taken. What its context says may be said again."""
+    fidelity, unfaithful = measures().fidelity, measures().unfaithful
     m = fidelity(row["text"], result["text"])
     if unfaithful(m) and row["context"]:
         whole = fidelity(f"{row['context']}\n\n{row['text']}", result["text"])
@@ -3584,37 +3396,25 @@ def learning_notes(documents, o, asking):
     statement of arithmetic, with less than half of the numbers or with a new name are refused."""
     prompt = load_prompt("learning-notes")
     for group in groups(documents):
-        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk), [])
+        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
                     for document in group]
         yield from rewritten(rewrites, prompt, instructive, o, asking)
 
 
 def instructive(row, result):
     """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
-    m = fidelity(row["text"], result["text"])
+    m = measures().fidelity(row["text"], result["text"])
     if m.numbers < 0.5:
         return "numbers are lost"
     if m.names_added:
         return "a name is new"
-    if m.copied > COPIED and m.length < 1.1:
+    if m.copied > measures().COPIED and m.length < 1.1:
         return "copied"
     return false_arithmetic(result["text"])
 
 
 def false_arithmetic(text):
-    """"" or a reason: a statement such as 3 + 4 = 8 is false. Only whole numbers and their fractions are
-    judged; a statement with a decimal, a percentage or a letter right beside it is passed over."""
-    corpus = from_notes("corpus", "arithmetic is checked by")
-    for found in corpus.STATEMENT.finditer(text):
-        said = found[0].rstrip(" (-")
-        before, after = text[:found.start()], text[found.start() + len(said):]
-        part_of_more = r"[\w)] *$" if said[0] == "-" else r"[.,$]$|[-+*/^=] *$"
-        if re.search(part_of_more, before[-9:]) or re.match(r"[.,]\d|[%^a-zA-Z]| ?(/|rem|r\b)", after):
-            continue
-        with contextlib.suppress(SyntaxError, KeyError, ZeroDivisionError, ValueError, AttributeError):
-            if len({corpus.value(side) for side in said.split("=")}) > 1:
-                return "false arithmetic"
-    return ""
+    return "false arithmetic" if from_notes("corpus", "arithmetic is checked by").false(text) else ""
 
 
 EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\n"
@@ -3631,7 +3431,8 @@ def exam(documents, o, asking):
         asked, of = [], []
         for document in group:
             parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))
-            asked += [dict(id=f"{document.id}/{k}", text=parts[k % len(parts)].strip()) for k in range(o.n)]
+            asked += [dict(id=f"{document.id}/{k}", k=k // len(parts), text=parts[k % len(parts)].strip())
+                      for k in range(o.n)]
             of += [document] * o.n
         known = set()
         for (row, result), document in zip(asking(asked, prompt, exam_question, exam_worthy), of):
@@ -3665,10 +3466,11 @@ def exam_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
-    words, there = words_of(result["correct"]), set(words_of(row["text"]))
-    if 2 * sum(word in there for word in words) < len(words):
+    words_of, content = measures().words_of, measures().content
+    words = {word for word in words_of(result["correct"]) if word.isdigit() or content(word)}
+    if 2 * len(words & set(words_of(row["text"]))) < max(1, len(words)):
         return "the text does not have the answer"
-    if not set(words) & set(words_of(result["reasoning"])):
+    if not words & set(words_of(result["reasoning"])):
         return "the reasoning does not reach the answer"
     return false_arithmetic(result["reasoning"])
 
@@ -3688,48 +3490,63 @@ def conversation(documents, result, id, messages, **fields):
 def evolve(documents, o, asking):
     """Makes the first request of every conversation harder (depth), or puts a rarer one of the same field in
     its place (breadth), in several rounds, and has the last one answered. The prompts that say how are tried
-    first: a model writes a better one from what went wrong on the first requests, and the one that fails less
-    often is used. A request that gained nothing, says nothing or repeats the prompt is dropped, and its
-    parent has another try in the next round; one whose answer asks back, stalls or refuses is dropped for
-    good."""
+    first, on some of the requests: a model writes a better one from what went wrong, and the one that fails
+    less often is used; its text is the answer with that sha256 in OUT.calls.jsonl. A request that gained
+    nothing, says nothing or repeats the prompt is dropped, and its parent has another try in the next round;
+    one whose answer asks back, stalls or refuses is dropped for good."""
     methods = []
     for group in groups(documents):
         now = [request_of(document) for document in group]
-        methods = methods or [better(load_prompt(f"evolve-{way}"), now[:o.dev], asking)
-                              for way in ("depth", "breadth")]
-        evolved = set()
+        for way in () if methods else ("depth", "breadth"):
+            tried = in_order_of(str(o.seed), dict.fromkeys(now))[:o.dev]
+            methods.append(better(load_prompt(f"evolve-{way}"), tried, asking))
+            if not methods[-1]:
+                print("evolve: the trial of its prompts is not complete, and nothing evolves before it is")
+                return
+
+        # After a missing answer no more is asked about that conversation: with another parent its calls would
+        # not be those that are made when the answer is there.
+        rounds = [[] for _ in group]                             # by which a request gained
+        missing = set()
         for turn in range(o.rounds):
             broad = [digest64(f"{o.seed} {turn} {document.text}") % 100 < o.breadth for document in group]
             for which, method in enumerate(methods):
-                live = [i for i in range(len(group)) if broad[i] == which]
-                asked = [dict(id=f"{group[i].id}/{turn}", instruction=now[i]) for i in live]
+                live = [i for i in range(len(group)) if broad[i] == which and i not in missing]
+                asked = [dict(id=f"{group[i].id}/{turn}", k=turn, instruction=now[i]) for i in live]
                 for (_, result), i in zip(asking(asked, method, accept=gained), live):
                     if result:
                         now[i] = result["text"]
-                        evolved.add(i)
+                        rounds[i].append(dict(prompt_name=result["prompt"], seed=result["seed"],
+                                              prompt_sha256=result["prompt_sha256"]))
+                    elif result is None:
+                        missing.add(i)
 
-        live = sorted(evolved)
+        live = [i for i in range(len(group)) if rounds[i] and i not in missing]
         asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
         for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
-                                   evolved_from=request_of(group[i]))
+                                   evolved_from=request_of(group[i]), evolution=rounds[i])
 
 
 def better(method, requests, asking):
-    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]."""
+    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]. None
+    if an answer is missing."""
     failures = trial(method, requests, asking)
+    if not failures:
+        return None if failures is None else method
     asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
-    results = list(asking([asked] if failures else [], load_prompt("evolve-improve"), accept=has_place))
-    if results and results[0][1]:
-        text = results[0][1]["text"]
-        new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
-        again = trial(new, requests, asking)
-        print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
-        if len(again) < len(failures):
-            return new
-    return method
+    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=has_place)
+    if not result:
+        return None if result is None else method
+    text = result["text"]
+    new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
+    again = trial(new, requests, asking)
+    if again is None:
+        return None
+    print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
+    return new if len(again) < len(failures) else method
 
 
 def has_place(row, result):
@@ -3737,24 +3554,26 @@ def has_place(row, result):
 
 
 def trial(method, requests, asking):
-    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason."""
+    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason. None if an
+    answer is missing."""
     asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
-    failures = []
+    failures, missing = [], 0
     for prompt, accept, chat in (method, gained, False), (load_prompt("answer"), answered, True):
         passed = []
         for row, result in asking(asked, prompt, chat=chat):
+            missing += result is None
             why = accept(row, result) if result else "no usable answer"
             if why:
                 failures.append(f"- {why}: {row['instruction']}")
             else:
                 passed.append(dict(id=f"{row['id']}/answer", instruction=result["text"]))
         asked = passed
-    return failures
+    return None if missing else failures
 
 
 def gained(row, result):
     """"" or why an evolved request is eliminated."""
-    old, new = set(content(row["instruction"])), set(content(result["text"]))
+    old, new = set(measures().content(row["instruction"])), set(measures().content(result["text"]))
     if len(new) < 2:
         return "it says nothing"
     if re.search(r"\b(given|original|evolved|rewritten|new|created) (prompt|request|instruction)s?\b",
@@ -3774,23 +3593,28 @@ FAILURES = {
 def answered(row, result):
     """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
     text = result["text"].lower()
-    if not content(text) and not re.search(r"\d", text):
+    if not measures().content(text) and not re.search(r"\d", text):
         return "it says nothing"
     return next((why for why, pattern in FAILURES.items() if re.search(pattern, text)), "")
 
 
 def fuse(documents, o, asking):
     """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that
-    they share: similar, unlike, or random. A result that puts one after the other, or their sentences in
-    turn, or leaves one out, is refused."""
+    they share: similar, unlike, or random; less than k that are left over, of every 1,000, are not used. Only
+    conversations on one side of the split between training and validation come together. A result that puts
+    one after the other, or their sentences in turn, or leaves one out, is refused."""
+    if o.select not in ("similar", "unlike", "random") or not 2 <= o.k <= 8:
+        raise ValueError(f"fuse: select={o.select} k={o.k}: similar, unlike or random, and 2 to 8")
     prompt = load_prompt("fuse")
     for group in groups(documents):
         asked, members = [], []
-        for chosen in selected([document.text for document in group], o.k, o.select, o.seed):
-            members.append([group[i] for i in chosen])
-            said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
-            asked.append(dict(id=" ".join(document.id for document in members[-1]),
-                              conversations="\n".join(said), sources=[d.text for d in members[-1]]))
+        for side in False, True:
+            there = [document for document in group if is_validation(document.split_with) == side]
+            for chosen in selected([document.text for document in there], o.k, o.select, o.seed):
+                members.append([there[i] for i in chosen])
+                said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
+                asked.append(dict(id=" + ".join(document.id for document in members[-1]),
+                                  conversations="\n".join(said), sources=[d.text for d in members[-1]]))
         for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
             if result:
                 yield conversation(together, result, row["id"], result["messages"], select=o.select)
@@ -3801,11 +3625,9 @@ def selected(texts, k, select, seed):
 
     Similar or unlike to the first of a list by the cosine of their words, which count less the more texts
     have them. A list is begun by the first text that is not used, in an order that the seed decides."""
-    if select not in ("similar", "unlike", "random") or not 2 <= k <= 8:
-        raise ValueError(f"fuse: select={select} k={k}: similar, unlike or random, and 2 to 8")
     bags = np.zeros((len(texts), 4096), np.float32)
     for bag, text in zip(bags, texts):
-        bag[[zlib.crc32(word.encode()) % 4096 for word in content(text)]] = 1
+        bag[[zlib.crc32(word.encode()) % 4096 for word in measures().content(text)]] = 1
     bags *= np.log((1 + len(texts)) / (1 + bags.sum(0)))
     bags /= np.maximum(1e-9, np.linalg.norm(bags, axis=1, keepdims=True))
     rank = dict(similar=-1, unlike=1, random=0)[select] * bags @ bags.T                    # (N, N)
@@ -3827,39 +3649,55 @@ def conversation_in(row, answer):
 
 def integrated(row, result):
     text = "\n\n".join(message["content"] for message in result["messages"])
-    return concatenated(integration(row["sources"], text))
+    return measures().concatenated(measures().integration(row["sources"], text))
 
 
 def reject(documents, o, asking):
     """Has the last request of every conversation answered n times and keeps the best answer, if it reaches
     the threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1. Without it an
     answer scores 1 if its arithmetic is right and its last number is that of the conversation's own answer,
-    else 0. With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
+    else 0; conversations whose own answer has no number are left out. With pairs, a row has the best answer
+    and the worst, if only the best reaches the threshold."""
+    judge = dict(endpoint=o.score_endpoint, model=o.score_model, key_env=o.score_key_env, extra=o.score_extra)
+    if o.score_endpoint:
+        try:
+            asking([], load_prompt("score"), **judge)
+        except ValueError as error:
+            raise ValueError(f"reject: score_endpoint, score_model, score_key_env or score_extra: {error}")
+    kept = left_out = 0                                          # conversations
+    scored, below = 0, 0                                         # answers
     for group in groups(documents):
+        if not o.score_endpoint:
+            there = [document for document in group if last_number(split_last(document)[1])]
+            left_out += len(group) - len(there)
+            group = there
+        kept += len(group)
+        if not kept:
+            raise ValueError("reject: no answer in IN has a number, by which new ones could be judged: give "
+                             "--score_endpoint=http://HOST/v1 --score_model=NAME")
         asked = []
         for document in group:
             messages, _ = split_last(document)
             request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
-            asked += [dict(id=f"{document.id}/{k}", instruction=request) for k in range(o.n)]
-        answers = asking(asked, load_prompt("answer"), accept=answered, chat=True)
-        answers = [(row, result) for row, result in answers]
+            asked += [dict(id=f"{document.id}/{k}", k=k, instruction=request) for k in range(o.n)]
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=answered, chat=True))
+        taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
 
-        # Scores of the answers that were taken.
-        there = [i for i, (_, result) in enumerate(answers) if result]
-        scored = defaultdict(list)                               # number of the document → [(score, result)]
+        # A score for each, None if the model gave none.
         if o.score_endpoint:
-            rows = [dict(answers[i][0], id=f"{answers[i][0]['id']}/score", answer=answers[i][1]["text"])
-                    for i in there]
-            judge = dict(endpoint=o.score_endpoint, model=o.score_model)
-            for (_, result), i in zip(asking(rows, load_prompt("score"), points, **judge), there):
-                if result:
-                    scored[i // o.n].append((result["points"] / 10, answers[i][1]))
+            rows = [dict(row, id=f"{row['id']}/score", answer=result["text"]) for _, row, result in taken]
+            found = asking(rows, load_prompt("score"), points, **judge)
+            scores = [result["points"] / 10 if result else None for _, result in found]
         else:
-            for i in there:
-                right = split_last(group[i // o.n])[1]
-                scored[i // o.n].append((verified(answers[i][1]["text"], right), answers[i][1]))
+            scores = [verified(result["text"], split_last(group[i])[1]) for i, _, result in taken]
+        scored += sum(score is not None for score in scores)
+        below += sum(score is not None and score < o.threshold for score in scores)
         for i, document in enumerate(group):
-            yield from best_of(document, scored[i], o)
+            yield from best_of(document, [(score, result) for (j, _, result), score in zip(taken, scores)
+                                          if j == i and score is not None], o)
+    if kept and not o.dry_run:
+        print(f"reject: {below:,} of {several(scored, 'answer')} scored below {o.threshold:g}; "
+              f"{several(left_out, 'conversation')} left out, whose own answer has no number")
 
 
 def split_last(document):
@@ -3876,12 +3714,12 @@ def best_of(document, scored, o):
     (score, best), (least, worst) = scored[0], scored[-1]
     prompt, _ = split_last(document)
     chosen, rejected = ([dict(role="assistant", content=result["text"])] for result in (best, worst))
-    about = dict(score=score, answers=len(scored))
+    about = dict(score=score, score_model=o.score_model or "arithmetic", answers=len(scored))
     if not o.pairs:
         yield conversation([document], best, document.id, prompt + chosen, **about)
     elif least < o.threshold:
         yield made([document], best, document.id, prompt=prompt, chosen=chosen, rejected=rejected,
-                   text=as_text(prompt + chosen), **about, rejected_score=least)
+                   text=as_text(prompt + chosen), **about, rejected_score=least, rejected_seed=worst["seed"])
 
 
 def points(row, answer):
@@ -3894,9 +3732,12 @@ def points(row, answer):
 
 def verified(answer, right):
     """1 if an answer's arithmetic is right and its last number that of the right one, otherwise 0."""
-    last, expected = (re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))[-1:]
-                      for text in (answer, right))
-    return float(last == expected != [] and not false_arithmetic(answer))
+    return float(last_number(answer) == last_number(right) != "" and not false_arithmetic(answer))
+
+
+def last_number(text):
+    """The last number of a text, "" if it has none."""
+    return ["", *re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))][-1]
 
 
 # ---- recipes: the command ----------------------------------------------------------------------------------
@@ -3908,13 +3749,13 @@ class Recipe(NamedTuple):
     options: dict                # name: (default, what it is)
 
 
-CONTEXT = 4096, "tokens of what was written before that a call sees at most                   [K2 Figure 4]"
+CONTEXT = 4096, "tokens of what was written before that a call sees at most [K2 Figure 4]"
 RECIPES = {
     "rephrase": Recipe(rephrase, "text", "n for each part of a document", dict(
-        n=(2, "rewrites of a document; K2 made at most two                                 [K2 §2.2]"),
+        n=(2, "rewrites of a document; K2 made at most two [K2 §2.2]"),
         forms=("", "names out of notes/prompts/rephrase-forms.txt, with commas; all"),
         readers=("", "the same, out of rephrase-readers.txt"),
-        chunk=(256, "tokens of the document in a part                                       [K2 Figure 4]"),
+        chunk=(256, "tokens of the document in a part [K2 Figure 4]"),
         context=CONTEXT)),
     "learning-notes": Recipe(learning_notes, "text", "1 for each part of a document", dict(
         chunk=(1024, "tokens of the document in a part"), context=CONTEXT)),
@@ -3928,7 +3769,9 @@ RECIPES = {
     "reject": Recipe(reject, "conversations", "n for each, and as many for scores with score_endpoint", dict(
         n=(4, "answers to a request"), threshold=(0.7, "the least score that is kept"),
         score_endpoint=("", "where a model scores answers: http://HOST/v1"),
-        score_model=("", "its name there"), pairs=(False, "write prompt, chosen and rejected"))),
+        score_model=("", "its name there"), score_key_env=("", "the environment variable with its key"),
+        score_extra=("", "a JSON object of further fields of a request to it"),
+        pairs=(False, "write prompt, chosen and rejected"))),
 }
 SHARED = dict(column=("text", "the field that holds the text"), where=("", "as --data.where of a run"),
               budget=("", "100MB or 5000documents of IN"), skip_bad=(False, "count bad records and go on"),
@@ -3938,9 +3781,13 @@ SHARED = dict(column=("text", "the field that holds the text"), where=("", "as -
 def help_of(name):
     """What `python data.py NAME --help` prints."""
     recipe = RECIPES[name]
-    options = [f"  --{option}={default}".ljust(28) + re.sub("  +", "  ", what)
-               for option, (default, what) in {**recipe.options, **SHARED}.items()]
-    endpoint = inspect.getsource(Endpoint).partition("def ")[0].splitlines()[2:]
+    options = [(option, default, what) for option, (default, what) in {**recipe.options, **SHARED}.items()]
+
+    # The endpoint's options, with the comments of its fields.
+    endpoint = Path(__file__).read_text("utf-8").partition("class Endpoint:\n")[2].partition("\n\n")[0]
+    found = re.findall(r'(?m)^    (\w+): \w+ = "?([^"\s]*)"? *(?:# (.*))?$', endpoint)
+    options, found = ("\n".join(f"  --{option}={default}".ljust(28) + what for option, default, what in some)
+                      for some in (options, found))
     return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
 
 {inspect.cleandoc(recipe.run.__doc__)}
@@ -3949,17 +3796,18 @@ IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.c
 answer, so that the same command goes on after a kill and pays for no call twice.
 Calls: {recipe.costs}; an answer that is refused is asked for again.
 
-{chr(10).join(options)}
+{options}
 
 Options of the endpoint:
-{chr(10).join(endpoint).rstrip()}
+
+{found}
 
 Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
 
 
 def recipe_options(name, words):
     """Options --NAME=VALUE → (DataConfig, Endpoint, the recipe's own and dry_run). Raises SystemExit at an
-    unknown one, or at a value that is no number."""
+    unknown one, or at a value that it cannot have."""
     own = {option: default for option, (default, _) in {**RECIPES[name].options, **SHARED}.items()}
     given = {field.name: field.default for field in fields(Endpoint)} | own
     for word in words:
@@ -3969,9 +3817,11 @@ def recipe_options(name, words):
             raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(given)}=")
         kind = type(given[option])
         try:
-            given[option] = value.lower() in ("", "true") if kind is bool else kind(value)
-        except ValueError:
+            given[option] = dict(true=True, false=False)[value or "true"] if kind is bool else kind(value)
+        except (KeyError, ValueError):
             raise SystemExit(f"{name}: {word}: {value!r} is no {kind.__name__}") from None
+        if option in own and kind is int and given[option] < (option not in ("dev", "breadth")):
+            raise SystemExit(f"{name}: {word}: too small")
     config = DataConfig(**{option: given[option] for option in ("column", "where", "budget", "skip_bad")})
     endpoint = Endpoint(**{field.name: given[field.name] for field in fields(Endpoint)})
     return config, endpoint, types.SimpleNamespace(**{option: given[option] for option in (*own, "seed")})
@@ -3987,21 +3837,26 @@ def run_recipe(name, words):
     root = Path(find_source(source, path, config)[0].root).resolve()
     if root in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"{name}: {out} is inside {path}, from where it would be read; write elsewhere")
-    with Journal(f"{out}.calls.jsonl", endpoint, options.dry_run) as journal, contextlib.ExitStack() as stack:
+    if Path(out).is_dir() or not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"{name}: OUT is a new file in a folder that exists; {out} is not")
+    journal = None
 
-        def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
-            rows = (dict(row, recipe=name) for row in rows)
-            return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
+    def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
+        rows = (dict(row, recipe=name) for row in rows)
+        return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
 
+    list(RECIPES[name].run([], options, asking))                 # no documents: only its options are checked
+    calls = server().Journal(f"{out}{CALLS}", endpoint, options.dry_run)
+    with calls as journal, contextlib.ExitStack() as stack:
         file = io.StringIO()
         if not options.dry_run:
-            file = stack.enter_context(atomic(out, "w", encoding="utf-8"))
+            file = stack.enter_context(atomic(out, "w", alone=True, encoding="utf-8"))     # see the journal
         count = 0
         documents = read_documents(source, path, config, RECIPES[name].reads)
         for row in RECIPES[name].run(documents, options, asking):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-        missing = summary(journal)
+        missing = server().summary(journal)
     print(f"{out}: " + ("nothing is written" if options.dry_run else several(count, "row")))
     return missing
 
@@ -4084,6 +3939,7 @@ def main(argv):
                     corpus, config, name, "train", min(numbers["at"], len(corpus.domains[name].train) - 1)))
         if command == "stats":
             stats(corpus)
+            measures().print_diversity(config)
         print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None

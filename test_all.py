@@ -56,8 +56,9 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note, datasets, faults, huggingface
+from notes import _figure, _note, datasets, faults, huggingface, measures
 from notes import corpus as embedded
+from notes import endpoint as asking
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
 HERE = Path(__file__).parent
@@ -1510,6 +1511,26 @@ def test_fineweb2_is_read_without_its_rejects(tmp_path, capsys):
         list(data.rows("x", f"fineweb2:{root}", data.DataConfig(where="int_score>=4")))
 
 
+def test_fineweb2_repeats_documents_by_the_size_of_their_cluster(tmp_path):
+    often = {1: 1, 2: 2, 3: 3, 4: 3, 5: 5, 99: 5, 100: 8, 999: 8, 1000: 1, 10 ** 6: 1}
+    rows = [dict(text=f"document {i} of {size}", minhash_cluster_size=size)
+            for size in often for i in range(20)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    files = [str(tmp_path / "a.jsonl")]
+    source = data.Source("x", str(tmp_path), files, "fineweb2", "", "text", False, True, True)
+    counts = Counter()
+    plan = data.Plan(source, [files], str(tmp_path), 2, "", "")
+    found = list(data.chosen_documents(plan, files, None, counts, [0]))
+    assert counts["rows"] == len(rows) and all(one != other for one, other in zip(found, found[1:]))
+    times = Counter((side, text) for _, _, side, text in found)
+    assert len(times) == len(rows) and len({side for side, _ in times}) == 2
+    for (side, text), n in times.items():
+        assert n == (1 if side else often[int(text.split()[-1])]), (side, text)
+    for files, clean in (("x=dclm:a", False), ("x=fineweb2:a", True)):
+        with pytest.raises(ValueError, match="rehydrate: needs --data.files=NAME=fineweb2:PATH"):
+            data.parse_domains(data.DataConfig(files=files, clean=clean, rehydrate=True))
+
+
 def test_finemath_does_not_count_its_best_documents_twice(tmp_path, capsys):
     """4plus is contained in 3plus. The two families differ in columns and widths."""
     pa = pytest.importorskip("pyarrow")
@@ -1957,7 +1978,7 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
 
 def test_a_shard_is_claimed_by_one_process(tmp_path):
     """While one process makes the shards of a file, another passes them over, and takes those of the next."""
-    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True)
+    source = data.Source("x", str(tmp_path), [], "", "", "text", False, True, False)
     plan = data.Plan(source, [], str(tmp_path), 2, "", "")
     script = (f"import data\nfrom data import Plan, Source\nplan = {plan}\nfor name in 'ab':\n"
               f"    with data.claimed(plan, [f'{tmp_path}/{{name}}'], False) as mine: print(mine)")
@@ -2928,19 +2949,20 @@ def unruly(request, before):
 
 GENERATING = """
 import json, sys, data
+from notes import endpoint as asking
 url, out, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-data.FIRST_WAIT = .002
+asking.FIRST_WAIT = .002
 endpoint = data.Endpoint(url, "m", threads=threads, timeout=2)
 prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
 accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
 rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
-with data.Journal(out + ".calls.jsonl", endpoint) as journal:
+with asking.Journal(out + ".calls.jsonl", endpoint) as journal:
     journal.total = n
     with data.atomic(out, "w") as file:
         for row, result in data.generate(rows, prompt, lambda row, answer: dict(text=answer), accept,
                                          endpoint, journal):
             file.write(json.dumps([row["id"], result]) + "\\n")
-    sys.exit(data.summary(journal) > 0)
+    sys.exit(asking.summary(journal) > 0)
 """
 
 
@@ -3009,10 +3031,10 @@ def generated(rows, path, reply=None, url="offline", accept=lambda row, result: 
         if reply:
             url, came, _ = stack.enter_context(serving(reply))
         endpoint = data.Endpoint(url, **options)
-        with data.Journal(path, endpoint, dry_run) as journal:
+        with asking.Journal(path, endpoint, dry_run) as journal:
             results = list(data.generate(rows, SAY, lambda row, answer: dict(text=answer), accept, endpoint,
                                          journal))
-            data.summary(journal)
+            asking.summary(journal)
     assert [row for row, _ in results] == list(rows)
     return [result for _, result in results], journal, out.getvalue(), came
 
@@ -3025,15 +3047,15 @@ def test_an_answer_is_taken_only_if_it_is_one():
     """Each way in which an answer is none, and those that only look like it."""
     text = data.fill(SAY, dict(text="A <|mark|> of 'as an AI', and <think>so</think>: " + "word " * 50))
     takes = [("A fine text.",) * 2, ("\n<think>a\n\nb</think>\n A fine text.\n", "A fine text."),
-             ("so, then</think>A fine text.", "A fine text."), ("It says <|mark|>.",) * 2,
+             ("The tag </think> ends a thought.",) * 2, ("It says <|mark|>.",) * 2,
              ("They said <think>so</think>.",) * 2, ("Here is where he lived. At noon: rain.",) * 2,
              ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
     for answer, expected in takes:
         call = dict(answer=answer, finish="stop", usage=None)
-        assert data.judged(call, text, SAY, 0, False) == expected, answer
+        assert data.answer_in(call, text, SAY, 0, False) == expected, answer
     refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
-               "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
+               "empty content": ("", " \n", "<think>a</think>\n", "<think>a</think>", "<think>so"),
                "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
                            "I am sorry, I must not", "Well, as a large language model I like it"),
                "template leak": ("A text<|im_end|>", "[INST] A", "A text</s>", "<start_of_turn>a",
@@ -3042,9 +3064,13 @@ def test_an_answer_is_taken_only_if_it_is_one():
     for why, answers in refuses.items():
         for answer in answers:
             with pytest.raises(data.Refused, match=why):
-                data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+                data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+    for answer, expected in ("so, then</think>A fine text.", "A fine text."), ("a</think>", "empty content"):
+        call = dict(answer=answer, finish="stop", usage=None)
+        with contextlib.suppress(data.Refused) if expected == "empty content" else contextlib.nullcontext():
+            assert data.answer_in(call, "A text without tags.", SAY, 0, False) == expected
     for answer in "Sure! A", "I cannot help with it", "Here is one: A":
-        assert data.judged(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
+        assert data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
 
     # How it ended, and what the server counted. The prompt has 72 words.
     words = len(text.split())
@@ -3056,7 +3082,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
             ("stop", [4000, 96], 5000, "")):
         call = dict(answer="A fine text.", finish=finish, usage=usage)
         with pytest.raises(data.Refused, match=why) if why else contextlib.nullcontext():
-            data.judged(call, text, SAY, window, False)
+            data.answer_in(call, text, SAY, window, False)
 
 
 def test_what_no_try_mends_is_told_from_what_passes():
@@ -3073,30 +3099,30 @@ def test_what_no_try_mends_is_told_from_what_passes():
         (400, b'{"error": "model \\"llama\\" not found, try pulling it first"}'), (200, say(code=401)),
         (429, say(code="insufficient_quota")), (200, say(code=404, message="The model `x` does not exist"))]
     for status, body in hopeless:
-        assert data.completion(status, {}, body, "").keys() == {"error"}, (status, body)
+        assert asking.completion(status, {}, body, "").keys() == {"error", "why"}, (status, body)
     for cases, waits in ((passing, 0), (ending, math.inf)):
         for status, body in cases:
-            with pytest.raises(data.Unanswered) as caught:
-                data.completion(status, {}, body, "")
+            with pytest.raises(asking.Unanswered) as caught:
+                asking.completion(status, {}, body, "")
             assert caught.value.args[1] == waits, (status, body)
     body = b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'
-    assert data.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
+    assert asking.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
     for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
                         (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
         body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
-        assert data.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
+        assert asking.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
 
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
     for headers, seconds in (({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5), ({"Retry-After": "9"}, 9),
                              ({"Retry-After": "2.5"}, 2.5), ({"Retry-After": soon}, 89.5), ({}, 0),
                              ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
                              *[({"Retry-After": odd}, 0) for odd in ("soon", "-5", "nan", "")]):
-        assert abs(data.seconds_to_wait(headers) - seconds) < 1, headers
+        assert abs(asking.seconds_to_wait(headers) - seconds) < 1, headers
 
 
 def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monkeypatch):
     """Three tries by Retry-After, then by back-off alone: 0.75 to 1.25 times .05·2ᵏ s, as the hash says."""
-    monkeypatch.setattr(data, "FIRST_WAIT", .05)
+    monkeypatch.setattr(asking, "FIRST_WAIT", .05)
     headers = [{"Retry-After": "0.3"}, {"retry-after-ms": "200"}, {"Retry-After": "0.1"}, {}]
     reply = lambda request, before: (429, headers[before], {}) if before < 4 else completed("A fine text.")
     results, journal, said, came = generated(rows_of("word"), tmp_path / "c", reply)
@@ -3127,7 +3153,7 @@ def test_a_server_that_is_wrong_or_down_ends_the_run_and_the_answers_stay(tmp_pa
     """A wrong key at once; a server that is down, after three calls; one that refuses everything, after 20
     rows. The key, which the server repeats, is neither printed nor kept."""
     monkeypatch.setenv("MY_KEY", "sk-secret")
-    monkeypatch.setattr(data, "FIRST_WAIT", .001)
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
     rows = rows_of(*"abcdefghijklmnopqrstuvwxyz")
 
     def wrong(request, before):
@@ -3220,7 +3246,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
         assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
         assert f"no more calls: the budget of {calls} calls is spent" in said
         assert f"{30 - calls} rows missing: the same command goes on from here" in said
-        assert data.summary(journal) == 30 - calls               # what the command's exit code says
+        assert asking.summary(journal) == 30 - calls               # what the command's exit code says
     results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
     assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
     assert all(generated(rows, tmp_path / "c", reply)[0])
@@ -3229,7 +3255,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
 def test_a_dry_run_counts_and_sends_nothing(tmp_path, monkeypatch):
     """On top of a journal that has half of the answers, and which stays as it is."""
     monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: "offline " * 40, raising=False)
-    rows = rows_of(*["some words of a text"] * 10)
+    rows = rows_of(*[f"some words of text {i}" for i in range(10)])
     generated(rows[:5], tmp_path / "c", lambda *_: completed("A fine text."))
     before = (tmp_path / "c").read_bytes()
     refuse = lambda row, result: "refused"
@@ -3250,9 +3276,9 @@ def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
     reply = lambda *_: completed("A fine text.")
     generated(rows, tmp_path / "c", reply)
     endpoint = data.Endpoint()
-    with data.Journal(tmp_path / "c", endpoint):
+    with asking.Journal(tmp_path / "c", endpoint):
         with pytest.raises(ValueError, match="c: another process writes it; give another OUT"):
-            data.Journal(tmp_path / "c", endpoint)
+            asking.Journal(tmp_path / "c", endpoint)
     whole = (tmp_path / "c").read_bytes()
     assert "sk-" not in whole.decode() and whole.count(b"\n") == 3
     (tmp_path / "c").write_bytes(whole[:-9])                     # killed in the midst of a line
@@ -3262,13 +3288,13 @@ def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
     for damaged in (b"{}\n", b"\0\0\n", b'{"key": "x"}\n', b"[]\n"):
         (tmp_path / "c").write_bytes(lines[0] + damaged + lines[2])
         with pytest.raises(ValueError, match="c, line 2 is damaged: remove the line"):
-            data.Journal(tmp_path / "c", endpoint)
+            asking.Journal(tmp_path / "c", endpoint)
 
 
 def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
     """The first of 500 rows is answered last of the first 2·32: no row beyond these is begun before. Rows of
     one id and text are one call; a progress line tells how far it is."""
-    monkeypatch.setattr(data, "FIRST_WAIT", .001)
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
     begun, most = [], 0
 
     def reply(request, before):
@@ -3280,7 +3306,7 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
         for i in range(200):
             begun.append(i)
             yield dict(id=f"d{i // 2}", text=f"t{i // 2}")
-    with serving(reply) as (url, came, _), data.Journal(tmp_path / "c", endpoint := data.Endpoint(
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "c", endpoint := data.Endpoint(
             url, "m", threads=2)) as journal, contextlib.redirect_stdout(io.StringIO()) as out:
         journal.total = 200
         journal.said -= 4.8                                      # a line is due in the wait for the first row
@@ -3294,7 +3320,7 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
 
     # Who leaves early leaves rows that are not begun, and can go on.
     take = lambda row, answer: dict(text=answer)
-    with serving(reply) as (url, came, _), data.Journal(tmp_path / "d", endpoint) as journal:
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "d", endpoint) as journal:
         for n in 1, 100:
             found = data.generate(rows(), SAY, take, lambda row, result: "", replace(endpoint, endpoint=url),
                                   journal)
@@ -3305,9 +3331,9 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
     # A mistake in a recipe's own function ends the run; what was answered stays.
     def parse(row, answer):
         return dict(text=row["tekst"])
-    with data.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
+    with asking.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
         list(data.generate(rows(), SAY, parse, lambda row, result: "", endpoint, journal))
-    assert data.Journal(tmp_path / "c", endpoint).calls == 100
+    assert asking.Journal(tmp_path / "c", endpoint).calls == 100
 
 
 def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeypatch):
@@ -3322,6 +3348,709 @@ def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeyp
     assert found.sha256 == hashlib.sha256(b"Rewrite: {text}\n").hexdigest()
     with pytest.raises(OSError, match="notes/prompts/yours.txt"):
         data.load_prompt("yours")
+
+
+# ---- data.py: measures of rewrites, fusions and sets -------------------------------------------------------
+
+LIFE = """Ada Marsh was born on 3 May 1897 in Lisbon, where her father Tomas Marsh repaired church clocks.
+She learned the trade from him and did not attend any university. In 1921 the harbour office ordered 1,200
+pressure gauges from Marsh, and 35% of them were still in use forty years later. Her letters to Elena Brandt
+describe a new alloy of copper. The workshop burned down on 17 November 1934, and nobody rebuilt it."""
+
+HONEST = {
+    "prose": """The harbour office ordered 1200 pressure gauges from Marsh in 1921; forty years later 35
+        percent were in use still. Ada Marsh, whose father Tomas Marsh repaired church clocks, was born in
+        Lisbon on May 3, 1897. From him she learned the trade, and she never attended a university. A new
+        alloy of copper is described in her letters to Elena Brandt. On 1934-11-17 the workshop burned
+        down. Nobody rebuilt it.""",
+    "questions": """Q: When was Ada Marsh born?\nA: On May 3rd, 1897, in Lisbon. Her father Tomas Marsh
+        repaired clocks of the church.\nQ: Did she attend a university?\nA: No. She learned the trade from
+        her father and did not attend any.\nQ: What was ordered?\nA: In 1921 the harbour office ordered
+        1,200 pressure gauges, of which 35% were in use forty years later.\nQ: What about the letters?\nA:
+        The letters to Elena Brandt describe an alloy of copper.\n Q: What happened on November 17,
+        1934?\nA: The workshop burned down and nobody rebuilt it.""",
+    "steps": """## The life of Ada Marsh\n\n1. Ada Marsh is born on 3 May 1897 in Lisbon; her father,
+        Tomas Marsh, repairs church clocks.\n2. She learns the trade and does not attend any
+        university.\n3) The harbour office orders 1,200 pressure gauges in 1921; 35% of them are in use
+        forty years later.\n- **Step 4:** Letters to Elena Brandt describe a new alloy of copper.\n- Step
+        5. The workshop burns on 17 November 1934. Nobody rebuilt it.""",
+    "table": """| what | which |\n|---|---|\n| born | 3 May 1897, Lisbon |\n| father | Tomas Marsh, who
+        repaired church clocks | | learned | the trade, from him; she did not attend any university |\n|
+        ordered by the harbour office | 1,200 pressure gauges in 1921, 35% in use forty years later |\n|
+        letters to Elena Brandt | a new alloy of copper | | workshop | burned down on 17 November 1934,
+        nobody rebuilt it: Ada Marsh |"""}
+
+DAMAGE = (("1200", "1500", "a number is lost"), ("35 percent", "35", "a number is lost"),
+          ("in 1921", "then", "a number is lost"),
+          ("forty years later", "after 40 years, in 1961,", "a number is new"),
+          ("May 3, 1897", "May 8, 1897", "a date is lost"), ("1934-11-17", "1934", "a date is lost"),
+          ("Nobody rebuilt", "By 2 June 1936 nobody rebuilt", "a date is new"),
+          ("Tomas", "her", "a name is lost"), ("church clocks", "Swiss clocks", "a name is new"),
+          ("never attended", "attended", "a negation has changed"),
+          ("office ordered", "office never ordered", "a negation has changed"),
+          ("From him she learned the trade, and she never attended a university.", "", "a sentence is lost"),
+          ("Nobody rebuilt it.", "Nobody rebuilt it. Several museums exhibit similar instruments today.",
+           "a sentence is new"))
+
+
+def test_an_honest_rewrite_is_taken_in_any_form():
+    for form, text in HONEST.items():
+        measured = measures.fidelity(LIFE, text)
+        assert measures.unfaithful(measured) == "", (form, measured)
+        assert measured.numbers == measured.dates == measured.names == 1, (form, measured)
+
+
+@pytest.mark.parametrize("old, new, reason", DAMAGE, ids=[row[2] + ": " + row[1][:16] for row in DAMAGE])
+def test_a_damaged_rewrite_is_refused_for_its_damage(old, new, reason):
+    text = " ".join(HONEST["prose"].split())
+    assert text.count(old) == 1
+    assert measures.unfaithful(measures.fidelity(LIFE, text.replace(old, new))) == reason
+
+
+def test_a_copy_a_scrap_and_a_flood_are_no_rewrites():
+    text = HONEST["prose"]
+    assert measures.unfaithful(measures.fidelity(LIFE, LIFE)) == "copied"
+    loud = LIFE.upper().replace(",", " -")
+    assert measures.fidelity(LIFE, loud).copied == 1, "case and commas hide no copy"
+    assert measures.unfaithful(measures.fidelity(LIFE, "")) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, text[:99])) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, 4 * text)) == "too long"
+    assert measures.fidelity("", "") and measures.fidelity("", text).numbers == 1
+    words = [f"w{i}" for i in range(40)]
+    for kept in range(8, 40):                              # runs of 8 in the first `kept` words, of 33 in all
+        mixed = words[:kept] + [f"v{i}" for i in range(40 - kept)]
+        assert measures.fidelity(" ".join(words), " ".join(mixed)).copied == pytest.approx((kept - 7) / 33)
+
+
+def test_numbers_are_the_same_in_other_spellings():
+    same = (("1,000", "1000"), ("one thousand", "1000"), ("1 thousand", "1,000.0"), ("5%", "5 percent"),
+            ("5 per cent", "five percent"), ("twelve", "12"), ("2.5 million", "2,500,000"), ("-3", "−3"),
+            ("１２", "12"), (".5", "0.50"), ("3.11.2", "3.11.2"), ("7th", "7"), ("1\u202f000", "1000"))
+    for a, b in same:
+        one, two = (set.union(*measures.numbers_of(f"about {x} of them")) for x in (a, b))
+        assert one == two and len(one) == 1, (a, b, one, two)
+    others = (("5%", "5"), ("1,000", "1,00"), ("-3", "3"), ("3.11.2", "3.11"), ("1000", "1001"),
+              ("5 million", "5"))
+    for a, b in others:
+        assert measures.numbers_of(f"about {a} of them") != measures.numbers_of(f"about {b} of them"), (a, b)
+    listed = "1. with x2 and utf8\n 2) in v1.2\n- Step 3: from 4-5 to 6\nQ 7: none\n\nIt took 8."
+    numbers, _ = measures.numbers_of(measures.flowing(listed))
+    assert numbers == {"4", "5", "6", "8"}, "no labels, no parts of words"
+
+
+def test_dates_are_the_same_in_other_spellings():
+    for text in ("3 May 1897", "3rd of May, 1897", "May 3, 1897", "May 3rd 1897", "1897-05-03", "1897/05/03",
+                 "1897年5月3日", "1897년 5월 3일"):
+        assert measures.dates_of(f"It was ({text}) then.")[0] == {(1897, 5, 3)}, text
+    dates, _ = measures.dates_of("In Sept. 1901, on 4 July, and 10/11 or 2 men may 3")
+    assert dates == {(1901, 9, 0), (0, 7, 4)}
+    source = "The bridge was opened on 3 May 1897 by the mayor of the town."
+    for text, dates, added, numbers in (("It dates from May 1897.", 0, 0, 0), ("Opened in 1897.", 0, 0, 0),
+                                        ("On 3 May it was opened.", 0, 0, 0), ("On 4 May 1897.", 0, 1, 0),
+                                        ("In 1898.", 0, 0, 1), ("On 1897-05-03.", 1, 0, 0)):
+        m = measures.fidelity(source, text)
+        assert (m.dates, m.dates_added, m.numbers_added) == (dates, added, numbers), text
+    assert measures.fidelity("It was May 1897.", "It was 9 May 1897.").dates == 1
+
+
+def test_names_are_learned_from_the_text():
+    names = lambda text: measures.names_of(text)
+    assert names("The Danube passes Vienna. Later it meets Tisza's water, and (said NASA) more.") == \
+        {"danube", "vienna", "tisza"} | {"nasa"}
+    assert names("Rivers meet. Bridges stand.\nTHE STORY OF RIVER TOWNS\nA History of River Towns\n") == set()
+    assert names("the Value is there: return the value, or a value") == set(), "more often small"
+    assert names("Der Fluss und die Stadt, das Haus und der Berg, ein Wort: das ist die Regel.") == set()
+    assert names("다뉴브 강은 빈을 지난다. 多瑙河流经维也纳。") == set()
+    m = measures.fidelity("In spring the river Danube passes Vienna.",
+                      "Vienna: the DANUBE is there, and later on the danube's water comes to Linz.")
+    assert m.names == 1 and m.names_added == 1
+
+
+def test_negations_are_compared_between_sentences_that_answer_to_each_other():
+    def turned(source, text):
+        return measures.fidelity(source, text).negations
+    valve = "The valve is not opened before the pressure falls."
+    assert turned(valve, "Before the pressure falls, nobody opens the valve.") == 0
+    assert turned(valve, "The valve is opened before the pressure falls.") == 1
+    assert turned("The valve is opened before the pressure falls.", valve) == 1
+    assert turned(valve, "Is the valve opened before the pressure falls?") == 0, "a question states nothing"
+    assert turned(valve, "The valve is unable to open before the pressure falls.") == 0
+    assert turned(valve, "The tower has no windows facing the northern street.") == 0, "another matter"
+    tank = "The tank holds river water"
+    both = valve + " The tank is full of water from the river."
+    assert turned(both, "The tank is full of water from the river and the valve is not opened before the "
+                        "pressure falls.") == 0, "joined"
+    assert turned(f"{tank}, and the valve is not opened before the pressure falls.", f"{tank}. {valve}") == 0
+    assert turned(both, "The tank is not full of water from the river.") == 1
+
+
+def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():
+    lines = [" ".join(f"{a}{i}word{chr(97 + i)}" for a in "pqrs") + "." for i in range(26)]
+    whole = " ".join(f"X{line}" for line in lines[:19])
+    assert measures.fidelity(whole, whole).covered == 1
+    assert measures.fidelity(whole, whole.replace(f"X{lines[7]}", "")).covered == 0
+    longer = " ".join(f"X{line}" for line in lines[:20])
+    assert measures.fidelity(longer, longer.replace(f"X{lines[7]}", "")).covered == 1
+    shorter = longer.replace(f"X{lines[7]}", "").replace(f"X{lines[8]}", "")
+    assert measures.fidelity(longer, shorter).covered == 0
+    other = whole.replace(lines[7], "other sentence entirely different.")
+    assert measures.fidelity(whole, other).supported == 0
+    part = measures.fidelity("Common rare1 rare2 rare3. Common other1 other2.",
+                         "common rare1 rare2 other1 other2")
+    assert part.covered == pytest.approx(2.5 / 3.5), "a word that two sentences have weighs half"
+
+
+def test_best_cuts_equals_brute_force():
+    rng = np.random.default_rng(0)
+    for k, n in ((2, 0), (2, 1), (2, 9), (3, 8), (4, 7)):
+        labels = rng.integers(0, k, (3, n))
+        for row, found in zip(labels, measures.best_cuts(labels, k)):
+            best = 0
+            for cuts in itertools.combinations_with_replacement(range(n + 1), k - 1):
+                for order in itertools.permutations(range(k)):
+                    parts = zip((0, *cuts), (*cuts, n), order)
+                    best = max(best, sum((row[a:b] == label).sum() for a, b, label in parts))
+            assert found == best
+
+
+def test_fusion_is_told_from_concatenation():
+    bees = ["Bees store honey in wax cells.", "A queen lays thousands of eggs.",
+            "Workers dance to point at flowers.", "Drones leave the hive.", "Smoke calms a swarm quickly."]
+    ships = ["Ships carry grain across oceans.", "A captain signs every manifest.",
+             "Sailors coil ropes on deck.", "Cranes lift containers.", "Radar warns about icebergs."]
+    joined = " ".join(f"{a[:-1]}, while {b[0].lower()}{b[1:]}" for a, b in zip(bees, ships))
+    texts = {"": joined, "one source after the other": " ".join(bees + ships),
+             "sources in turn": " ".join(x for pair in zip(bees, ships) for x in pair),
+             "a source is missing": " ".join(bees) + " Ships also wait."}
+    sources = [" ".join(bees), " ".join(ships)]
+    for reason, text in texts.items():
+        measured = measures.integration(sources, text)
+        assert measures.concatenated(measured) == reason, measured
+        swapped = measures.integration(sources[::-1], text)
+        assert swapped.coverage == measured.coverage[::-1] and swapped.mixed == measured.mixed
+        assert swapped.purity == pytest.approx(measured.purity, abs=0.15), "random orders differ"
+    row = measures.integration(sources, texts["one source after the other"])
+    turn = measures.integration(sources, texts["sources in turn"])
+    assert row.purity == 1 and row.switches < 0.4 and row.mixed == 0 and row.coverage == (1, 1)
+    assert turn.switches > 1.5 and turn.purity < 0.5 and measures.integration(sources, joined).mixed == 1
+    assert measures.concatenated(measures.integration(sources, "Nothing of either.")) == "a source is missing"
+    assert measures.integration(sources * 2, joined).purity == 0, "nobody owns a word"
+
+
+def test_diversity_equals_its_definitions():
+    texts = ["The cat sat. The cat sat!", "the Cat sat down here now and then slept", "ein Hund",
+             "the cat sat down here now and then slept well"]
+    d = measures.diversity(texts, ["a", "b", "", "b"])
+    split = [["the", "cat", "sat", "the", "cat", "sat"], "the cat sat down here now and then slept".split(),
+             ["ein", "hund"], "the cat sat down here now and then slept well".split()]
+    threes = [[tuple(w[i:i + 3]) for i in range(max(1, len(w) - 2))] for w in split]
+    a, b = set(threes[1]), set(threes[3])
+    assert d.distance == pytest.approx(1 - len(a & b) / len(a | b))
+    assert d.distinct == len({run for some in threes for run in some}) / sum(map(len, threes))
+    assert d.repeated == 4 / 7, "runs of 8: 1, 2, 1 and 3, of which two are in two documents"
+    assert d.openings == 2 / 4 and d.documents == 4
+    raw = "\n".join(texts).encode()
+    assert d.compression == len(raw) / len(data.zlib.compress(raw))
+    assert math.isnan(measures.diversity(texts).distance)
+    assert math.isnan(measures.diversity(texts, ["a", "b", "", "c"]).distance)
+    halves = measures.diversity(["one two", "three four five"])
+    assert halves.distinct == 1, "no run crosses documents"
+
+
+def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
+    rng = random.Random(0)
+    words = [f"w{i}x" for i in range(400)]
+    raw = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
+    again = [dict(text=f"{text} {i}", parent=str(j)) for j, text in enumerate(raw[:30]) for i in range(3)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in raw))
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
+    data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--cache={tmp_path}/cache",
+               f"--files=raw={tmp_path}/raw.jsonl,again={tmp_path}/again.jsonl"])
+    out = capsys.readouterr().out
+    size = sum(map(len, raw))
+    assert f"diversity of the first {size:,} bytes" in out
+    table = {name: line.split() for name in ("raw", "again")
+             for line in out.splitlines() if re.match(rf"{name} .*\d\.\d+ +\S+$", line) and "→" not in line}
+    kept = [row["text"] for row in again[:int(table["again"][1])]]
+    kept[-1] = kept[-1][:size - sum(map(len, kept[:-1]))]
+    expected = measures.diversity(kept, [row["parent"] for row in again])
+    assert table["again"][2:] == [f"{value:.3f}" for value in expected[1:]]
+    assert table["raw"][1] == "40" and table["raw"][-1] == "nan" and float(table["again"][-1]) < 0.1
+    assert float(table["raw"][2]) < float(table["again"][2]), "rewrites that repeat compress better"
+
+
+def test_thresholds_of_the_measures_are_those_that_the_notes_choose():
+    from notes import fidelity, fusion
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fidelity.csv")]
+    ours = dict(kept=measures.LEAST, added=measures.ADDED, found=measures.FOUND)
+    assert fidelity.chosen(rows, fidelity.HALVES[0]) == ours
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fusion.csv")]
+    assert dict(apart=measures.APART, mixed=measures.MIXED, missing=measures.MISSING) in fusion.best(rows)
+
+
+def test_the_doubt_of_a_note_is_that_of_data():
+    from notes import fidelity, fusion
+    rng = random.Random(0)
+    for _ in range(300):
+        pick = lambda *some: rng.choice(some)
+        m = measures.Fidelity(1, 0, pick(.85, .9, 1), 1, 1, pick(0, 1), 0, 0, pick(0, 0, 1),
+                              pick(.19, .2, .9), 1)
+        row = dict(kept=min(m[2:5]), added=sum(m[5:8]), negations=m.negations, found=min(m[9:]))
+        assert (fidelity.doubt(row) > 1 + 1e-9) == bool(measures.unfaithful(m)), m
+        m = measures.Integration(pick(.1, .7, .71, 1), 1, pick(0, .19, .2, 1), (pick(0., .19, .21, 1), 1))
+        row = dict(purity=m.purity, mixed=m.mixed, least=min(m.coverage))
+        assert (fusion.doubt(row) > 1 + 1e-9) == bool(measures.concatenated(m)), m
+
+
+# ---- data.py: conversations and recipes --------------------------------------------------------------------
+
+USER, ANSWER = dict(role="user", content="Why?"), dict(role="assistant", content="So.")
+SYSTEM, OTHER = dict(role="system", content="Be brief."), dict(role="assistant", content="Thus.")
+CHATS = [                        # a record, its convention, its messages
+    (dict(messages=[SYSTEM, USER, ANSWER]), "messages", [SYSTEM, USER, ANSWER]),
+    (dict(conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]),
+     "conversations", [USER, ANSWER]),
+    (dict(conversations=[dict(role="USER", content="Why?"), dict(role="model", content="So.")],
+          system="Be brief."), "conversations", [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", completion="So."), "prompt/completion", [USER, ANSWER]),
+    (dict(prompt=[SYSTEM, USER], completion=[ANSWER]), "prompt/completion", [SYSTEM, USER, ANSWER]),
+    (dict(instruction="Why?", input="", output="So."), "instruction/output", [USER, ANSWER]),
+    (dict(instruction="Say it.", input="Now.", output="So.", system="Be brief.", history=[["Why?", "Thus."]]),
+     "instruction/output",
+     [SYSTEM, USER, OTHER, dict(role="user", content="Say it.\n\nNow."), ANSWER]),
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), "prompt/chosen/rejected", [USER, ANSWER])]
+PAIRS = [                        # a record, its prompt, its chosen, its rejected messages
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), [USER], [ANSWER], [OTHER]),
+    (dict(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # As in Tulu and Magpie: both repeat the conversation, and the prompt its first message.
+    (dict(prompt="Why?", chosen=[USER, ANSWER], rejected=[USER, OTHER]), [USER], [ANSWER], [OTHER]),
+    (dict(instruction="Why?", chosen=[USER, ANSWER, USER, ANSWER], rejected=[USER, ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER]),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # They go on from the prompt and share an answer.
+    (dict(prompt="Why?", chosen=[ANSWER, USER, ANSWER], rejected=[ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER])]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
+    for record, convention, messages in CHATS:
+        assert data.messages_of(record) == (convention, messages), record
+    for record, *expected in PAIRS:
+        assert list(data.pair_of(record)) == expected, record
+        assert data.messages_of(record) == ("prompt/chosen/rejected", expected[0] + expected[1])
+
+    # From files, with their row, and a line that says what they are.
+    write_jsonl(tmp_path / "a.jsonl", [record for record, *_ in CHATS])
+    (tmp_path / "b.json").write_text(json.dumps([record for record, *_ in PAIRS]))
+    found = list(data.conversations("chat", str(tmp_path), data.DataConfig()))
+    assert [talk.messages for talk in found[:8]] == [messages for *_, messages in CHATS]
+    assert [(Path(talk.file).name, talk.number) for talk in found[7:9]] == [("a.jsonl", 8), ("b.json", 1)]
+    assert ("1 conversation as messages, 2 conversations as conversations, 2 conversations as "
+            "prompt/completion, 2 conversations as instruction/output, 7 conversations as "
+            "prompt/chosen/rejected") in capsys.readouterr().out
+    some = data.DataConfig(budget="3documents", where="system=Be brief.")
+    few = list(data.conversations("chat", str(tmp_path / "a.jsonl"), some))
+    assert [talk.number for talk in few] == [3, 7]
+
+
+@pytest.mark.parametrize("record, says", [
+    (dict(messages=[dict(role="alien", content="x")]), "message 1 has the unknown role 'alien'; known: user"),
+    (dict(messages=[USER, dict(role="assistant", content=" ")]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, dict(role="assistant", content=None)]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, "So."]), "message 2 is no object"),
+    (dict(messages=[]), "no list of messages"),
+    (dict(messages=[ANSWER]), "no message is a user's"),
+    (dict(text="Why?", title="x"), "no conversation: it has text, title; known are prompt/chosen"),
+    (dict(instruction=3, input="x", output="y"), "a field of the wrong type"),
+    (dict(messages=[dict(role="user", content="\ud800")]), "or no UTF-8"),
+    (dict(prompt="Why?", chosen="So.", rejected="So."), "are equal"),
+    (dict(prompt="Why?", chosen=[ANSWER], rejected=[ANSWER, USER, OTHER]), "is the beginning of the other"),
+    (dict(chosen=[ANSWER], rejected=[OTHER]), "there is no prompt"),
+    (dict(chosen=[USER, ANSWER], rejected=[dict(USER, content="How?"), OTHER]), "there is no|differ before"),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, ANSWER]), "differ before an answer"),
+    ("{half", "no conversation")])
+def test_a_conversation_that_is_none_is_named_and_can_be_left_out(record, says, tmp_path, capsys):
+    bad = record if isinstance(record, str) else json.dumps(record)
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(CHATS[0][0])}\n{bad}\n")
+    read = lambda **how: list(data.conversations("c", str(tmp_path / "a.jsonl"), data.DataConfig(**how)))
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 2: .*({says})"):
+        read()
+    assert len(read(skip_bad=True)) == 1 and "left out: 1 row bad" in capsys.readouterr().out
+
+
+def test_conversations_of_a_parquet_file(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = importlib.import_module("pyarrow").Table.from_pylist([record for record, *_ in CHATS[:1]] * 250)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    found = list(data.conversations("c", str(tmp_path / "a.parquet"), data.DataConfig()))
+    assert [talk.number for talk in found] == list(range(1, 251))
+    assert all(talk.messages == [SYSTEM, USER, ANSWER] for talk in found)
+
+
+@pytest.mark.parametrize("most", [8, 40, 256])
+def test_parts_are_the_text_and_end_with_sentences(most):
+    """Of about equal size, too: no part is less than half of the longest, if sentences are short."""
+    rng = random.Random(most)
+    sentences = [" ".join(["wörd"] * rng.randint(2, 4)) + rng.choice(". ! ?".split()) for _ in range(300)]
+    text = "".join(sentence + rng.choice([" ", "\n", "\n\n"]) for sentence in sentences)
+    parts = data.cut(text, most)
+    sizes = [len(part.encode()) / 4 for part in parts]
+    assert "".join(parts) == text and max(sizes) <= most and min(sizes) >= max(sizes) / 3
+    assert all(part.rstrip()[-1] in ".!?" for part in parts)
+    assert len(data.cut("A short one. And another.", 256)) == 1
+    assert all(part.strip() for part in data.cut("A short one. " * 40 + "\n" * 200, most))
+
+    # What has no sentences is cut between words, what has no words anywhere.
+    for text in ("word " * 500, "x" * 3000, "字" * 900):
+        parts = data.cut(text, most)
+        assert "".join(parts) == text and max(len(part.encode()) for part in parts) <= max(4 * most, 192)
+
+
+def recipe(name, source, out, *options):
+    """The rows of a recipe's output, made by its command."""
+    assert not data.main([name, str(source), str(out), *options])
+    return read_jsonl(out)
+
+
+BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a "
+           "chemist. In 1902, she described a method to separate erbium from yttrium. Her brother Otto built "
+           "3 of the furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
+
+
+@pytest.fixture
+def lives(tmp_path):
+    names = "Ada Berta Clara Dora Edith Frieda Greta Hanna".split()
+    return write_jsonl(tmp_path / "lives.jsonl",
+                       [dict(text=BRENNER.format(name, 60 + i)) for i, name in enumerate(names)])
+
+
+def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, capsys):
+    """Each form once, then other readers; the same for a document whatever else is there. A second run makes
+    no call and the same bytes. A run reads rewrites as text, on the side of the split of their source."""
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
+    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) > 50
+    first = [row["form"] for row in rows[:7]]
+    assert len(set(first[:6])) == 6 and first[6] == first[0] and rows[6]["reader"] != rows[0]["reader"]
+    prompt = (HERE / "notes/prompts/rephrase.txt").read_bytes()
+    for row in rows:
+        assert (row["recipe"], row["prompt_name"], row["model"]) == ("rephrase", "rephrase", "offline")
+        assert row["prompt_sha256"] == hashlib.sha256(prompt).hexdigest() and type(row["seed"]) is int
+    alone = write_jsonl(tmp_path / "alone.jsonl", read_jsonl(lives)[3:4])
+    kind = lambda row: (row["form"], row["reader"])
+    two = recipe("rephrase", alone, tmp_path / "b.jsonl")
+    assert [kind(row) for row in two] == [kind(row) for row in rows[21:23]]
+    only = recipe("rephrase", alone, tmp_path / "c.jsonl", "--n=1", "--forms=table", "--seed=5")
+    assert kind(only[0])[0] == "table" and only[0]["seed"] != rows[21]["seed"]
+
+    before = (tmp_path / "out.jsonl").read_bytes()
+    capsys.readouterr()
+    with mock.patch.object(data, "offline_answer", side_effect=AssertionError):
+        recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert (tmp_path / "out.jsonl").read_bytes() == before and "\n0 calls now" in capsys.readouterr().out
+    for row, text in zip(data.rows("x", str(tmp_path / "out.jsonl"), data.DataConfig()),
+                         [record["text"] for record in read_jsonl(lives) for _ in range(7)]):
+        assert row.split_with == data.sha256(text)[:16], "the raw text's own hash, for the same side"
+    (tmp_path / "alone.jsonl").rename(tmp_path / "alone.txt")
+    (tmp_path / "lives.jsonl").rename(tmp_path / "lives.txt")
+    folder = list(data.rows("x", str(tmp_path), data.DataConfig()))
+    assert len(folder) == 61 and "left out: 3 answers of a recipe (b.jsonl.calls.jsonl" in (
+        capsys.readouterr().out)
+
+
+def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
+    """In order, each with the end of the rewrite so far. A part that is refused takes the rewrite along."""
+    seen = []
+
+    def echo(name, row, seed):
+        seen.append((row["id"], row["text"], row["context"]))
+        return "\n".join(f"It is so: {s}" for s in re.split(r"(?<=\.) ", row["text"]))
+
+    monkeypatch.setattr(data, "offline_answer", echo)
+    bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
+    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if bad(row) else "")
+    options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
+    parts = data.cut(BRENNER.format("Ada", 60), 28)
+    assert len(parts) > 2
+    written = [echo("", dict(id="", text=part.strip(), context=""), 0) for part in parts]
+    assert rows[0]["text"] == "\n\n".join(written)
+    mine = sorted(item for item in seen if item[0].startswith("lives.jsonl#1/"))
+    assert [context for *_, context in mine] == [
+        data.last_tokens("\n\n".join(written[:k]), 20) for k in range(len(parts))]
+    assert mine[0][2] == "" and written[0].endswith(mine[1][2]) and 60 < len(mine[1][2]) <= 80
+    assert {name[-1] for name, *_ in seen if name.startswith("lives.jsonl#4/")} == {"0"}
+
+
+def test_what_the_context_says_may_be_said_again():
+    row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
+    again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
+    assert data.faithful(row, again) == "a name is new"
+    assert data.faithful(dict(row, context="Ada came to Vienna, and the letters were read."), again) == ""
+    assert data.faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+
+
+def test_offline_rewrites_keep_numbers_and_names():
+    """In every form, of the documentation of some modules. Nine of ten pass as rewrites; see Fidelity."""
+    texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, os)]
+    passed = []
+    for i, text in enumerate([*texts, BRENNER.format("Ada", 60)]):
+        for form in ("faq", "table", "tutorial", "dialogue", "article", "outline"):
+            row = dict(text=text, form=form, context="")
+            out = data.offline_answer("rephrase", row, i)
+            assert out == data.offline_answer("rephrase", row, i)
+            assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
+            passed.append(data.faithful(row, dict(text=out)) == "")
+    print(sum(passed), len(passed))
+    assert sum(passed) > 0.75 * len(passed)
+
+
+def test_statements_of_arithmetic_are_judged_where_they_are_whole():
+    """All of the default corpus is true. What is part of something longer is not judged."""
+    problems = data.documents("math")[:1500]
+    assert not any(data.false_arithmetic(problem) for problem in problems)
+    for text in ("So 3 * 4 = 13.", "We get 7 + 8 = 15, then 15 - 9 = 7.", "(2 + 3) * 4 = 21",
+                 "1/2 + 1/3 = 4/6"):
+        assert data.false_arithmetic(text) == "false arithmetic", text
+    for text in ("x + 3 = 4", "10 / 4 = 2.5", "3.5 + 2 = 5.5", "2x - 6 = 0", "20 / 3 = 6 remainder 2",
+                 "5 = 5", "50 * 2 = 1e2", "30 + 20 = 50%", "from 1939 - 1945", "y^2 = 9", "7 = (",
+                 "1 / 0 = 3"):
+        assert data.false_arithmetic(text) == "", text
+
+
+def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
+    text = "Home | Log in\nShop sums explained.\nA box holds 12 * 34 = 408 eggs.\n1,204 views, 3 comments\n"
+    source = write_jsonl(tmp_path / "in.jsonl", [dict(text=text)])
+    row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
+    assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
+    asked = dict(text=text)
+    assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
+    assert data.instructive(asked, dict(text="Eggs are counted, and that is all.")) == "numbers are lost"
+    assert data.instructive(asked, dict(text=text)) == "copied"
+    assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
+
+
+QUESTION = """Question: Where did Ada Brenner work as a chemist?
+Correct: in Vienna
+Wrong: in Graz
+Wrong: in Lisbon
+Wrong: in Rome
+Reasoning: She moved in 1894, and it was in Vienna that she worked. Nobody names the others."""
+
+
+def test_exam_questions_are_read_strictly():
+    row = dict(text=BRENNER.format("Ada", 60))
+    found = data.exam_question(row, QUESTION)
+    assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
+    assert data.exam_worthy(row, found) == ""
+    for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
+                           ("Correct", "Answer", "not in the form"),
+                           ("Question:", "Well. Question:", "not in the form")):
+        with pytest.raises(data.Refused, match=says):
+            data.exam_question(row, QUESTION.replace(old, new))
+    for old, new, says in (("Where did", "In the passage, where did", "it needs the text at hand"),
+                           ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
+                           ("in Vienna that", "there that", "the reasoning does not reach the answer"),
+                           ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
+        assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+
+
+def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
+    """Each place is right equally often, the letter in the answer is that of the option, and no question
+    comes twice for a document."""
+    rows = recipe("exam", lives, tmp_path / "out.jsonl", "--n=4")
+    letters = [row["answer"] for row in rows]
+    asked = {(row["parent"], row["messages"][0]["content"].split("\n")[0]) for row in rows}
+    assert len(asked) == len(rows) > 20
+    for i in range(0, len(rows) - 3, 4):
+        assert sorted(letters[i:i + 4]) == list("ABCD")
+    assert len({"".join(letters[i:i + 4]) for i in range(0, len(rows) - 3, 4)}) > 1
+    calls = {call["id"]: call["answer"] for call in read_jsonl(tmp_path / "out.jsonl.calls.jsonl")}
+    for row in rows:
+        question, answer = row["messages"]
+        option = re.search(rf"^{row['answer']}\. (.*)$", question["content"], re.M)[1]
+        assert f"\nCorrect: {option}\n" in calls[row["id"]]
+        assert answer["content"].endswith(f"is {row['answer']}.")
+        assert row["text"] == f"{question['content']}\n\n{answer['content']}\n"
+
+
+def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
+    old = dict(instruction="How do bees find their hive?")
+    for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
+                       ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
+                       ("How do bees find their hive below thick clouds?", "")):
+        assert data.gained(old, dict(text=text)) == says, text
+    for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
+                       ("Understood, shall I begin?", "it only agrees"), ("42", ""),
+                       ("I am sorry, that is beyond me.", "it refuses"),
+                       ("They are sorry. " + "Bees fly. " * 90, ""),
+                       ("By the sun and by landmarks.", "")):
+        assert data.answered(old, dict(text=text)) == says, text
+
+
+@pytest.fixture
+def chats(tmp_path):
+    said = {"How do bees find their hive?": "Bees remember the sun. They compare landmarks near the hive.",
+            "Why does bread rise in ovens?": "Yeast turns sugar into gas. The gas stretches the gluten.",
+            "How do wasps find their nest?": "Wasps remember the sun. They learn landmarks near the nest.",
+            "Why does dough rise in bowls?": "Yeast turns sugar into bubbles. Bubbles stretch the gluten."}
+    return write_jsonl(tmp_path / "chats.jsonl", [dict(prompt=p, completion=c) for p, c in said.items()])
+
+
+def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain(chats, tmp_path, monkeypatch,
+                                                                                 capsys):
+    """A request that never gains is not written. The new version of a prompt is taken if more gain by it."""
+    new = "Be bolder.\n\n{instruction}"
+
+    def answer(name, row, seed):
+        if name == "evolve-improve":
+            assert "- no gain: Why does bread rise in ovens?" in row["failures"].split("\n")
+            return new if "harder" in row["method"] else "No place for it."
+        if name == "answer":
+            return "By landmarks."
+        gains = (seen[-1] == new) == bold and "bread" not in row["instruction"]
+        return row["instruction"] + " extra words here" * gains
+
+    seen, fill = [], data.fill
+    monkeypatch.setattr(data, "fill", lambda prompt, row: seen.append(prompt.text) or fill(prompt, row))
+    monkeypatch.setattr(data, "offline_answer", answer)
+    bold = True
+    options = "--threads=1", "--breadth=0", "--rounds=2", "--attempts=1"
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", *options)
+    assert "evolve-depth: 4 of 4 failed, of a new version 1" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
+    assert rows[0]["messages"] == [dict(role="user", content="How do bees find their hive? extra words here"),
+                                   dict(role="assistant", content="By landmarks.")]
+    assert rows[0]["evolved_from"] == "How do bees find their hive?"
+    bold = False
+    rows = recipe("evolve", chats, tmp_path / "no.jsonl", *options)
+    assert "evolve-depth: 1 of 4 failed, of a new version 4" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
+
+
+def test_offline_evolution_makes_requests_longer(chats, tmp_path):
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", "--breadth=0")
+    for row in rows:
+        assert row["messages"][0]["content"].startswith(row["evolved_from"]) and len(row["messages"]) == 2
+        assert len(row["messages"][0]["content"].split()) > len(row["evolved_from"].split()) + 8
+    broad = recipe("evolve", chats, tmp_path / "broad.jsonl", "--breadth=100", "--rounds=1")
+    assert len(rows) == len(broad) == 4
+    assert not any(row["messages"][0]["content"].startswith(row["evolved_from"]) for row in broad)
+
+
+def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
+    texts = [data.as_text(talk.messages) for talk in data.conversations("c", chats, data.DataConfig())]
+    sets = lambda select, k=2, seed=1: sorted(map(sorted, data.selected(texts, k, select, seed)))
+    assert sets("similar") == [[0, 2], [1, 3]]
+    assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
+    assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3
+    assert len(sets("random", 3)) == 1, "what is left over is not used"
+
+    rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
+    assert len(rows) == 2 and {len(row["parent"].split(" + ")) for row in rows} == {2}
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(word in row["text"].lower() for word in ("yeast", "landmarks"))
+    for answer in ("User: a\nAssistant: b\nUser: c", "Assistant: b", "Well.\nUser: a\nAssistant: b",
+                   "User:\nAssistant: b"):
+        with pytest.raises(data.Refused):
+            data.conversation_in({}, answer)
+    four = data.conversation_in({}, "User: a\nmore\n\nAssistant: b\nUser: c\nAssistant: d")["messages"]
+    assert [message["content"] for message in four] == ["a\nmore", "b", "c", "d"]
+
+    # A model that only concatenates is found out.
+    joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
+    result = data.conversation_in({}, joined.replace("\n\n", "\n"))
+    assert data.integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+
+
+def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
+    """By the verifier, and by a scoring endpoint; above a threshold; as pairs where one is below it."""
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [
+        dict(instruction=f"What is {a} * 17?", output=f"{a} * 17 = {17 * a}") for a in range(21, 41)])
+    rows = recipe("reject", tasks, tmp_path / "out.jsonl")
+    assert len(rows) >= 18 and {row["answers"] for row in rows} == {4}
+    for row in rows:
+        a = int(re.search(r"\d+", row["messages"][0]["content"])[0])
+        assert row["messages"][1]["content"].endswith(f"is {17 * a}.") and row["score"] == 1
+    pairs = recipe("reject", tasks, tmp_path / "pairs.jsonl", "--pairs")
+    assert 10 <= len(pairs) <= len(rows)
+    for row in pairs:
+        prompt, chosen, rejected = data.pair_of(row)
+        right = data.verified(chosen[0]["content"], str(17 * int(re.search(r"\d+", prompt[0]["content"])[0])))
+        assert right and not data.verified(rejected[0]["content"], chosen[0]["content"])
+    assert data.verified("2 + 2 = 5, so it is 7.", "7") == data.verified("no number", "none") == 0
+
+    # A model that likes long answers scores; what it says without a number is not a score.
+    endpoints, generate = [], data.generate
+
+    def watched(rows, prompt, parse, accept, endpoint, *more):
+        endpoints.append((prompt.name, endpoint.endpoint, endpoint.model))
+        return generate(rows, prompt, parse, accept, replace(endpoint, endpoint="offline"), *more)
+
+    monkeypatch.setattr(data, "generate", watched)
+    answers = dict(a="x" * 4, b="x" * 9, c="x" * 6)
+    monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: (
+        answers["abc"[int(row["id"][-1]) % 3]] + " words" if name == "answer" else
+        "many" if row["id"].startswith("tasks.jsonl#1/") else str(len(row["answer"]) - 6)))
+    options = "--n=3", "--score_endpoint=http://judge/v1", "--score_model=j", "--threshold=0.9"
+    rows = recipe("reject", tasks, tmp_path / "scored.jsonl", *options)
+    assert [row["score"] for row in rows] == [0.9] * 19 and rows[0]["parent"] == "tasks.jsonl#2"
+    assert {row["messages"][1]["content"] for row in rows} == {"x" * 9 + " words"}
+    assert set(endpoints) == {("answer", "offline", ""), ("score", "http://judge/v1", "j")}
+
+
+def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_path, capsys):
+    for name, recipe_ in data.RECIPES.items():
+        data.main([name, "--help"])
+        said = capsys.readouterr().out
+        assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
+        assert "--threads=8" in said and "does not understand" in said and recipe_.costs in said
+    out = str(tmp_path.parent / f"{tmp_path.name}.x")
+    for words, says in ((["rephrase", lives], "IN OUT"),
+                        (["rephrase", lives, out, "--n=two"], "'two' is no int"),
+                        (["rephrase", lives, out, "--chunk=0"], "--chunk=0: too small"),
+                        (["reject", lives, out, "--pairs=yes"], "'yes' is no bool"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1"], "with a model"),
+                        (["rephrase", lives, out, "--m=2"], "unknown option '--m=2'; known: --endpoint="),
+                        (["rephrase", lives, out, "--forms=ode"], "'ode' is unknown; known: faq"),
+                        (["rephrase", lives, out, "--n=31"], "more than 6 forms"),
+                        (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
+                        (["rephrase", lives, lives], "is inside"),
+                        (["fuse", lives, out], "row 1: no conversation"),
+                        (["fuse", lives, out, "--select=alike"], "similar, unlike or random"),
+                        (["fuse", lives, out, "--k=9"], "and 2 to 8"),
+                        (["rephrase", lives, f"{tmp_path}.none/out"], "a folder that exists"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1", "--score_model=j",
+                          "--score_extra={"], "score_extra: extra: '{'"),
+                        (["rephrase", lives + "n", out], "No such file")):
+        with pytest.raises(SystemExit, match=re.escape(says)):
+            data.main(words)
+    assert not Path(out).exists()
+
+    # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
+    out = tmp_path / "out.jsonl"
+    assert not data.main(["rephrase", lives, str(out), "--dry-run"]) and not out.exists()
+    assert "16 calls" in capsys.readouterr().out
+    assert data.main(["rephrase", lives, str(out), "--calls=5"]) == 1 and len(read_jsonl(out)) == 5
+    capsys.readouterr()
+    assert len(recipe("rephrase", lives, out)) == 16 and "11 calls now; 16 and" in capsys.readouterr().out
+
+
+def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
+    rows = recipe("rephrase", chats, tmp_path / "out.jsonl", "--n=1")
+    assert "4 conversations as prompt/completion" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in range(1, 5)]
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------
@@ -6382,7 +7111,7 @@ def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
 
 
 # Exchanges overlapped with computation: (pp, ep) of each world, on the first ranks of eight.
-WOVEN = [(1, 2), (2, 2), (1, 4), (2, 4)]
+WOVEN = [(1, 2), (2, 2), (2, 4)]
 WOVEN_MODEL = replace(K2, n_layer=4, n_dense=0, vocab_size=261, tie=False, balance_loss=0.01)
 
 
@@ -6492,7 +7221,7 @@ def step_of_a_weave(config, mesh, alone, x, nats, monkeypatch):
 
 
 def test_woven_exchanges_change_no_number_and_are_hidden(text):
-    """On pp × ep ranks for pp = 1, 2 and ep = 2, 4, in float64 and with empty experts: losses and gradients
+    """On pp × ep = 1 × 2, 2 × 2 and 2 × 4 ranks, in float64 and with empty experts: losses and gradients
     match one process to 1e-9, and the same layout without overlap to the bit. Whenever tokens travel in a
     steady tick, a part of another micro-batch computes between the start of the exchange and the wait."""
     spawn(8, every_weave, text)
@@ -6572,12 +7301,13 @@ STAGED = {
     "experts": replace(K2, n_layer=8, vocab_size=261, tie=False, balance_loss=0.01),
 }
 FIVE_STEPS = [
-    ("tied", 4, dict(pp=2, chunks=2)), ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)),
-    ("untied", 4, dict(pp=4, chunks=2)), ("untied", 4, dict(pp=2)),
-    ("experts", 4, dict(pp=2, ep=2)), ("experts", 4, dict(pp=2, chunks=2, ep=2)),
-    ("experts", 4, dict(chunks=2, ep=2)), ("experts", 4, dict(pp=2, ep=2, overlap=True)),
+    ("tied", 4, dict(pp=2, chunks=2)), ("untied", 4, dict(pp=4, chunks=2)),
+    ("experts", 4, dict(pp=2, chunks=2, ep=2)), ("experts", 4, dict(chunks=2, ep=2)),
+    ("experts", 4, dict(pp=2, ep=2, overlap=True)),
 ]
 ONE_STEP = [
+    ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
+    ("experts", 4, dict(pp=2, ep=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
@@ -6585,7 +7315,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
-SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP)]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::2])]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -6709,10 +7439,12 @@ def text(tmp_path_factory):
     return write_sentences(tmp_path_factory.mktemp("text"))
 
 
-def test_a_run_survives_every_fault(tmp_path):
-    """One fault of each kind except the two slowest; the full campaign is `python -m notes.faults`."""
+def test_a_run_survives_faults(tmp_path):
+    """Each moment of a kill, a torn file, a full disk; the full campaign is `python -m notes.faults`."""
     with ThreadPoolExecutor(2) as two:                             # a trial spends most of its time waiting
-        kinds = [kind for kind in faults.KINDS if kind not in ("layout changed", "node killed")]
+        kinds = ("rank killed", "kill in save", "kill in average", "kill in evaluation", "flipped byte",
+                 "full disk", "stop in save")
+        assert set(kinds) < set(faults.KINDS)
         for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
             assert 0 <= again <= 29, kind
 

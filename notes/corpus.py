@@ -297,6 +297,25 @@ def check(problem):
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
 
 
+def false(text):
+    """Whether any text states something false about whole numbers and their fractions, such as 3 + 4 = 8.
+    What is part of something longer is passed over: a statement with a decimal, a percentage, a letter or a
+    remainder right beside it, or the end of one with letters."""
+    for found in STATEMENT.finditer(text):
+        said = found[0].rstrip(" (-")
+        before, after = text[:found.start()][-9:], text[found.start() + len(said):]
+        longer = r"[\w)] *$" if said[0] == "-" else r"[.,$]$|[-+*/^=] *$"
+        if re.search(longer, before) or re.match(r"[.,]\d|[%^a-zA-Z]| ?(/|rem|r\b)", after):
+            continue
+        try:
+            if len({value(side) for side in said.split("=")}) > 1:
+                return True
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError,
+                RecursionError, MemoryError):
+            pass                                                 # it is none, or too long to be read
+    return False
+
+
 def claim(true, what):
     if not true:
         raise ValueError(f"not true: {what}")

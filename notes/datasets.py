@@ -62,6 +62,10 @@ SETS = {
 }
 COPIES = "TxT360_BestOfWeb", "TxT360_QA"
 
+CLUSTER = "minhash_cluster_size"
+OFTEN = (1, 1), (2, 2), (4, 3), (99, 5), (999, 8)                # (size of the cluster at most, repetitions)
+MOST_OFTEN = 8
+
 LOOKS = {"fineweb2": r"[a-z]{3}_[A-Z][a-z]{3}(_removed)?", "txt360": "TxT360.*",
          "finemath": "(finemath|infiwebmath)-[34]plus", "dclm": r"global-shard_\d+_.*"}
 
@@ -110,6 +114,13 @@ def traps(kind, root, files):
             smaller = f"{max(samples)}BT" not in here
             return "a sample of others here" if smaller or any("data" in p for p in below.values()) else ""
     return {file: reason for file, here in parts.items() if (reason := why(file, here))}
+
+
+def repetitions(cluster):
+    """How often a document counts that stands for a cluster of duplicates                 [FineWeb2's README]
+
+    Of the largest clusters it is thought to be junk: once."""
+    return next((times for most, times in OFTEN if cluster <= most), 1)
 
 
 def twice(sources):
