@@ -4053,6 +4053,222 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in range(1, 5)]
 
 
+@pytest.mark.parametrize("record, expected", [
+    # Fields that are null are not there, as a table has them that holds several conventions.
+    (dict(messages=None, conversations=[{"role": None, "content": None, "from": "human", "value": "Why?"},
+                                        {"from": "gpt", "value": "So."}]), [USER, ANSWER]),
+    (dict(prompt=None, instruction="Say it.", input="Now.", chosen="So.", rejected="Thus."),
+     [dict(USER, content="Say it.\n\nNow."), ANSWER]),
+    (dict(messages=[dict(USER, content=[dict(text="Wh"), dict(text="y?")]), ANSWER]), [USER, ANSWER]),
+    (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
+    (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
+    (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    # Both answers repeat the last message of the prompt, or all but its system message.
+    (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
+     [SYSTEM, USER, OTHER, USER, ANSWER]),
+    (dict(prompt=[SYSTEM], chosen=[USER, ANSWER], rejected=[USER, OTHER]), [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
+     [SYSTEM, USER, ANSWER])])
+def test_the_dirt_of_chat_sets_is_read(record, expected):
+    assert data.messages_of(record)[1] == expected
+
+
+def test_files_of_any_name_can_be_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/caf\xe9.jsonl")), [dict(text=BRENNER)])
+    rows = recipe("rephrase", tmp_path / "in", tmp_path / "out.jsonl", "--n=1")
+    assert [row["parent"] for row in rows] == ["caf�.jsonl#1"]
+    (tmp_path / "in" / "gone.jsonl.calls.jsonl").write_text('{"key": "0"}\n')
+    assert len(list(data.rows("x", str(tmp_path / "in"), data.DataConfig()))) == 1
+
+
+def test_context_is_kept_where_words_are_not_parted():
+    assert len(data.last_tokens("字" * 900, 30)) == 40
+    assert data.last_tokens("字字字。\n" * 90, 30) == "字字字。\n" * 9
+    assert data.last_tokens("one two three four", 2) == "four" and data.last_tokens("one two", 9) == "one two"
+
+
+def test_an_odd_answer_is_refused_and_does_not_end_the_recipe(tmp_path):
+    """Thousands of brackets or terms are no statement; if a check cannot read an answer, that is refused."""
+    for text in "(" * 5000 + "1 = 2", " + ".join(["1"] * 3000) + " = 3000", "1 + " + "-" * 5000 + "1 = 2":
+        assert data.false_arithmetic(text) in ("", "false arithmetic")
+    deep = lambda n: deep(n + 1)
+
+    def accept(row, result):
+        return {"d0": deep, "d1": lambda _: str(int("9" * 5000)), "d2": lambda _: ""}[row["id"]](0)
+    results, _, said, _ = generated(rows_of("a", "b", "c"), tmp_path / "c", lambda *_: completed("A text."),
+                                    accept=accept, attempts=2)
+    assert results[:2] == [False, False] and results[2]
+    assert "2 it cannot be read: RecursionError, 2 it cannot be read: ValueError" in said
+
+
+def test_what_a_server_refused_is_asked_again_when_it_is_mended(tmp_path):
+    full = dict(error=dict(message="maximum context length is 512"))
+    reply = lambda request, before: (400, {}, full) if request["messages"][0]["content"][-1] in "ab" else (
+        completed("A text.", usage=dict(prompt_tokens=3, completion_tokens=2))
+        if request["messages"][0]["content"][-1] == "c" else completed("A text."))
+    rows = rows_of(*"abcdefa")
+    results, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert [bool(result) for result in results] == [False] * 3 + [True] * 3 + [False] and len(came) == 6
+    assert "rows that the server refused; --ask_again=true asks again: 3 over the context" in said
+    _, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert not came and "--ask_again=true asks again: 3" in said
+    mended = lambda *_: completed("Another text.")
+    results, journal, said, came = generated(rows, tmp_path / "c", mended, ask_again=True)
+    assert all(results) and len(came) == 3 and "asks again" not in said
+    assert [results[i]["text"] for i in (0, 3)] == ["Another text.", "A text."]
+    again, _, _, came = generated(rows, tmp_path / "c", mended)
+    assert again == results and not came, "the new answers are those of the journal"
+    _, _, _, came = generated(rows, tmp_path / "d", lambda *_: (400, {}, full), ask_again=True)
+    assert len(came) == 6, "in one run each is asked for once"
+
+
+def test_a_document_more_or_a_new_name_pays_for_nothing_again(lives, tmp_path, capsys):
+    """In recipes that ask about documents one by one. Equal documents share their calls, but not the several
+    answers to one request."""
+    (tmp_path / "new").mkdir()
+    more = [dict(text=BRENNER.format("Ida", 77)), *read_jsonl(lives), read_jsonl(lives)[0]]
+    renamed = write_jsonl(tmp_path / "new" / "other.jsonl", more)
+    chat = lambda source: write_jsonl(Path(f"{source}.chat.jsonl"), [
+        dict(instruction=f"What is {len(row['text'])} * 3? {row['text']}", output="3") for row in
+        read_jsonl(source)])
+    for name, old, new, calls in (("rephrase", lives, renamed, 2), ("exam", lives, renamed, 1),
+                                  ("reject", chat(lives), chat(renamed), 4)):
+        out = tmp_path / f"{name}.jsonl"
+        assert data.main([name, old, str(out), "--attempts=1"]) is None
+        before = read_jsonl(out)
+        capsys.readouterr()
+        assert data.main([name, new, str(out), "--attempts=1"]) is None
+        assert f"\n{calls} calls now" in capsys.readouterr().out, name
+        known = {row["text"] for row in read_jsonl(out)}
+        assert name == "exam" or {row["text"] for row in before} <= known      # places of options move on
+    assert len({call["answer"] for call in read_jsonl(f"{out}.calls.jsonl")[:4]}) > 1
+
+
+def test_a_dry_run_counts_every_wave(tmp_path, capsys):
+    """Parts of a document and rounds of evolution follow one another even if rules would refuse the answers
+    that stand for those of a model."""
+    text = " ".join(f"In {1900 + i} Otto saw river {i}." for i in range(90))
+    source = write_jsonl(tmp_path / "long.jsonl", [dict(text=text + str(i)) for i in range(3)])
+    parts = len(data.cut(text + "0", 64))
+    with mock.patch.object(data, "faithful", lambda row, result: "bad"), mock.patch.object(
+            data, "gained", lambda row, result: "bad"):
+        assert not data.main(["rephrase", source, str(tmp_path / "o"), "--n=2", "--chunk=64", "--dry-run"])
+        assert parts > 9 and f" {6 * parts} calls," in capsys.readouterr().out
+        chat = write_jsonl(tmp_path / "chat.jsonl", [dict(prompt=f"Why {i}?", completion="So.")
+                                                     for i in (1, 2)])
+        assert not data.main(["evolve", chat, str(tmp_path / "o"), "--dev=0", "--dry-run"])
+        assert " 8 calls," in capsys.readouterr().out
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
+    """Whether text is held in memory or streamed, a fused conversation is where all of its parents are."""
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"What of matter{i}?", completion=f"It depends on alpha{i} and on beta{i}.")
+        for i in range(400)])
+    whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
+             for talk in data.conversations("c", source, data.DataConfig())}
+    with mock.patch.object(data, "integrated", lambda row, result: ""):
+        rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
+    held_out = {*data.split_documents([*whole.values()])[1]}
+    together = {row["text"]: row["split_with"] for row in rows}
+    fused_out = {*data.split_documents([*together], together=together)[1]}
+    sides = Counter()
+    for row in rows:
+        texts = [whole[parent] for parent in row["parent"].split(" + ")]
+        assert {text in held_out for text in texts} == {row["text"] in fused_out}
+        streamed = {data.is_validation(hashed) for hashed in (*map(data.sha256, texts), row["split_with"])}
+        assert len(streamed) == 1
+        sides[row["text"] in fused_out] += 1
+    assert min(sides.values()) > 3 and len(sides) == 2
+
+
+def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_path, monkeypatch, capsys):
+    """A server is down for one request, in the trial of the prompts, in a round, or for the answer: the run
+    ends without success, and asks no more about that conversation, or nothing at all after the trial. The
+    resume ends as if nothing had been. Rows name the prompt and seed of each round that brought a gain."""
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"Explain the harvest of variety{i}.", completion="So.") for i in range(8)])
+    down = ""
+
+    def reply(request, before):
+        text = request["messages"][0]["content"]
+        method, said = text[:30], text.split('"""')[1].strip() if '"""' in text else text
+        if down and down in said and (len(said) > 60) == late:
+            return 503, {}, {}
+        if text.startswith("The instructions below"):
+            return completed(f"Bolder, {request['seed']}:\n\n\"\"\"\n{{instruction}}\n\"\"\"")
+        if '"""' not in text:
+            return completed("By hand, and in baskets.")
+        gains = "variety3" not in said and not ("variety6" in said and "variety6. R" not in said
+                                                and "Bolder" not in method)
+        return completed(said + f" Respect frost{len(said)} and soil{len(said)}." * gains)
+
+    def run(out):
+        with serving(reply) as (url, came, answered):
+            failed = data.main(["evolve", source, str(tmp_path / out), f"--endpoint={url}", "--model=m",
+                                "--retries=0", "--threads=1", "--dev=3", "--breadth=0"])
+        return failed, answered
+    failed, smooth = run("smooth")
+    assert not failed and len(smooth) == len({*smooth}) > 30
+    rows = read_jsonl(tmp_path / "smooth")
+    texts = {call.get("sha256"): call["answer"] for call in read_jsonl(tmp_path / "smooth.calls.jsonl")}
+    prompts = {hashlib.sha256((HERE / f"notes/prompts/evolve-{way}.txt").read_bytes()).hexdigest()
+               for way in ("depth", "breadth")}
+    for row in rows:
+        assert 1 <= len(row["evolution"]) <= 3
+        for step in row["evolution"]:
+            assert step["prompt_name"] == "evolve-depth" and step["seed"] != row["seed"]
+            assert step["prompt_sha256"] in prompts or texts[step["prompt_sha256"]].startswith("Bolder")
+    dev = data.in_order_of("1", [f"Explain the harvest of variety{i}." for i in range(8)])[:3]
+    tried = re.search(r"variety\d", dev[0])[0]
+    untried = next(name for name in (f"variety{i}" for i in (0, 1, 2, 4, 5, 7)) if name not in str(dev))
+    for down, late in (tried, False), (untried, False), (untried, True):
+        out = f"{down}{late}"
+        failed, first = run(out)
+        said = capsys.readouterr().out
+        assert failed and ("the trial of its prompts is not complete" in said) == (down == tried)
+        assert len(read_jsonl(tmp_path / out)) == (0 if down == tried else len(rows) - 1)
+        down = ""
+        failed, second = run(out)
+        assert not failed and sorted(first + second) == sorted(smooth)
+        assert (tmp_path / out).read_bytes() == (tmp_path / "smooth").read_bytes()
+
+
+def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
+    """And what has no number to be judged by is told before a call."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-first-endpoint")
+    monkeypatch.setenv("JUDGE", "sk-second-endpoint")
+    sums = write_jsonl(tmp_path / "sums.jsonl", [
+        dict(instruction=f"What is {i} + 1?", output=f"It is {i + 1}.") for i in range(3)])
+    prose = write_jsonl(tmp_path / "prose.jsonl", [dict(instruction="What is red?", output="A colour.")])
+    with serving(lambda *_: completed("It is 2.")) as (url, came, _), serving(
+            lambda *_: completed("8")) as (judge, scored, _):
+        options = f"--endpoint={url}", "--model=m", "--n=1", '--extra={"top_k": 5}'
+        scorer = f"--score_endpoint={judge}", "--score_model=j"
+        rows = recipe("reject", sums, tmp_path / "a", *options, *scorer)
+        assert {request["auth"] for request in came} == {"Bearer sk-first-endpoint"} and came[0]["top_k"] == 5
+        assert {request["auth"] for request in scored} == {None} and "top_k" not in scored[0]
+        assert [(row["score"], row["score_model"]) for row in rows] == [(.8, "j")] * 3
+        del scored[:], came[:]
+        recipe("reject", sums, tmp_path / "b", *options, *scorer, "--score_key_env=JUDGE",
+               '--score_extra={"a": 1}')
+        assert {request["auth"] for request in scored} == {"Bearer sk-second-endpoint"}
+        assert scored[0]["a"] == 1
+
+        # By arithmetic.
+        capsys.readouterr()
+        rows = recipe("reject", sums, tmp_path / "c", *options)
+        assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
+        assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
+        del came[:]
+        with pytest.raises(SystemExit, match="no answer in IN has a number"):
+            data.main(["reject", prose, str(tmp_path / "d"), *options])
+        assert not came
+
+
 # ---- model.py ----------------------------------------------------------------------------------------------
 
 VARIANTS = {
