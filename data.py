@@ -23,6 +23,7 @@ Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=b
 """
 from __future__ import annotations     # Batch names torch, which is imported only where it is used: worker
                                        # processes do without it
+import bisect
 import contextlib
 import fcntl
 import functools
@@ -2156,6 +2157,7 @@ class Corpus(NamedTuple):
     start: np.ndarray            # (D,) weights, in the order of `domains`
     end: np.ndarray              # (D,)
     fingerprint: str             # digest of the tokenizer and of all domains' tokens; checkpoints carry it
+    pack: int = 0                # 0: text; conversations: how many windows stay together, 2 with pairs
 
 
 def tokenizer_of(config, vocab_size, keys, texts):
@@ -2183,22 +2185,7 @@ def prepare(config, vocab_size, launch="", workers=0):
     for line in datasets().twice(sets) if len(sets) > 1 else ():
         print(line)
     large = {name: source for name, (source, _) in found.items() if source.large}
-    with locked(config.cache):
-        # Digests of text files, from earlier calls.
-        sources = Path(config.cache, "sources.json")
-        record = {}
-        saved = read_json(sources, "files")
-        if saved and type(saved["files"]) is dict:
-            record = saved["files"]
-        before = dict(record)
-
-        # Stamps of shards that this launch has verified.
-        seen = Path(config.cache, "verified.json")
-        verified = {}
-        saved = read_json(seen, "launch", "files")
-        if launch and saved and saved["launch"] == launch and type(saved["files"]) is dict:
-            verified = saved["files"]
-
+    with remembered(config.cache, launch) as (record, verified):
         # Texts are extracted only if something has to be built from them, and at most once.
         @functools.cache
         def split(name):
@@ -2227,12 +2214,6 @@ def prepare(config, vocab_size, launch="", workers=0):
                 texts = functools.partial(split, name)
                 domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
 
-        # Save what the next call can reuse.
-        if record != before:
-            write_atomically(sources, json.dumps(dict(files=record)).encode())
-        if launch:
-            write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
-
     # Large text has a lock for each file: the ranks of a launch make and verify its shards together.
     verify = ""
     if config.verify:
@@ -2240,11 +2221,39 @@ def prepare(config, vocab_size, launch="", workers=0):
     for name in large:
         domains[name] = large_domain(config, *found[name], tokenizer, verify, workers)
 
-    # The fingerprint covers names, tokens and tokenizer.
+    return corpus_of(tokenizer, domains, start, end)
+
+
+@contextlib.contextmanager
+def remembered(cache, launch):
+    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified), both
+    to be updated in place; they are saved for the next call."""
+    with locked(cache):
+        sources = Path(cache, "sources.json")
+        record = {}
+        saved = read_json(sources, "files")
+        if saved and type(saved["files"]) is dict:
+            record = saved["files"]
+        before = dict(record)
+        seen = Path(cache, "verified.json")
+        verified = {}
+        saved = read_json(seen, "launch", "files")
+        if launch and saved and saved["launch"] == launch and type(saved["files"]) is dict:
+            verified = saved["files"]
+        yield record, verified
+
+        if record != before:
+            write_atomically(sources, json.dumps(dict(files=record)).encode())
+        if launch:
+            write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
+
+
+def corpus_of(tokenizer, domains, start, end, pack=0):
+    """The Corpus of these domains. The fingerprint covers names, tokens and tokenizer."""
     digests = []
     for name, domain in domains.items():
         digests += [name, *domain.sha256]
-    return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
+    return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests), pack)
 
 
 def origin(corpus, config, name, side, at):
@@ -2368,8 +2377,9 @@ class Batch(NamedTuple):
     x: torch.Tensor              # (b, T) int64 tokens
     y: torch.Tensor              # (b, T) int64 targets: the token after each
     doc_start: torch.Tensor      # (b, T) int64 position where the token's document begins, or None
-    domain: torch.Tensor         # (b,)   int64 index in the order of corpus.domains
+    domain: torch.Tensor = None  # (b,)   int64 index in the order of corpus.domains
     weight: torch.Tensor = None  # (b, T) weights of the token losses, which are then summed; None: the mean
+    label: torch.Tensor = None   # (b, T) int64, of conversations: see `packed`
 
 
 def document_starts(x, eot):
@@ -2390,6 +2400,7 @@ class Batches:
 
     Window k of a domain is tokens [kT, kT + T + 1); with several shards, of the shard that holds it. An epoch
     visits each window once, in its own order."""
+    pack = 1                                                     # windows that are drawn together
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus = corpus
@@ -2420,21 +2431,24 @@ class Batches:
             raise ValueError(f"{self.batch} windows a batch, not divisible by {world}")
         import torch
         b, T = self.batch // world, self.context
-
-        # The mixture gives each window its domain and its index j among that domain's windows.
         n0 = step * self.batch + rank * b
-        domain, j = self.mixture.window_domains(n0, n0 + b)                                # (b,), (b,)
-        W = self.windows[domain]                                                           # (b,)
-
-        # The permutation is keyed by seed, domain and epoch j // W.
-        key = np.full(b, self.seed & 2 ** 64 - 1, np.uint64)
-        for part in (domain, j // W):
-            key = mix(mix(key) + part.astype(np.uint64))
-        k = permute(j % W, W, key)                                                         # (b,)
+        domain, k = self.drawn(n0, n0 + b)
 
         # Cut the windows from the shards.
         x, y = take_windows(*zip(*[self.train[i](window) for i, window in zip(domain, k)]), T)
         return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
+
+    def drawn(self, n0, n1):
+        """Draws n0 .. n1-1 → the domain of each (b,), and the number of its window there (b,)"""
+        # The mixture gives each window its domain and its index j among that domain's windows.
+        domain, j = self.mixture.window_domains(n0, n1)                                    # (b,), (b,)
+        W = self.windows[domain]                                                           # (b,)
+
+        # The permutation is keyed by seed, domain and epoch j // W.
+        key = np.full(n1 - n0, self.seed & 2 ** 64 - 1, np.uint64)
+        for part in (domain, j // W):
+            key = mix(mix(key) + part.astype(np.uint64))
+        return domain, permute(j % W, W, key)
 
     def doc_start(self, x):
         """`document_starts` of x (b, T) if the configuration asks for document masking, else None."""
@@ -2445,7 +2459,7 @@ class Batches:
 
     def epochs(self, step):
         """{name: epochs of the domain seen after `step` steps}"""
-        epochs = self.mixture.counts([step * self.batch])[0] / self.windows
+        epochs = self.mixture.counts([step * self.batch // self.pack])[0] / self.windows
         return dict(zip(self.corpus.domains, epochs.tolist()))
 
     def val(self, name, limit=0):
@@ -2454,6 +2468,67 @@ class Batches:
         n = min(limit, len(windows)) or len(windows)
         x, y = take_windows(*zip(*map(windows, np.arange(n) * len(windows) // n)), self.context)
         return x, y, self.doc_start(x)
+
+
+class ChatBatches(Batches):
+    """batch(step) of packed conversations, a pure function of (seed, step), with weights and labels.
+
+    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs, 1 / P
+    at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the number of
+    ranks, since gradients are averaged over them. Every rank counts N or P itself, without communication."""
+
+    def __init__(self, corpus, config, seed, batch, context):
+        self.corpus, self.config, self.seed, self.batch, self.context = corpus, config, seed, batch, context
+        self.pack = corpus.pack
+        domains = corpus.domains.values()
+        self.sides = {side: [getattr(domain, side) for domain in domains] for side in ("train", "val")}
+        self.windows = np.array([len(shard) // self.pack for shard in self.sides["train"]])           # (D,)
+        self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context / self.pack)
+
+        # Pairs are numbered through all domains of a side; a domain's last pack has its highest number.
+        self.pairs = {side: np.cumsum([0] + [int(np.abs(shard[-self.pack:, 1]).max()) for shard in shards])
+                      for side, shards in self.sides.items()}                                         # (D+1,)
+
+    def __call__(self, step, rank=0, world=1):
+        """→ Batch: this rank's slice of the global batch, as of `Batches`."""
+        packs = self.batch // self.pack
+        if self.batch % (self.pack * world):
+            raise ValueError(f"{self.batch} windows a batch, not divisible by {world} × {self.pack}")
+        domain, k = self.drawn(step * packs, (step + 1) * packs)
+        own = slice(rank * packs // world, (rank + 1) * packs // world)
+        batch = self.cut("train", *self.of_packs(domain[own], k[own]))
+        count = sum(self.count(self.sides["train"][i][n * self.pack:(n + 1) * self.pack, 1])
+                    for i, n in zip(domain, k))
+        import torch
+        return batch._replace(weight=batch.label.sign().to(torch.get_default_dtype()) * world / max(1, count))
+
+    def of_packs(self, domain, k):
+        """Packs k → their windows: domain and number of each, (b,)"""
+        return domain.repeat(self.pack), (k[:, None] * self.pack + np.arange(self.pack)).reshape(-1)
+
+    def count(self, labels):
+        """Targets, or pairs, in a pack: labels (pack, T + 1). The pairs of a pack have adjacent numbers."""
+        numbers = np.abs(labels[labels != 0])
+        return len(numbers) if self.pack == 1 else int(numbers.max() - numbers.min()) + 1
+
+    def cut(self, side, domain, window):
+        """Windows of one side, by domain and number (b,) → Batch without weights."""
+        import torch
+        rows = np.stack([self.sides[side][i][n] for i, n in zip(domain, window)]).astype(np.int64)
+        ids, labels = torch.from_numpy(rows).unbind(1)                                     # (b, T + 1)
+        x, y, labels = (part.contiguous() for part in (ids[:, :-1], ids[:, 1:], labels[:, 1:]))
+        domain = torch.from_numpy(domain)
+        if self.pack == 2:
+            labels += labels.sign() * torch.from_numpy(self.pairs[side])[domain, None]
+        starts = torch.from_numpy(document_starts(x.numpy(), self.corpus.tokenizer.eot))
+        return Batch(x, y, starts, domain, label=labels)
+
+    def val(self, name, limit=0):
+        """→ Batch of about `limit` evenly spaced validation windows; 0: all"""
+        i = list(self.corpus.domains).index(name)
+        packs = len(self.sides["val"][i]) // self.pack
+        n = min(-(-limit // self.pack), packs) or packs
+        return self.cut("val", *self.of_packs(np.full(n, i), np.arange(n) * packs // n))
 
 
 # ---- the bigram baseline, which a model has to beat --------------------------------------------------------
@@ -2580,19 +2655,21 @@ def pair_of(record):
     return prompt, chosen[n:], rejected[n:]
 
 
-def conversations(name, path, config):
+def conversations(name, path, config, check=lambda record, messages: None, option="skip_bad"):
     """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and
-    `skip_bad` as in `rows`. Prints how many there were, and of which convention."""
+    `skip_bad` as in `rows`. check: raises a ValueError at what is bad too. option: the name of `skip_bad`.
+    Prints how many there were, and of which convention."""
     source, left_out = find_source(name, path, config)
     left, of_bytes = parse_budget(config.budget)
     found, counts = Counter(), Counter()
     for file, number, record in chat_records(source, counts):
         try:
             convention, messages = messages_of(record)
+            check(record, messages)
         except BAD_RECORD as error:
             if not source.skip_bad:
                 why = error if type(error) is ValueError else "a field of the conversation has the wrong type"
-                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --skip_bad=true") from None
+                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --{option}=true") from None
             counts["bad"] += 1
             continue
         found[convention] += 1
@@ -2631,6 +2708,224 @@ def chat_records(source, counts):
 def as_text(messages):
     """A conversation as plain text, for a run that reads text."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
+
+
+# ---- conversations: packed into windows --------------------------------------------------------------------
+
+def chat_ids(messages, tokenizer):
+    """A conversation → its ids, and which of them are targets, both (n,). This is our template, where a special
+    is one id and nothing stands between the turns:
+
+        <|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|>
+
+    Targets are the tokens of the answers, each with the <|end|> after it. Specials spelt in a text stay text.
+    To ask for an answer, append the id of <|assistant|>."""
+    ids, targets = [], []
+    for message in messages:
+        text = tokenizer.encode(message["content"])
+        ids += [[tokenizer.specials[f"<|{message['role']}|>"]], text, [tokenizer.specials["<|end|>"]]]
+        targets += [[False], np.full(len(text) + 1, message["role"] == "assistant")]
+    return np.concatenate(ids or [[]]).astype(np.int32), np.concatenate(targets or [[]]).astype(bool)
+
+
+def lessons(record, messages, pairs):
+    """→ [(messages that are given, messages whose answers are learned)]: one of a conversation; of a pair the
+    chosen and the rejected one. Raises ValueError, saying what is wrong."""
+    found = [([], messages)]
+    if pairs:
+        if convention_of(record) != "prompt/chosen/rejected":
+            raise ValueError(f"no pair: it has {shortened(record)}, not chosen and rejected")
+        _, chosen, rejected = pair_of(record)
+        given = messages[:len(messages) - len(chosen)]
+        found = [(given, chosen), (given, rejected)]
+    for given, learned in found:
+        roles = [message["role"] for message in (*given, *learned)]
+        if "system" in roles[1:]:
+            at = roles.index("system", 1) + 1
+            raise ValueError(f"message {at} is the system's, which can only be the first")
+        if "assistant" not in roles:
+            raise ValueError("no message is the assistant's, so there is nothing to learn")
+    return found
+
+
+def fitted(taught, tokenizer, T):
+    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation longer
+    than a window, T + 1 tokens, is cut after the last answer that fits; if none does, or of a pair, there is
+    nothing: half an answer is neither better nor worse."""
+    found = []
+    longest = 0
+    for given, learned in taught:
+        (before, _), (ids, targets) = chat_ids(given, tokenizer), chat_ids(learned, tokenizer)
+        longest = max(longest, len(before) + len(ids) + 1)
+        if longest > T + 1:
+            ends = np.flatnonzero(targets[:T] & (ids[:T] == tokenizer.specials["<|end|>"]))
+            if len(taught) > 1 or not len(ends):
+                continue
+            ids = ids[:ends[-1] + 1]
+        found.append((np.concatenate([before, ids, [tokenizer.eot]]).astype(np.int32),
+                      np.concatenate([before < 0, targets[:len(ids)], [False]])))
+    return found if len(found) == len(taught) else None, longest
+
+
+def best_fit(units, size):
+    """Units of one or two pieces, [lengths] → ([the window of each piece], number of windows of this size).
+
+    The longest units come first, each into the fullest window that has room for it, or a new one. Two pieces
+    that do not fit into one window get one each, both new: these come first, so at numbers 2i and 2i + 1."""
+    rooms = []                                                   # of windows that are not full, ascending
+    with_room = defaultdict(list)                                # room → windows
+    where = [None] * len(units)
+    count = 0
+    for i in sorted(range(len(units)), key=lambda i: -sum(units[i])):
+        # The loads that go into a window, and how much room each will leave.
+        total = sum(units[i])
+        at = bisect.bisect_left(rooms, total)
+        if total > size:
+            filled = [(count + side, size - n) for side, n in enumerate(units[i])]
+            count += len(filled)
+        elif at == len(rooms):
+            filled = [(count, size - total)]
+            count += 1
+        else:
+            room = rooms[at]
+            filled = [(with_room[room].pop(), room - total)]
+            if not with_room[room]:
+                del rooms[at]
+        for window, room in filled:
+            if room and not with_room[room]:
+                bisect.insort(rooms, room)
+            if room:
+                with_room[room].append(window)
+        where[i] = [window for window, _ in filled] * (len(units[i]) // len(filled))
+    return where, count
+
+
+def packed(units, T, pack, eot):
+    """[[(ids, targets), ..]] → (N, 2, T + 1) int32: the ids of each window, and under each id its label.
+
+    Labels are 0 but at targets. Of conversations these have 1. Of pairs, with pack = 2, a target of the j-th
+    chosen answer has j, of the j-th rejected one -j, j = 1, 2, ..; windows 2i and 2i + 1 are a pack, which no
+    pair leaves. Each piece is a document: it ends with an eot, and what is left of a window is eots."""
+    where, n = best_fit([[len(ids) for ids, _ in unit] for unit in units], T + 1)
+    shard = np.zeros((n + -n % pack, 2, T + 1), np.int32)
+    shard[:, 0] = eot
+    used = [0] * n
+    order = sorted(range(len(units)), key=lambda i: where[i][0] // pack)
+    for number, i in enumerate(order, 1):
+        for sign, window, (ids, targets) in zip((1, -1), where[i], units[i]):
+            here = slice(used[window], used[window] + len(ids))
+            shard[window, 0, here] = ids
+            shard[window, 1, here] = targets * (sign * number if pack == 2 else 1)
+            used[window] = here.stop
+    return shard
+
+
+def pack_chats(name, path, config, tokenizer, T, pack):
+    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them; characters of both; how
+    many there are). Prints what became of them. The hash of the prompt decides the side, so that no question is
+    on both: the lowest 5%, and at least one, are validation. Exact duplicates are left out."""
+    groups = defaultdict(list)                                   # hash → units
+    sizes = Counter()
+    counts = Counter()
+    seen = set()
+    shortest = math.inf
+    check = functools.partial(lessons, pairs=pack == 2)
+    for chat in conversations(name, path, config, check, "data.skip_bad"):
+        taught = check(chat.record, chat.messages)
+        unit, longest = fitted(taught, tokenizer, T)
+        text = json.dumps(taught)
+        key = digest64(text)
+        if unit is None:
+            counts["left out, longer than a window"] += 1
+            shortest = min(shortest, longest)
+        elif key in seen:
+            counts["left out as a duplicate"] += 1
+        else:
+            counts["cut after an answer, to fit into a window"] += longest > T + 1
+            first = [message["role"] for message in chat.messages].index("assistant")
+            together = str(chat.record.get("split_with", ""))
+            if not re.fullmatch("[0-9a-f]{16}", together):
+                together = sha256(json.dumps(taught[0][0] or chat.messages[:first]))
+            groups[together].append(unit)
+            sizes[together] += len(text)
+        seen.add(key)
+    if not groups:
+        raise ValueError(f"files: {name}={path}: the shortest conversation takes {shortest} tokens, and a "
+                         f"window has {T + 1}: --model.context={shortest - 1} or more")
+
+    # The two sides.
+    lowest = min(groups)
+    held_out = {hashed for hashed in groups if hashed == lowest or is_validation(hashed)}
+    if len(held_out) == len(groups):
+        raise ValueError(f"files: {name}={path} has one prompt; validation needs another one")
+    units = [[unit for hashed, some in groups.items() if (hashed in held_out) == side for unit in some]
+             for side in (False, True)]
+    shards = [packed(some, T, pack, tokenizer.eot) for some in units]
+    held = sum(sizes[hashed] for hashed in held_out)
+    tokens = sum(len(ids) for some in units for unit in some for ids, _ in unit)
+    windows = sum(map(len, shards))
+    targets = sum(int((shard[:, 1] != 0).sum()) for shard in shards)
+    more = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+    print(f"{name}={path}: {tokens:,} tokens in {several(windows, 'window')} of {T + 1}, which they fill to "
+          f"{tokens / windows / (T + 1):.1%}; {targets / tokens:.1%} are targets{more}")
+    return shards, [sum(sizes.values()) - held, held], sum(map(len, units))
+
+
+def cached_packs(folder, name, key, tokenizer, build, verified):
+    """The Domain of packed conversations, loaded from the cache or built: see cached_domain."""
+    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
+    paths = [Path(folder, f"{stem}-{side}.bin") for side in ("train", "val")]
+    about = Path(folder, f"{stem}.json")
+    dtype = np.dtype("<i4")
+    facts = intact(about, paths, dtype, verified, ["width"])
+    if not facts:
+        shards, sizes, documents = build()
+        for path, shard in zip(paths, shards):
+            write_atomically(path, shard.astype(dtype))
+        facts = dict(tokens=[shard.size for shard in shards], bytes=sizes, documents=documents,
+                     sha256=[sha256(shard.astype(dtype)) for shard in shards], width=shards[0].shape[2])
+        write_atomically(about, json.dumps(facts).encode())
+    verified.update({path.name: stamp(path) for path in paths})
+    train, val = (np.memmap(path, dtype, "r").reshape(-1, 2, facts["width"]) for path in paths)
+    return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+
+
+def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
+    """`prepare` for conversations, or pairs of answers, which become windows of T + 1 tokens → Corpus, whose
+    domains hold them as `packed` makes them. Raises ValueError, saying what to correct."""
+    # What they are, and the tokenizer, which comes from the run that learns them.
+    names, start, end, paths = parse_domains(config)
+    for name in names:
+        if name not in paths:
+            raise ValueError(f"domain {name!r} has no conversations: --data.files=chat=PATH names a file or "
+                             "folder of .jsonl, .json or .parquet")
+    if config.clean:
+        raise ValueError("clean: only for text; conversations are cleaned by what writes them")
+    if config.tokenizer == "bpe":
+        raise ValueError("tokenizer bpe: conversations are read with that of the run which learns them: "
+                         "--init=RUN, or name another one")
+    tokenizer = tokenizer_of(config, vocab_size, (), None)
+    missing = [special for special in SPECIALS[1:] if special not in tokenizer.specials]
+    if missing:
+        raise ValueError(f"tokenizer {config.tokenizer} has no {', '.join(missing)}, which mark the turns; "
+                         "that of a run of ours has them")
+    if vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
+
+    # The cache's key stands for the files and for the code that reads and packs them.
+    pack = 2 if pairs else 1
+    steps = (conversations, chat_records, records, convention_of, turns, messages_of, pair_of, chat_ids,
+             lessons, fitted, best_fit, packed, pack_chats)
+    domains = {}
+    with remembered(config.cache, launch) as (record, verified):
+        for name in names:
+            source, _ = find_source(name, paths[name], config)
+            with reading(name):
+                digests = [digest(Path(file), record) for file in source.files]
+            key = sha256(how_read(source, config), str((T, pack)), *digests, *map(inspect.getsource, steps))
+            build = functools.partial(pack_chats, name, paths[name], config, tokenizer, T, pack)
+            domains[name] = cached_packs(config.cache, name, key, tokenizer, build, verified)
+    return corpus_of(tokenizer, domains, start, end, pack)
 
 
 # ---- generation: one function, any endpoint ----------------------------------------------------------------

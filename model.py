@@ -1214,7 +1214,10 @@ class Transformer(nn.Module):
         if self.first:
             x = F.embedding(x, self.embed)
             if self.config.position == "learned":
-                x = x + self.position[past:past + T]
+                if doc_start is None:
+                    x = x + self.position[past:past + T]
+                else:
+                    x = x + self.position[torch.arange(T, device=x.device) - doc_start]    # from 0 in each
             if dtype is not None:
                 x = x.to(dtype)
 
