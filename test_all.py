@@ -4891,7 +4891,7 @@ class Scripted(torch.nn.Module):
         token = self.script.pop(0)
         if token is KeyboardInterrupt:
             raise token
-        return torch.nn.functional.one_hot(torch.full(x.shape, token), 261).float()
+        return torch.nn.functional.one_hot(torch.full(x.shape, token), 261) * 1e3
 
 
 def talk(*answers, limit=50, system="", context=64):
@@ -4990,22 +4990,30 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_got():
     assert "".join(chat.answer("r")) == "on" and sum(chat.model.given) == chat.cache.length
 
 
+class Typed(io.StringIO):
+    """What is typed, with ^C as a line of its own."""
+    def readline(self, *_):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
 def test_a_conversation_through_a_pipe_reads_as_a_transcript(finished, tmp_path, capsys, monkeypatch):
-    """Questions, blank lines, /reset; a run without conversations says so; the same seed says the same."""
+    """Questions, blank lines, Ctrl-C at the prompt and in an answer, /reset; a run that has seen no
+    conversations says so; the same seed says the same; input that is not UTF-8."""
     run = finished[0].parent.parent
     scripted = Scripted(b"Hi!", [END], b"Yes", [KeyboardInterrupt], b"Hi?", [END], context=32)
-    for model in (scripted, None):
-        if model:
-            monkeypatch.setattr(train, "load_run", lambda *_: (model, BYTES))
-        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nok?\n/reset\nhello\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_run", lambda *_: (scripted, BYTES))
+        patch.setattr(sys, "stdin", Typed("hello\n\nok?\n^C\n/reset\nhello\n"))
         code, said, error = run_model(capsys, "--chat", run, "--tokens=5")
-        lines = said.splitlines()
-        assert not code and not error and lines[0].startswith(f"{run}: Ctrl-C stops an answer, /reset")
-        assert "has seen no conversations" in lines[1] and f"sft --init={run}" in lines[1]
-        if model:
-            assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> /reset", "> hello",
-                                 "Hi?", "> "]
-        monkeypatch.undo()
+    lines = said.splitlines()
+    assert not code and not error and lines[0].startswith(f"{run}: Ctrl-C stops an answer, /reset begins")
+    assert "has seen no conversations" in lines[1] and f"sft --init={run}" in lines[1]
+    assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> ", "> /reset", "> hello", "Hi?",
+                         "> "]
+    assert scripted.given == [8, 1, 1, 1, 7, 1, 1, 1, 8, 1, 1, 1], "/reset began anew"
     asked = dict(input="a\nü\n".encode() + b"\xff\n", capture_output=True)
     command = [sys.executable, HERE / "model.py", "--chat", run, "--tokens=4", "--system=s"]
     first, second = (subprocess.run(command, **asked) for _ in range(2))
@@ -5014,12 +5022,16 @@ def test_a_conversation_through_a_pipe_reads_as_a_transcript(finished, tmp_path,
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
-    """The signal itself, sent while the model answers, twice, and while the program waits for a question."""
+    """The signal itself, sent twice while the model answers."""
     code = ("import sys, time, model\n"
-            "model.Chat.next = lambda chat: time.sleep(0.05) or 97\n"
+            "def next(chat):\n"
+            "    while len(chat.turns[-1]) > 3: time.sleep(0.01)\n"
+            "    return 97\n"
+            "model.Chat.next = next\n"
             "model.main(sys.argv[1:])")
-    command = [sys.executable, "-uc", code, "--chat", finished[0].parent.parent, "--tokens=9999"]
+    command = [sys.executable, "-uc", code, "--chat", finished[0].parent.parent, "--tokens=99"]
     talking = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    threading.Timer(60, talking.kill).start()                      # a test that fails does not hang
 
     def read_until(end):
         seen = b""
@@ -5032,8 +5044,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
         read_until(b"aaa")
         talking.send_signal(signal.SIGINT)
         read_until(b" [stopped]\n> ")
-    talking.send_signal(signal.SIGINT)
-    read_until(b"\n> ")
     assert talking.communicate()[0] == b"\n" and talking.returncode == 0                  # Ctrl-D
 
 
