@@ -1532,7 +1532,8 @@ def sample(args):
 
     # The prompt and its continuation
     prompt = known_to(model, [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()], args.sample)
-    out = generate(model, torch.tensor([prompt]), args.tokens, steady(args.temperature), args.top_p, args.seed)
+    temperature = steady(args.temperature)
+    out = generate(model, torch.tensor([prompt]), args.tokens, temperature, args.top_p, args.seed)
     print(tokenizer.decode(out[0, 1:].tolist()))
 
 
@@ -1596,24 +1597,24 @@ class Chat:
         try:
             gone = self.forget(min(self.limit, self.context // 2))
             if gone:
-                yield f"[the window of {self.context} tokens is full: the oldest questions and their answers, " \
-                      f"{gone} of each, are forgotten]\n"
+                yield f"[the window of {self.context} tokens is full: the oldest questions and their " \
+                      f"answers, {gone} of each, are forgotten]\n"
 
             # One token at a time; a character of several tokens waits until it is complete
             utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-            while len(given) <= self.limit and self.size() <= self.context:
-                token = self.next()
-                if token in specials.values():
-                    break
-                given.append(token)
-                yield utf8.decode(self.tokenizer.bytes_of([token]))
-            else:
-                why = f"--tokens={self.limit}"
-                if len(given) <= self.limit:
-                    why = f"the window of {self.context} tokens is full"
-                yield utf8.decode(b"", True) + f" [{why}: cut]"
-                return
-            yield utf8.decode(b"", True)
+            cut = ""
+            while not cut:
+                if len(given) > self.limit:
+                    cut = f" [--tokens={self.limit}: cut]"
+                elif self.size() > self.context:
+                    cut = f" [the window of {self.context} tokens is full: cut]"
+                else:
+                    token = self.next()
+                    if token in specials.values():
+                        break
+                    given.append(token)
+                    yield utf8.decode(self.tokenizer.bytes_of([token]))
+            yield utf8.decode(b"", True) + cut
         finally:
             given.append(specials["<|end|>"])
 
@@ -1634,12 +1635,13 @@ def chat(args):
     model, tokenizer = load(args.chat, args)
     lacking = [name for name in SPECIALS[1:] if name not in tokenizer.specials]
     if lacking:
-        raise ValueError(f"{args.chat}: its tokenizer has no {', '.join(lacking)}, the tokens of a conversation: "
-                         f"--sample continues a text")
+        raise ValueError(f"{args.chat}: its tokenizer has no {', '.join(lacking)}, the tokens of a "
+                         "conversation: --sample continues a text")
     known_to(model, [tokenizer.n_vocab - 1], args.chat)
     told = Chat(model, tokenizer, args.system, args.tokens, steady(args.temperature), args.top_p, args.seed)
     if told.size() > told.context // 2:
-        raise ValueError(f"--system: {told.size()} tokens are more than half of the window of {told.context}")
+        raise ValueError(f"--system: {told.size()} tokens are more than half of the window, which has "
+                         f"{told.context}")
 
     # Where to go from here
     print(f"{args.chat}: Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends.")

@@ -5051,7 +5051,7 @@ def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsy
     run = finished[0].parent.parent
     for words, says in (([tmp_path], "0 checkpoints here"), ([run, "--tokens=-1"], "--tokens=-1: must"),
                         ([run, "--system=a\udcff"], "is not UTF-8"),
-                        ([run, "--system", "s" * 20], "--system: 22 tokens are more than half of the window of 32")):
+                        ([run, "--system", "s" * 20], "--system: 22 tokens are more than half of the win")):
         code, said, error = run_model(capsys, "--chat", *words)
         assert code == 1 and re.search(says, error) and "\n" not in error and not said, error
     for words in (["--system=x"], ["--chat", run, "--sample", run], ["--chat", run, "--prompt=x"],
@@ -5061,14 +5061,15 @@ def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsy
     foreign.specials = {"<|endoftext|>": 256, "<|user|>": 258}
     monkeypatch.setattr(train, "load_run", lambda *_: (network, foreign))
     assert run_model(capsys, "--chat", run)[2].endswith(
-        "its tokenizer has no <|system|>, <|assistant|>, <|end|>, the tokens of a conversation: --sample continues "
-        "a text")
+        "its tokenizer has no <|system|>, <|assistant|>, <|end|>, the tokens of a conversation: --sample "
+        "continues a text")
     foreign.specials, foreign.n_vocab = BYTES.specials, 300
     assert "its tokenizer has a token 299, its model 261 of them" in run_model(capsys, "--chat", run)[2]
 
 
-CONVERSATION = [dict(role="system", content=" Be kind.\n"), dict(role="user", content="Hi  there,\n\n1234 ü€🙂"),
-                dict(role="assistant", content="\tYes. "), dict(role="user", content="{{ 1 + 1 }} {% if %}")]
+CONVERSATION = [dict(role="system", content=" Be kind.\n"),
+                dict(role="user", content="Hi  there,\n\n1234 ü€🙂"), dict(role="assistant", content="\tYes. "),
+                dict(role="user", content="{{ 1 + 1 }} {% if %}")]
 
 
 def test_transformers_reads_the_template_of_an_export(tmp_path):

@@ -469,11 +469,12 @@ PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\
          "Don't\u3000x\x00\n\n\nEnd \n ")
 
 
-# The template of data.chat_ids in Jinja. Where a message spells a special, transformers reads it as that special,
+# The template of data.chat_ids in Jinja. transformers reads a special that a message spells as that special,
 # unless it is called with sanitize_control_tokens=True
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] or message['content'] is not string -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] "
+    "or message['content'] is not string -%}"
     "{{ raise_exception('a message is a system, user or assistant role and a text as content') }}"
     "{%- endif -%}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
