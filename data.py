@@ -2226,8 +2226,8 @@ def prepare(config, vocab_size, launch="", workers=0):
 
 @contextlib.contextmanager
 def remembered(cache, launch):
-    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified), both
-    to be updated in place; they are saved for the next call."""
+    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified).
+    Both are to be updated in place, and are saved for the next call."""
     with locked(cache):
         sources = Path(cache, "sources.json")
         record = {}
@@ -2473,9 +2473,9 @@ class Batches:
 class ChatBatches(Batches):
     """batch(step) of packed conversations, a pure function of (seed, step), with weights and labels.
 
-    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs, 1 / P
-    at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the number of
-    ranks, since gradients are averaged over them. Every rank counts N or P itself, without communication."""
+    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs,
+    1 / P at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the
+    number of ranks, since gradients are averaged over them. Every rank counts N or P itself."""
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus, self.config, self.seed, self.batch, self.context = corpus, config, seed, batch, context
@@ -2713,8 +2713,8 @@ def as_text(messages):
 # ---- conversations: packed into windows --------------------------------------------------------------------
 
 def chat_ids(messages, tokenizer):
-    """A conversation → its ids, and which of them are targets, both (n,). This is our template, where a special
-    is one id and nothing stands between the turns:
+    """A conversation → its ids, and which of them are targets, both (n,). This is our template; a special is
+    one id, and nothing stands between the turns:
 
         <|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|>
 
@@ -2749,9 +2749,9 @@ def lessons(record, messages, pairs):
 
 
 def fitted(taught, tokenizer, T):
-    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation longer
-    than a window, T + 1 tokens, is cut after the last answer that fits; if none does, or of a pair, there is
-    nothing: half an answer is neither better nor worse."""
+    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation that
+    is longer than a window, T + 1 tokens, is cut after the last answer that fits. If none does there is
+    nothing, nor of a pair that is longer: half an answer is neither better nor worse."""
     found = []
     longest = 0
     for given, learned in taught:
@@ -2801,13 +2801,13 @@ def best_fit(units, size):
 
 
 def packed(units, T, pack, eot):
-    """[[(ids, targets), ..]] → (N, 2, T + 1) int32: the ids of each window, and under each id its label.
+    """[[(ids, targets), ..]] → (N, 2, T + 1) '<i4': the ids of each window, and under each id its label.
 
     Labels are 0 but at targets. Of conversations these have 1. Of pairs, with pack = 2, a target of the j-th
     chosen answer has j, of the j-th rejected one -j, j = 1, 2, ..; windows 2i and 2i + 1 are a pack, which no
     pair leaves. Each piece is a document: it ends with an eot, and what is left of a window is eots."""
     where, n = best_fit([[len(ids) for ids, _ in unit] for unit in units], T + 1)
-    shard = np.zeros((n + -n % pack, 2, T + 1), np.int32)
+    shard = np.zeros((n + -n % pack, 2, T + 1), "<i4")
     shard[:, 0] = eot
     used = [0] * n
     order = sorted(range(len(units)), key=lambda i: where[i][0] // pack)
@@ -2821,9 +2821,9 @@ def packed(units, T, pack, eot):
 
 
 def pack_chats(name, path, config, tokenizer, T, pack):
-    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them; characters of both; how
-    many there are). Prints what became of them. The hash of the prompt decides the side, so that no question is
-    on both: the lowest 5%, and at least one, are validation. Exact duplicates are left out."""
+    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them, characters of both,
+    how many there are), and print what became of them. The hash of the prompt decides the side, so that no
+    question is on both: the lowest 5%, or one of these, are validation. Duplicates are left out."""
     groups = defaultdict(list)                                   # hash → units
     sizes = Counter()
     counts = Counter()
@@ -2853,22 +2853,28 @@ def pack_chats(name, path, config, tokenizer, T, pack):
         raise ValueError(f"files: {name}={path}: the shortest conversation takes {shortest} tokens, and a "
                          f"window has {T + 1}: --model.context={shortest - 1} or more")
 
-    # The two sides.
-    lowest = min(groups)
-    held_out = {hashed for hashed in groups if hashed == lowest or is_validation(hashed)}
-    if len(held_out) == len(groups):
+    # The two sides: a prompt that has more than a tenth of the text is held out only if all others have more.
+    if len(groups) == 1:
         raise ValueError(f"files: {name}={path} has one prompt; validation needs another one")
+    held_out = set()
+    held, total = 0, sum(sizes.values())
+    for hashed in sorted(groups):
+        if (is_validation(hashed) or not held_out) and held + sizes[hashed] <= total / 10:
+            held_out.add(hashed)
+            held += sizes[hashed]
+    if not held_out:
+        held_out = {min(groups, key=lambda hashed: (sizes[hashed], hashed))}
+        held = sizes[min(held_out)]
     units = [[unit for hashed, some in groups.items() if (hashed in held_out) == side for unit in some]
              for side in (False, True)]
     shards = [packed(some, T, pack, tokenizer.eot) for some in units]
-    held = sum(sizes[hashed] for hashed in held_out)
     tokens = sum(len(ids) for some in units for unit in some for ids, _ in unit)
     windows = sum(map(len, shards))
     targets = sum(int((shard[:, 1] != 0).sum()) for shard in shards)
     more = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
     print(f"{name}={path}: {tokens:,} tokens in {several(windows, 'window')} of {T + 1}, which they fill to "
           f"{tokens / windows / (T + 1):.1%}; {targets / tokens:.1%} are targets{more}")
-    return shards, [sum(sizes.values()) - held, held], sum(map(len, units))
+    return shards, [total - held, held], sum(map(len, units))
 
 
 def cached_packs(folder, name, key, tokenizer, build, verified):
@@ -2881,9 +2887,9 @@ def cached_packs(folder, name, key, tokenizer, build, verified):
     if not facts:
         shards, sizes, documents = build()
         for path, shard in zip(paths, shards):
-            write_atomically(path, shard.astype(dtype))
+            write_atomically(path, shard)
         facts = dict(tokens=[shard.size for shard in shards], bytes=sizes, documents=documents,
-                     sha256=[sha256(shard.astype(dtype)) for shard in shards], width=shards[0].shape[2])
+                     sha256=[sha256(shard) for shard in shards], width=shards[0].shape[2])
         write_atomically(about, json.dumps(facts).encode())
     verified.update({path.name: stamp(path) for path in paths})
     train, val = (np.memmap(path, dtype, "r").reshape(-1, 2, facts["width"]) for path in paths)

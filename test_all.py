@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections import Counter
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -7190,7 +7191,8 @@ def plain_forward(c, weights, x, y, doc_start=None):
     """→ nats of each token (B, T), balance loss, {layer: largest logits (H,)}, {layer: load (E,)}"""
     t, h, balance, peaks, loads = torch.arange(x.shape[1]), weights["embed"][x], 0.0, {}, {}
     mask = t[:, None] >= t if doc_start is None else (t[:, None] >= t) & (t >= doc_start[..., None])
-    h = h + weights["position"][t] if c.position == "learned" else h
+    if c.position == "learned":
+        h = h + weights["position"][t if doc_start is None else t - doc_start]
     for i in range(c.n_layer):
         attention, ffn = inside(weights, f"layers.{i}.attention."), inside(weights, f"layers.{i}.ffn.")
         change, peaks[i] = plain_attention(c, i, attention, plain_norm(c, h, attention["norm.weight"]), mask)
@@ -7582,9 +7584,9 @@ def test_an_evaluation_follows_the_save_and_can_be_stopped(text, tmp_path, monke
     def crash(*args):
         raise KeyError("a fault in an evaluation")
 
-    def stopped(chunks, batches, config, mesh, dtype, stop_asked):
+    def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(chunks, batches, config, mesh, dtype, stop_asked)
+        return evaluate(*args)
 
     for name, fault in (("crash", crash), ("stop", stopped)):
         for step in (0, 5, 10) if name == "stop" else (5,):
@@ -7992,6 +7994,433 @@ def test_nothing_executes_code_it_was_given():
         assert not names & {"pickle", "marshal"}, path
         assert not re.search(r"(gather|broadcast|scatter|send|recv)_object", path.read_text("utf-8")) or \
             path.name == "test_all.py", f"{path}: sends objects as pickle"
+
+
+# ---- conversations: packed, learned, compared --------------------------------------------------------------
+
+BYTES = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+CHAT = 48                                                          # tokens of a window
+CHAT_EXPERTS = replace(faults.EXPERTS, n_layer=2, n_expert=4, n_group=1, top_group=1, context=CHAT)
+
+
+def turn(role, content):
+    return dict(role=role, content=content)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A folder with conversations in all conventions, and with pairs; some are longer than half a window."""
+    folder, rng = tmp_path_factory.mktemp("chats"), random.Random(0)
+    chat, pairs = [], []
+    for i in range(70):
+        asked, answer = f"{i}+1?", f"It is {i + 1}" + rng.choice(("!", ".", ", as you know."))
+        long = [turn("user", asked), turn("assistant", answer), turn("user", "?"), turn("assistant", "Yes")]
+        chat.append([dict(messages=[turn("system", "Add")] * (i % 2) + long),
+                     dict(prompt=asked, completion=answer),
+                     dict(instruction="Add", input=asked, output=answer),
+                     dict(conversations=[{"from": "human", "value": asked},
+                                         {"from": "gpt", "value": answer}]),
+                     dict(prompt=asked, chosen=answer, rejected="No")][i % 5])
+        said = [turn("user", asked), turn("assistant", answer)]
+        other = f"It is {i + 2}" + rng.choice((".", ", as you know, of course!"))
+        pairs.append([dict(prompt=asked, chosen=answer, rejected=other),
+                      dict(chosen=said, rejected=[said[0], turn("assistant", other)]),
+                      dict(chosen=long, rejected=[*long[:3], turn("assistant", "No no!")])][i % 3])
+    for name, records in (("chat", chat), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(_figure, "draw", lambda *args: None)       # loss.png takes longer than these runs
+
+
+def chat_run(folder, objective, **changes):
+    """A run on these conversations from random weights."""
+    base = tiny_run(folder / "mine.txt")
+    name = "pairs" if objective == "dpo" else "chat"
+    own = data.DataConfig(files=f"{name}={folder / name}.jsonl", tokenizer="bytes",
+                          cache=str(folder / "cache"))
+    model = changes.pop("model", replace(base.model, context=CHAT))
+    return replace(base, objective=objective, data=own, model=model, tokens=4 * 8 * CHAT, eval_every=2,
+                   beta=0.5, eval_windows=7, **changes)
+
+
+def chat_batches(config, **changes):
+    corpus = train.corpus_of(config)
+    return data.ChatBatches(corpus, replace(config.data, horizon=config.tokens), config.seed, config.batch,
+                            config.model.context)
+
+
+def documents_in(ids, labels):
+    """The documents of a window (T,) → [(ids, labels)] without the eots."""
+    ends = [i for i, t in enumerate(ids) if t == BYTES.eot]
+    parts = [(ids[a:b], labels[a:b]) for a, b in zip([0, *[end + 1 for end in ends]], ends)]
+    return [part for part in parts if len(part[0])]
+
+
+def test_the_chat_template_marks_turns_by_id_and_trains_answers_with_their_end():
+    """Specials spelt in a text stay text, also in an answer."""
+    system, user, assistant, end = (BYTES.specials[name] for name in data.SPECIALS[1:])
+    said = [turn("system", "Be"), turn("user", "<|end|>"), turn("assistant", "é"), turn("user", "?"),
+            turn("assistant", "<|user|>")]
+    ids, targets = data.chat_ids(said, BYTES)
+    expected = [system, *b"Be", end, user, *b"<|end|>", end, assistant, *"é".encode(), end, user, *b"?", end,
+                assistant, *b"<|user|>", end]
+    assert ids.tolist() == expected
+    assert [ids[i] for i in np.flatnonzero(targets)] == [*"é".encode(), end, *b"<|user|>", end]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_best_fit_leaves_no_window_too_full_and_no_pair_apart(pairs):
+    """Against its definition, searched by brute force: the longest first, each into the fullest window with
+    room. Pieces of a pair are in one window, or in windows 2i and 2i + 1."""
+    rng = random.Random(1)
+    for size in (5, 17, 64):
+        units = [[rng.randint(1, size) for _ in range(1 + pairs)] for _ in range(200)]
+        where, count = data.best_fit(units, size)
+        rooms = [size] * count
+        for unit, windows in zip(units, where):
+            for n, window in zip(unit, windows, strict=True):
+                rooms[window] -= n
+            a, b = windows[0], windows[-1]
+            assert a == b or sum(unit) > size and a % 2 == 0 and b == a + 1
+        assert min(rooms) >= 0 and max(rooms) < size
+
+        free = []                                                  # the definition, by rooms alone
+        for total, unit in sorted(((sum(unit), unit) for unit in units), key=lambda row: -row[0]):
+            fits = [room for room in free if room >= total]
+            if total > size:
+                free += [size - n for n in unit]
+            elif fits:
+                free[free.index(min(fits))] -= total
+            else:
+                free.append(size - total)
+        assert sorted(free) == sorted(rooms)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_packed_windows_hold_every_conversation_once_and_whole(chats, objective):
+    """Read back from the windows: the same ids, targets and pairs; what is left of a window is eots."""
+    config = chat_run(chats, objective)
+    pack = 2 if objective == "dpo" else 1
+    expected = Counter()
+    path = str(chats / ("pairs.jsonl" if pack == 2 else "chat.jsonl"))
+    for chat in data.conversations("x", path, config.data):
+        pieces, _ = data.fitted(data.lessons(chat.record, chat.messages, pack == 2), BYTES, CHAT)
+        pieces = [(ids[:-1].tolist(), targets[:-1].astype(int).tolist()) for ids, targets in pieces]
+        expected[tuple((*ids, *targets) for ids, targets in pieces)] += 1
+    found, (domain,) = Counter(), train.corpus_of(config).domains.values()
+    for shard in (domain.train, domain.val):
+        pieces, numbers = {}, []
+        assert shard.dtype == np.int32 and len(shard) % pack == 0 and shard.shape[1:] == (2, CHAT + 1)
+        for w, (ids, labels) in enumerate(shard.tolist()):
+            for tokens, marks in documents_in(ids, labels):
+                number, = set(marks) - {0}
+                numbers.append((w // pack, abs(number)))
+                piece = pieces.setdefault(abs(number) if pack == 2 else len(pieces), {})
+                piece[number < 0] = w, (*tokens, *[int(mark != 0) for mark in marks])
+        for piece in pieces.values():
+            assert sorted(piece) == [False, True][:pack] and len({w // 2 for w, _ in piece.values()}) == 1
+            found[tuple(piece[side][1] for side in sorted(piece))] += 1
+        if pack == 2:                                              # numbered through, pack by pack
+            assert sorted({number for _, number in numbers}) == list(range(1, len(pieces) + 1))
+            assert [n for _, n in sorted(numbers)] == sorted(n for _, n in numbers)
+    assert found == expected and found.total() == 70
+    if pack == 2:
+        apart = [sum(len(ids) for ids in unit) // 2 > CHAT - 1 for unit in found]
+        assert 0 < sum(apart) < len(apart), "some side by side and some in two windows"
+
+
+def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(tmp_path, capsys):
+    """A pair is never cut. A prompt stays on its side whatever else there is. Windows are filled."""
+    rng = random.Random(2)
+    talk = lambda i: [turn("user", f"{i}?"), turn("assistant", "y" * rng.randint(3, 30))]
+    long = talk(0) + [turn("user", "z" * 20), turn("assistant", "x" * 20)]
+    rows = [dict(messages=talk(i)) for i in range(1, 400)] + [dict(messages=long), dict(messages=long)]
+    rows += [dict(prompt="a", completion="b" * 90)]
+    sides = []
+    for name, some in (("a", rows), ("b", rows[::2])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, some)))
+        shards, *_ = data.pack_chats(name, str(path), data.DataConfig(), BYTES, CHAT, 1)
+        sides.append([{tuple(ids[1:4]) for row in shard.tolist() for ids, _ in documents_in(*row)}
+                      for shard in shards])
+        said = capsys.readouterr().out
+        assert float(re.search(r"fill to ([\d.]+)%", said)[1]) > 94, "packing efficiency"
+        if name == "a":
+            for what in ("1 cut after an answer", "1 left out, longer than a window", "1 left out as a dup"):
+                assert what in said
+            assert not any(ids.count(ord("z")) for shard in shards for ids, _ in shard.tolist())
+    assert sides[1][0] <= sides[0][0] and sides[1][1] <= sides[0][1] and len(sides[1][1]) > 3
+    unit, longest = data.fitted([([], long), ([], talk(0))], BYTES, CHAT)
+    assert unit is None and longest > CHAT + 1
+
+
+BAD_CHATS = [
+    (dict(messages=[turn("user", "a"), turn("user", "b")]), "no message is the assistant's"),
+    (dict(messages=[turn("user", "a"), turn("tool", "b")]), "message 2 has the unknown role 'tool'; known:"),
+    (dict(messages=[turn("user", "a"), turn("assistant", " ")]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[turn("user", "a"), turn("system", "b"), turn("assistant", "c")]),
+     "message 2 is the system's, which can only be the first"),
+    (dict(text="a"), "no conversation: it has text"),
+    (dict(prompt="a", chosen="b", rejected="b"), "the chosen and the rejected answer are equal"),
+    (dict(prompt="a", chosen="b", rejected=""), "message 1, of 'assistant', is empty"),
+    (dict(prompt="a", completion="b"), "no pair: it has prompt, completion"),
+]
+
+
+@pytest.mark.parametrize("record, message", BAD_CHATS)
+def test_bad_conversations_are_refused_with_file_and_row_or_counted(record, message, tmp_path, capsys):
+    pairs = "pair" in message or "rejected" in record
+    good = [dict(prompt=f"{i}", chosen="b", rejected="c") for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good[0], record, *good[1:]])))
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError) as error:
+        data.prepare_chats(config, 261, CHAT, pairs)
+    said = str(error.value)
+    assert f"{path}, row 2: {message}" in said and said.endswith("--data.skip_bad=true") and "\n" not in said
+    corpus = data.prepare_chats(replace(config, skip_bad=True), 261, CHAT, pairs)
+    assert corpus.domains["a"].documents == 40 and "1 row bad" in capsys.readouterr().out
+
+
+def test_conversations_need_a_tokenizer_with_turns_room_and_two_prompts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(dict(prompt="what?", completion="that")))
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    plain = tmp_path / "tokenizer.json"
+    BYTES.save(plain)
+    foreign = data.load_tokenizer(plain)
+    foreign.specials = {"</s>": 0}
+    for changes, T, message in (
+            (dict(), 8, "the shortest conversation takes 14 tokens, and a window has 9: --model.context=13"),
+            (dict(), CHAT, "has one prompt"), (dict(tokenizer="bpe"), CHAT, "--init=RUN"),
+            (dict(files=""), CHAT, "domain 'prose' has no conversations: --data.files=chat=PATH"),
+            (dict(clean=True), CHAT, "clean: only for text"),
+            (dict(tokenizer=str(plain)), CHAT, "has no <|system|>, <|user|>, <|assistant|>, <|end|>, which")):
+        with mock.patch.object(data, "load_tokenizer", lambda path: foreign):
+            with pytest.raises(ValueError) as error:
+                data.prepare_chats(replace(config, **changes), 261, T)
+        assert message in str(error.value), (changes, str(error.value))
+    with pytest.raises(ValueError, match="sft goes on from a run: --init=RUN"):
+        train.parse(["sft", f"--data.files=chat={path}"])
+    with pytest.raises(ValueError, match="micro=3: must be even"):
+        train.parse(["dpo", "--micro=3"])
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_batches_of_conversations_are_pure_and_their_weights_are_those_of_a_mean(chats, objective, float64):
+    """The ranks' slices make up the global batch; each pack once an epoch; weights sum to the mean over the
+    global batch's targets, or to its pairs' means, whatever the number of ranks."""
+    config = chat_run(chats, objective)
+    batches, pack = chat_batches(config), 2 if objective == "dpo" else 1
+    for step in range(3):
+        whole = batches(step)
+        for world in (1, 2, 4):
+            parts = [chat_batches(config)(step, rank, world) for rank in range(world)]
+            for name in ("x", "y", "domain", "doc_start", "label"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+            torch.testing.assert_close(torch.cat([part.weight for part in parts]), whole.weight * world)
+        if pack == 1:
+            assert whole.weight.sum() == pytest.approx(1)
+            assert torch.equal(whole.weight > 0, whole.label == 1) and len(whole.weight.unique()) == 2
+        else:
+            pairs = {(row // 2, abs(n)) for row, some in enumerate(whole.label.tolist()) for n in some if n}
+            assert torch.equal(whole.weight, whole.label.sign() / len(pairs))
+        assert whole.doc_start.tolist() == data.document_starts(whole.x.numpy(), BYTES.eot).tolist()
+    packs = len(batches.sides["train"][0]) // pack
+    drawn = np.sort(batches.drawn(0, packs)[1])
+    assert drawn.tolist() == list(range(packs))
+    assert list(batches.epochs(5).values()) == pytest.approx([5 * 8 / pack / packs])
+
+
+def alone(network, ids, labels):
+    """Log-probabilities of the targets of each document of a window, each in a window of its own: [(sum, n,
+    label)]."""
+    found = []
+    for tokens, marks in documents_in(ids, labels):
+        x, y = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
+        here = torch.tensor(marks[1:]) != 0
+        logp = network(x)[0].log_softmax(-1).gather(-1, y[0, :, None])[:, 0]
+        found.append((logp[here].sum(), int(here.sum()), max(marks, key=abs)))
+    return found
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
+    """Against autograd of the definition, without packing or weights: the mean over all targets, or over
+    pairs -log σ(β(log π(c)/π_ref(c) − log π(r)/π_ref(r))) with policy and frozen reference in one graph. In
+    micro-batches, with windows without a target, several documents in one and a pair twice in the batch."""
+    c = replace(BLOCKS[block], context=CHAT, balance_loss=0.0)
+    rng, pack = random.Random(5), 2 if objective == "dpo" else 1
+    said = lambda role, most: turn(role, "".join(rng.choices("abcd", k=rng.randint(1, most))))
+    units = []
+    for _ in range(9):
+        given, answers = [said("user", 4)], [[said("assistant", 25)] for _ in range(2)]
+        taught = [(given, answer) for answer in answers] if pack == 2 else [([], given + answers[0])]
+        units.append(data.fitted(taught, BYTES, CHAT)[0])
+    shard = data.packed(units, CHAT, pack, BYTES.eot)
+    domains = dict(a=data.Domain(shard, shard, 0, 0, 9, ["", ""]))
+    corpus = data.corpus_of(BYTES, domains, np.ones(1), np.ones(1), pack)
+    batches = data.ChatBatches(corpus, data.DataConfig(), 0, len(shard) + 2 * pack, CHAT)
+    batch = batches(0)                                             # two packs come twice
+    if objective == "sft":                                         # and two windows have no target
+        batch = batch._replace(weight=batch.weight.index_fill(0, torch.tensor([0, 3]), 0.0),
+                               label=batch.label.index_fill(0, torch.tensor([0, 3]), 0))
+        batch = batch._replace(weight=batch.label.sign() / (batch.label != 0).sum())
+    policy, frozen = lively(c, 1), lively(c, 2)
+
+    # The definition.
+    windows = torch.cat([batch.x[:, :1], batch.y], 1), F.pad(batch.label, (1, 0))
+    rows = list(zip(*(part.tolist() for part in windows)))
+    exact = copy.deepcopy(policy)
+    learned = [alone(exact, *row) for row in rows]
+    if objective == "sft":
+        known = [part for row in learned for part in row if part[1]]
+        loss = -sum(logp for logp, _, _ in known) / sum(n for _, n, _ in known)
+    else:
+        with torch.no_grad():
+            fixed = [alone(frozen, *row) for row in rows]
+        terms = {}
+        for row, (ours, theirs) in enumerate(zip(learned, fixed)):
+            for (logp, _, label), (ref, _, _) in zip(ours, theirs):
+                terms.setdefault((row // 2, abs(label)), {})[label > 0] = logp - ref
+        assert len(terms) > 9, "a pair comes twice"
+        loss = sum(-F.logsigmoid(0.3 * (both[True] - both[False])) for both in terms.values()) / len(terms)
+    loss.backward()
+
+    # Ours, with the reference taken from the frozen model as at the start of a run.
+    config = train.Config(objective=objective, model=c, beta=0.3, batch=len(batch.x), micro=4, tokens=10 ** 6)
+    run = types.SimpleNamespace(chunks={0: frozen}, config=config, mesh=parallel.Mesh(), dtype=None,
+                                batches=batches, corpus=corpus, status=mock.Mock(), stop=mock.Mock())
+    run.stop.asked.return_value = False
+    if objective == "dpo":
+        assert train.take_reference(run)
+        run.chunks = {0: policy}
+        batch, sums = train.weigh_pairs(run, batch)
+        assert sums[0, 0] / sums[0, 1] == pytest.approx(loss.item(), rel=1e-9)
+    nats = torch.zeros(batch.x.shape)
+    plan = parallel.MeshConfig().plans(len(batch.x), 4)[0]
+    mean = parallel.execute(plan, {0: policy}, batch, 4, parallel.Mesh(), nats=nats)
+    if objective == "sft":
+        sums = train.sums_of(run, batch, mean, nats)
+        assert sums[0, 0] / sums[0, 1] == pytest.approx(loss.item(), rel=1e-9)
+    for (name, p), q in zip(policy.named_parameters(), exact.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tmp_path, undrawn):
+    """Step 1 has margin 0, and the evaluation is that of one pair after another."""
+    config = chat_run(chats, "dpo", out=str(tmp_path / "run"))
+    history, network = train.train(config, quiet=True)
+    first, last = history[1], history[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["rewards/margins"]) < 1e-5
+    assert history[0]["val_pairs"] == pytest.approx(math.log(2), abs=1e-6) and "kl" not in history[0]
+    rewards = [last[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    assert last["rewards/margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-9)
+    assert set(train.LOGGED_PAIRS) <= set(log_of(tmp_path / "run")[1])
+
+    # The evaluation of one pair after another.
+    reference = weights_of(tmp_path / "run")["reference/val"]
+    domain = train.corpus_of(config).domains["pairs"]
+    found = {}
+    with torch.no_grad():
+        for ids, labels in domain.val.tolist():
+            for logp, _, label in alone(network.eval(), ids, labels):
+                ratio = logp.item() - reference[abs(label) - 1, int(label < 0)].item()
+                found.setdefault(abs(label), {})[label > 0] = ratio
+    margins = torch.tensor([0.5 * (both[True] - both[False]) for both in found.values()])
+    everything = replace(config, eval_windows=0)
+    batches, mesh = chat_batches(config), parallel.Mesh()
+    held = train.evaluate({0: network}, batches, everything, mesh, reference=reference)["pairs"]
+    assert held == pytest.approx([-F.logsigmoid(margins).mean().item(), (margins > 0).double().mean().item(),
+                                  margins.mean().item()], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_run_on_conversations_resumes_to_the_bit(objective, chats, tmp_path, monkeypatch, undrawn):
+    config = chat_run(chats, objective)
+    train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
+    train.train(replace(config, out=str(tmp_path / "part"), steps=2), quiet=True)
+    monkeypatch.setattr(train, "take_reference", lambda run: 1 / 0)
+    train.train(replace(config, out=str(tmp_path / "part")), resume=True, quiet=True)
+    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+    for name, t in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weights_of(tmp_path / "part")[name], t), name
+
+
+CHAT_MESHES = [(1, 2, {}), (1, 8, {}), (4, 2, {}), (4, 2, dict(pp=2, ep=2)),         # ranks, micro, mesh
+               (2, 2, dict(pp=2, split=True))]
+
+
+def chat_meshes(rank, folder, out):
+    torch.set_default_dtype(torch.float64)
+    for objective in ("sft", "dpo"):
+        for i, (world, micro, mesh) in enumerate(CHAT_MESHES[:4 if objective == "sft" else None]):
+            with layout(rank, world) as here:
+                if here:
+                    mesh = parallel.MeshConfig(timeout=50, **mesh)
+                    train.train(chat_run(Path(folder), objective, model=CHAT_EXPERTS, micro=micro, mesh=mesh,
+                                         out=f"{out}/{objective}-{i}", steps=2), quiet=True)
+    with layout(rank, 2) as here:                                  # two stages go on with what one rank began
+        if here:
+            mesh = parallel.MeshConfig(timeout=50, pp=2)
+            train.train(chat_run(Path(folder), "dpo", model=CHAT_EXPERTS, micro=2, mesh=mesh, steps=3,
+                                 out=f"{out}/dpo-0"), resume=True, quiet=True)
+
+
+def test_conversations_train_alike_on_every_mesh_and_in_every_micro_batch(chats, tmp_path):
+    """In float64: losses, rewards, evaluations and the reference of 1 and 4 ranks, of stages and divided
+    experts, match one process. Two stages go on from the reference that one rank has taken."""
+    for objective in ("sft", "dpo"):
+        train.corpus_of(chat_run(chats, objective))
+    spawn(4, chat_meshes, str(chats), str(tmp_path))
+    for objective in ("sft", "dpo"):
+        one = log_of(tmp_path / f"{objective}-0")[:3]
+        for i in range(1, 4 if objective == "sft" else len(CHAT_MESHES)):
+            for a, b in zip(log_of(tmp_path / f"{objective}-{i}"), one, strict=True):
+                for key in a:
+                    alike = pytest.approx(float(b[key] or 0), rel=1e-8, abs=1e-9)
+                    assert float(a[key] or 0) == alike, (objective, i, key)
+        assert float(one[-1]["loss"]) < float(one[1]["loss"])
+    kept = [weights_of(tmp_path / f"dpo-{i}") for i in range(len(CHAT_MESHES))]
+    for side in ("train", "val"):
+        for weights in kept:
+            torch.testing.assert_close(weights[f"reference/{side}"], kept[1][f"reference/{side}"])
+    assert len(log_of(tmp_path / "dpo-0")) == 4
+
+
+def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chats, tmp_path, capsys, undrawn):
+    """`train.py sft --init=RUN`, `train.py dpo --init=SFT_RUN`; a second dpo run goes on with the moments."""
+    base = tmp_path / "base"
+    model = replace(tiny_run(text).model, context=CHAT)
+    train.train(tiny_run(text, out=str(base), steps=1, model=model), quiet=True)
+    for recipe, before, name in (("sft", "base", "chat"), ("dpo", "sft", "pairs"), ("fine", "dpo", "pairs")):
+        words = ["sft" if recipe == "sft" else "dpo", f"--init={tmp_path / before}",
+                 f"--out={tmp_path / recipe}", f"--tokens={3 * 8 * CHAT}",
+                 f"--data.files={name}={chats / name}.jsonl", f"--data.cache={chats / 'cache'}"]
+        train.main(words)
+        said = capsys.readouterr().out
+        assert f"weights{' and moments' * (recipe == 'fine')} of {tmp_path / before} at step" in said
+        assert "held out, after" in said and ("accuracy" in said) == (recipe != "sft")
+        train.main([words[0], words[2], "--resume"])
+    model, tokenizer = train.load_run(tmp_path / "fine")
+    assert model.config.context == CHAT and tokenizer.fingerprint == BYTES.fingerprint
+    with pytest.raises(SystemExit, match="was begun with beta=0.1, not 0.2"):
+        train.main([*words, "--resume", "--beta=0.2"])
+
+
+def test_a_stop_while_the_reference_is_taken_begins_again(chats, tmp_path, monkeypatch, undrawn):
+    config = chat_run(chats, "dpo", out=str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Stop, "asked", lambda self: True)
+        history, _ = train.train(config, quiet=True)
+    assert history == [] and not train.checkpoints(tmp_path / "run")
+    history, _ = train.train(config, resume=True, quiet=True)
+    assert history[-1]["step"] == 4 and history[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 # ---- notes/ ------------------------------------------------------------------------------------------------

@@ -792,7 +792,7 @@ def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False
 
 
 def in_turn(n, micro, mesh):
-    """Which of n windows this rank evaluates: yields (numbers, which are real), a few micro-batches at a time.
+    """Which of n windows this rank evaluates: a few micro-batches at a time, (numbers, which are real).
 
     The ranks of a stage take micro-batches in turn, and all take equally many, because an all-to-all needs
     every rank in a forward: the last one may be shorter, or past the end, where window 0 stands in."""
@@ -1217,9 +1217,8 @@ LOGGED_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rew
 
 
 def log_probabilities(label, nats):
-    """label (b, T), the number of each token's pair as in data.packed, and nats (b, T) → for the p pairs there:
-    number - 1 (p,), the log-probability of both answers (p, 2), their tokens (p, 2); and which of the p each
-    target is of."""
+    """label (b, T), the number of each token's pair as in data.packed, and nats (b, T) → of the p pairs there
+    number - 1 (p,), log-probabilities of both answers (p, 2), their tokens (p, 2); and each target's pair."""
     # The same pair may come twice, in two packs of two windows.
     target = label != 0
     pack = torch.arange(len(label))[:, None] // 2
@@ -1270,7 +1269,8 @@ def take_reference(run):
     every checkpoint keeps. → False if a stop was requested meanwhile."""
     mesh, batches = run.mesh, run.batches
     total = {side: int(batches.pairs[side][-1]) for side in batches.pairs}
-    run.status.say(f"reference: log-probabilities of {sum(total.values()):,} pairs, {total['val']:,} held out")
+    run.status.say(f"reference: log-probabilities of {sum(total.values()):,} pairs, {total['val']:,} of them "
+                   "held out")
     reference = {}
     for side, shards in batches.sides.items():
         sums = torch.zeros(total[side], 2, dtype=torch.float64)
@@ -1290,8 +1290,8 @@ def take_reference(run):
 
 
 def sums_of(run, batch, mean, nats):
-    """What this rank's windows add to the sums of each domain, (D, 3): losses, how many windows or targets have
-    them, windows. mean (b,): nats/token of each window. nats (b, T): of each token; then targets count."""
+    """What this rank's windows add to the sums of each domain, (D, 3): losses; how many windows, or with nats
+    targets, have them; windows. mean (b,): nats/token of each window; nats (b, T): of each token."""
     device = run.mesh.device
     sums = torch.zeros(len(run.corpus.domains), 3, dtype=torch.float64, device=device)
     if run.mesh.pp.rank == run.mesh.pp.size - 1:
