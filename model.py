@@ -23,6 +23,7 @@ Try:     python model.py         # every preset: parameters, FLOPs/token, KV cac
 import argparse
 import codecs
 import functools
+import importlib
 import io
 import json
 import math
@@ -30,7 +31,7 @@ import mmap
 import os
 import sys
 import zlib
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -1643,11 +1644,13 @@ def chat(args):
         raise ValueError(f"--system: {told.size()} tokens are more than half of the window, which has "
                          f"{told.context}")
 
-    # Where to go from here
+    # Where to go from here; where Python has readline, input() has the arrow keys
+    with suppress(ImportError):
+        importlib.import_module("readline")
     print(f"{args.chat}: Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends.")
     if not is_hf(args.chat) and kept_config(args.chat).objective == "pretrain":
-        print("This run has seen no conversations, so it goes on writing rather than answers: torchrun train.py "
-              f"sft --init={args.chat} teaches it.")
+        print("This run has seen no conversations, so it goes on writing rather than answers: torchrun "
+              f"train.py sft --init={args.chat} teaches it.")
 
     # Questions and answers; a transcript shows the questions that came through a pipe
     while True:

@@ -4957,8 +4957,8 @@ def test_a_full_window_forgets_the_oldest_questions_but_not_the_system_message()
     assert chat.model.given == [7 + 7 + 1] + [1] * 10 + [1 + 10 + 1] + [1] * 10
     chat.model.given.clear()
     said = "".join(chat.answer("s"))
-    assert said == ("[the window of 64 tokens is full: the oldest questions and their answers, 1 of each, are "
-                    "forgotten]\n" + "a" * 10)
+    assert said == ("[the window of 64 tokens is full: the oldest questions and their answers, 1 of each, "
+                    "are forgotten]\n" + "a" * 10)
     assert chat.model.given == [7 + 22 + 3 + 1] + [1] * 10, "fed again, from the first token on"
     assert [turn[0] for turn in chat.turns] == [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
     assert chat.turns[1] == [USER, *b"r" * 8, END]
@@ -5048,6 +5048,30 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
     assert talking.communicate()[0] == b"\n" and talking.returncode == 0                  # Ctrl-D
 
 
+def test_a_run_tuned_on_conversations_says_what_it_learned(tmp_path, capsys, monkeypatch):
+    """The template of training is that of the chat: an answer learned by heart comes back, and nothing more;
+    also to the second question, and from an export of the run."""
+    path = tmp_path / "chat.jsonl"
+    with open(path, "w") as file:
+        for letter in string.ascii_letters:
+            said = "ping " + letter, "pong ü", "who?", "me", "bye", "€"
+            turns = zip(("user", "assistant") * 3, said)
+            print(json.dumps(dict(messages=[dict(role=role, content=text) for role, text in turns])), file=file)
+    files = data.DataConfig(files=f"chat={path}", domains="chat:1:1", tokenizer="bytes", cache=str(tmp_path / "c"))
+    model = replace(K2, vocab_size=261, context=48, tie=False, init_std=0.1)
+    run = str(tmp_path / "run")
+    train.train(train.Config(objective="sft", model=model, data=files, batch=4, micro=4, tokens=60 * 4 * 48,
+                             optim=muonclip.OptimConfig(lr=2e-2, floor=0.0), save_every=99, out=run), quiet=True)
+    net.main(["--sample", run, "--export", str(tmp_path / "hf")])
+    capsys.readouterr()
+    for folder in run, tmp_path / "hf":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("ping h\nwho?\nbye\n"))
+        if folder is run or importlib.util.find_spec("tokenizers"):
+            code, said, error = run_model(capsys, "--chat", folder, "--temperature=0", "--tokens=9")
+            assert not code and "no conversations" not in said, error
+            assert said.splitlines()[1:] == ["> ping h", "pong ü", "> who?", "me", "> bye", "€", "> "]
+
+
 def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsys, monkeypatch):
     run = finished[0].parent.parent
     for words, says in (([tmp_path], "0 checkpoints here"), ([run, "--tokens=-1"], "--tokens=-1: must"),
@@ -5069,8 +5093,8 @@ def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsy
 
 
 CONVERSATION = [dict(role="system", content=" Be kind.\n"),
-                dict(role="user", content="Hi  there,\n\n1234 ü€🙂"), dict(role="assistant", content="\tYes. "),
-                dict(role="user", content="{{ 1 + 1 }} {% if %}")]
+                dict(role="user", content="Hi  there,\n\n1234 ü€🙂"),
+                dict(role="assistant", content="\tYes. "), dict(role="user", content="{{ 1 + 1 }} {% if %}")]
 
 
 def test_transformers_reads_the_template_of_an_export(tmp_path):

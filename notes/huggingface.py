@@ -540,11 +540,11 @@ def read_hf_tokenizer(path, text):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read. The
-    tokens of a conversation bring their template, and generation_config.json, which says what ends an answer."""
-    folder = Path(folder)
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=tokenizer.pieces[tokenizer.eot].decode(),
-                 clean_up_tokenization_spaces=False)
+    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read. If it
+    has the tokens of a conversation, then also their template, and in generation_config.json what ends an answer.
+    """
+    folder, eot = Path(folder), tokenizer.pieces[tokenizer.eot].decode()
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eot, clean_up_tokenization_spaces=False)
     if tokenizer.specials.keys() >= set(SPECIALS[1:]):
         about["chat_template"] = CHAT_TEMPLATE
         ends = dict(eos_token_id=[tokenizer.eot, tokenizer.specials["<|end|>"]])
