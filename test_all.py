@@ -1160,6 +1160,10 @@ def test_the_tokenizers_package_reads_our_bpe_and_we_read_its_files(tmp_path):
         back.save(tmp_path / "kept.json")
         again = data.load_tokenizer(tmp_path / "kept.json")
         assert again.fingerprint == back.fingerprint
+        folder = folder.with_name(f"{folder.name}-again")
+        folder.mkdir()
+        huggingface.save_tokenizer(back, folder)
+        assert data.load_tokenizer(folder / "tokenizer.json").fingerprint == back.fingerprint
         assert again.encode(text).tolist() == ours.encode(text).tolist()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="needs tokenizer_config.json"):
