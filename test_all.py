@@ -8162,14 +8162,14 @@ def test_packed_windows_hold_every_conversation_once_and_whole(chats, objective)
 
 
 def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(tmp_path, capsys):
-    """A pair is never cut. A prompt stays on its side whatever else there is. Windows are filled."""
+    """A pair is never cut. A prompt, with all its answers, stays on its side whatever else there is."""
     rng = random.Random(2)
     talk = lambda i: [turn("user", f"{i}?"), turn("assistant", "y" * rng.randint(3, 30))]
     long = talk(0) + [turn("user", "z" * 20), turn("assistant", "x" * 20)]
-    rows = [dict(messages=talk(i)) for i in range(1, 400)] + [dict(messages=long), dict(messages=long)]
+    rows = [dict(messages=talk(i // 2)) for i in range(2, 800)] + [dict(messages=long), dict(messages=long)]
     rows += [dict(prompt="a", completion="b" * 90)]
     sides = []
-    for name, some in (("a", rows), ("b", rows[::2])):
+    for name, some in (("a", rows), ("b", rows[::3])):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(map(json.dumps, some)))
         shards, *_ = data.pack_chats(name, str(path), data.DataConfig(), BYTES, CHAT, 1)
@@ -8178,10 +8178,12 @@ def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(
         said = capsys.readouterr().out
         assert float(re.search(r"fill to ([\d.]+)%", said)[1]) > 94, "packing efficiency"
         if name == "a":
-            for what in ("1 cut after an answer", "1 left out, longer than a window", "1 left out as a dup"):
+            twice = len(rows) - len(set(map(json.dumps, rows)))
+            for what in ("1 cut after an", "1 left out, longer than", f"{twice} left out as a duplicate"):
                 assert what in said
             assert not any(ids.count(ord("z")) for shard in shards for ids, _ in shard.tolist())
     assert sides[1][0] <= sides[0][0] and sides[1][1] <= sides[0][1] and len(sides[1][1]) > 3
+    assert not sides[0][0] & sides[0][1]
     unit, longest = data.fitted([([], long), ([], talk(0))], BYTES, CHAT)
     assert unit is None and longest > CHAT + 1
 
@@ -8290,11 +8292,11 @@ def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
         given, answers = [said("user", 4)], [[said("assistant", 25)] for _ in range(2)]
         taught = [(given, answer) for answer in answers] if pack == 2 else [([], given + answers[0])]
         units.append(data.fitted(taught, BYTES, CHAT)[0])
-    shard = data.packed(units, CHAT, pack, BYTES.eot)
-    domains = dict(a=data.Domain(shard, shard, 0, 0, 9, ["", ""]))
-    corpus = data.corpus_of(BYTES, domains, np.ones(1), np.ones(1), pack)
-    batches = data.ChatBatches(corpus, data.DataConfig(), 0, len(shard) + 2 * pack, CHAT)
-    batch = batches(0)                                             # two packs come twice
+    shards = [data.packed(some, CHAT, pack, BYTES.eot) for some in (units[:5], units[5:])]
+    domains = {name: data.Domain(shard, shard, 0, 0, 9, ["", ""]) for name, shard in zip("ab", shards)}
+    corpus = data.corpus_of(BYTES, domains, np.ones(2) / 2, np.ones(2) / 2, pack)
+    batches = data.ChatBatches(corpus, data.DataConfig(), 0, sum(map(len, shards)) + 6, CHAT)
+    batch = batches(0)                                             # some packs come twice
     if objective == "sft":                                         # and two windows have no target
         batch = batch._replace(weight=batch.weight.index_fill(0, torch.tensor([0, 3]), 0.0),
                                label=batch.label.index_fill(0, torch.tensor([0, 3]), 0))
@@ -8329,13 +8331,15 @@ def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
         assert train.take_reference(run)
         run.chunks = {0: policy}
         batch, sums = train.weigh_pairs(run, batch)
-        assert sums[0, 0] / sums[0, 1] == pytest.approx(loss.item(), rel=1e-9)
+        assert sums[:, 0].sum() / sums[:, 1].sum() == pytest.approx(loss.item(), rel=1e-9)
+        assert sums[:, 2].tolist() == torch.bincount(batch.domain).tolist()
+        assert sums[:, 1].tolist() == [sum(batch.domain[2 * pack] == i for pack, _ in terms) for i in (0, 1)]
     nats = torch.zeros(batch.x.shape)
     plan = parallel.MeshConfig().plans(len(batch.x), 4)[0]
     mean = parallel.execute(plan, {0: policy}, batch, 4, parallel.Mesh(), nats=nats)
     if objective == "sft":
         sums = train.sums_of(run, batch, mean, nats)
-        assert sums[0, 0] / sums[0, 1] == pytest.approx(loss.item(), rel=1e-9)
+        assert sums[:, 0].sum() / sums[:, 1].sum() == pytest.approx(loss.item(), rel=1e-9)
     for (name, p), q in zip(policy.named_parameters(), exact.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11, msg=lambda text: f"{name}: {text}")
 
@@ -8366,6 +8370,18 @@ def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tm
     held = train.evaluate({0: network}, batches, everything, mesh, reference=reference)["pairs"]
     assert held == pytest.approx([-F.logsigmoid(margins).mean().item(), (margins > 0).double().mean().item(),
                                   margins.mean().item()], rel=1e-4)
+
+
+def test_held_out_conversations_are_measured_on_their_answers_alone(chats, float64):
+    config = replace(chat_run(chats, "sft"), eval_windows=0)
+    batches, network = chat_batches(config), lively(config.model).eval()
+    found = train.evaluate({0: network}, batches, config, parallel.Mesh())["chat"]
+    rows = batches.sides["val"][0].tolist()
+    parts = [part for row in rows for part in alone(network, *row)]
+    nats = -sum(logp.item() for logp, _, _ in parts)
+    size = sum(label == 1 and t < 256 for ids, labels in rows for t, label in zip(ids, labels))
+    n = sum(n for _, n, _ in parts)
+    assert n > size and found == pytest.approx((nats / n, nats / math.log(2) / size), rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
