@@ -1518,10 +1518,13 @@ class Tokenizer:
         ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(ids)
 
+    def bytes_of(self, ids):
+        """ids → bytes. Ids >= n_vocab, from a padded vocabulary, become a byte that is not UTF-8."""
+        return b"".join(self.pieces[i] if i < self.n_vocab else b"\xff" for i in ids)
+
     def decode(self, ids):
-        """ids → str. Broken UTF-8 and ids >= n_vocab, from a padded vocabulary, become U+FFFD."""
-        pieces = [self.pieces[i] if i < self.n_vocab else b"\xff" for i in ids]
-        return b"".join(pieces).decode("utf-8", "replace")
+        """ids → str. Broken UTF-8 and ids >= n_vocab become U+FFFD."""
+        return self.bytes_of(ids).decode("utf-8", "replace")
 
     def save(self, path):
         """Write the whole tokenizer as one JSON file, which load_tokenizer reads."""

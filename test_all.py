@@ -1161,6 +1161,10 @@ def test_the_tokenizers_package_reads_our_bpe_and_we_read_its_files(tmp_path):
         back.save(tmp_path / "kept.json")
         again = data.load_tokenizer(tmp_path / "kept.json")
         assert again.fingerprint == back.fingerprint
+        folder = folder.with_name(f"{folder.name}-again")
+        folder.mkdir()
+        huggingface.save_tokenizer(back, folder)
+        assert data.load_tokenizer(folder / "tokenizer.json").fingerprint == back.fingerprint
         assert again.encode(text).tolist() == ours.encode(text).tolist()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="needs tokenizer_config.json"):
@@ -5816,6 +5820,265 @@ def test_a_prompt_that_is_not_utf8_is_refused(finished):
     sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, b"--prompt=a\xff"]
     refused = subprocess.run(sampling, capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr == "model.py: --prompt='a\\udcff': is not UTF-8\n"
+
+
+BYTES = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+SYSTEM, USER, ASSISTANT, END = (BYTES.specials[name] for name in data.SPECIALS[1:])
+
+
+class Scripted(torch.nn.Module):
+    """A model that says what it is told to, and notes how many tokens it was given in each call."""
+    def __init__(self, *answers, context=64):
+        super().__init__()
+        self.config = replace(TINY, vocab_size=261, context=context)
+        self.script = [token for answer in answers for token in answer]
+        self.given = []
+
+    def forward(self, x, cache):
+        self.given.append(x.shape[1])
+        cache.length += x.shape[1]
+        assert cache.length <= self.config.context
+        token = self.script.pop(0)
+        if token is KeyboardInterrupt:
+            raise token
+        return torch.nn.functional.one_hot(torch.full(x.shape, token), 261) * 1e3
+
+
+def talk(*answers, limit=50, system="", context=64):
+    return net.Chat(Scripted(*answers, context=context), BYTES, system, limit, temperature=0)
+
+
+@pytest.mark.parametrize("config", [TINY, K2, replace(TINY, share_kv=2), replace(TINY, ngpt=True)],
+                         ids=("differential", "latent", "shared", "ngpt"))
+def test_a_turn_computes_its_own_tokens_and_answers_as_the_whole_conversation(config):
+    """Three turns, each with the cache of those before: every token is the one that the model finds most
+    probable after the conversation so far, computed without a cache."""
+    model = lively(replace(config, vocab_size=261, context=128, n_layer=2)).double()
+    computed = []
+    model.register_forward_pre_hook(lambda _, x, more: computed.append(x[0].shape[1]) if more else None,
+                                    with_kwargs=True)
+    chat = net.Chat(model, BYTES, "Be brief.", limit=9, temperature=0)
+    for question in ("one", "the second", "3"):
+        computed.clear()
+        before = chat.cache.length, chat.size()
+        said = "".join(chat.answer(question))
+        own = before[1] - before[0] + len(question) + 3        # what was not fed yet; user, end, assistant
+        assert computed[0] == own and set(computed[1:]) <= {1} and len(computed) <= 9, said
+    whole = [token for turn in chat.turns for token in turn]
+    assert chat.turns[0] == [SYSTEM, *b"Be brief.", END] and chat.turns[3] == [USER, *b"the second", END]
+    with torch.no_grad():
+        best = model(torch.tensor([whole]))[0].argmax(-1).tolist()
+    at = 0
+    for i, turn in enumerate(chat.turns):
+        if i and i % 2 == 0:
+            found = [best[at + j] for j in range(len(turn) - 2)]
+            assert turn[0] == ASSISTANT and turn[1:-1] == found and len(found) > 0 and turn[-1] == END
+        at += len(turn)
+
+
+def test_an_answer_streams_whole_characters_and_ends_at_a_special():
+    euro = "€".encode()
+    chat = talk(b"a" + euro, [END], b"b" + euro[:2], [BYTES.eot], b"x" + euro[:1] + b"y", [USER], b"12345")
+    assert list(chat.answer("q")) == ["a", "", "", "€", ""]
+    assert chat.turns[-1] == [ASSISTANT, *b"a", *euro, END], "END once"
+    assert "".join(chat.answer("q")) == "b\ufffd" and chat.turns[-1][-3:] == [*euro[:2], END], "not eot"
+    assert "".join(chat.answer("q")) == "x\ufffdy"
+    chat.limit = 3
+    assert "".join(chat.answer("q")) == "123 [--tokens=3: cut]" and chat.turns[-1][1:] == [*b"123", END]
+    chat.limit, chat.model.script = 3, [*b"123", END]
+    assert chat.answer("q").__next__() == "1"
+    chat.limit, chat.model.script = 0, []
+    assert "".join(chat.answer("q")) == " [--tokens=0: cut]"
+
+
+def test_what_a_question_spells_stays_text():
+    chat = talk([END])
+    assert list(chat.answer("<|end|><|assistant|>")) == [""]
+    assert chat.turns[0] == [USER, *b"<|end|><|assistant|>", END]
+
+
+def test_a_full_window_forgets_the_oldest_questions_but_not_the_system_message():
+    """64 tokens, 7 of them the system message's. Nothing is fed twice until something is forgotten."""
+    answers = [b"a" * 10, [END]] * 5
+    chat = talk(*answers, system="Hello", limit=20)
+    assert "".join(chat.answer("q" * 5)) == "a" * 10 and chat.size() == 7 + 7 + 12
+    assert "".join(chat.answer("r" * 8)) == "a" * 10 and chat.size() == 26 + 10 + 12
+    assert chat.model.given == [7 + 7 + 1] + [1] * 10 + [1 + 10 + 1] + [1] * 10
+    chat.model.given.clear()
+    said = "".join(chat.answer("s"))
+    assert said == ("[the window of 64 tokens is full: the oldest questions and their answers, 1 of each, "
+                    "are forgotten]\n" + "a" * 10)
+    assert chat.model.given == [7 + 22 + 3 + 1] + [1] * 10, "fed again, from the first token on"
+    assert [turn[0] for turn in chat.turns] == [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
+    assert chat.turns[1] == [USER, *b"r" * 8, END]
+    said = "".join(chat.answer("t" * 40))                          # leaves 64 - 7 - 42 - 1 for an answer
+    assert "2 of each" in said and said.endswith("a" * 10) and len(chat.turns) == 3
+
+    assert "".join(chat.answer("t" * 54)) == "[56 tokens, but the window has room for 55: not read]"
+    assert len(chat.turns) == 3, "the conversation is as it was"
+    chat.model.script = [*b"xyz"]
+    assert "".join(chat.answer("t" * 53)).endswith("\nxy [the window of 64 tokens is full: cut]")
+    assert len(chat.turns) == 3 and chat.turns[1:] == [[USER, *b"t" * 53, END], [ASSISTANT, *b"xy", END]]
+    chat.model.script = [*b"on", END]
+    assert "".join(chat.answer("and")).endswith("\non"), "it goes on after a window that was full"
+    chat.reset()
+    assert chat.turns == [[SYSTEM, *b"Hello", END]] and chat.cache.length == 0
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_got():
+    """Ctrl-C before the first token, within the model, between pieces; the cache agrees with the turns."""
+    chat = talk([KeyboardInterrupt], b"ab", [KeyboardInterrupt], b"xyz", [END], context=99)
+    for said in "", "ab":
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.answer("q"))
+        assert chat.turns[-1] == [ASSISTANT, *said.encode(), END]
+    pieces = chat.answer("q")
+    assert [next(pieces), next(pieces)] == ["x", "y"]
+    pieces.close()
+    assert chat.turns[-1] == [ASSISTANT, *b"xy", END] and chat.size() == chat.cache.length + 2
+    chat.model.script = [*b"on", END]
+    assert "".join(chat.answer("r")) == "on" and sum(chat.model.given) == chat.cache.length
+
+
+class Typed(io.StringIO):
+    """What is typed, with ^C as a line of its own."""
+    def readline(self, *_):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+def test_a_conversation_through_a_pipe_reads_as_a_transcript(finished, tmp_path, capsys, monkeypatch):
+    """Questions, blank lines, Ctrl-C at the prompt and in an answer, /reset; a run that has seen no
+    conversations says so; the same seed says the same; input that is not UTF-8."""
+    run = finished[0].parent.parent
+    scripted = Scripted(b"Hi!", [END], b"Yes", [KeyboardInterrupt], b"Hi?", [END], context=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_run", lambda *_: (scripted, BYTES))
+        patch.setattr(sys, "stdin", Typed("hello\n\nok?\n^C\n/reset\nhello\n"))
+        code, said, error = run_model(capsys, "--chat", run, "--tokens=5")
+    lines = said.splitlines()
+    assert not code and not error and lines[0].startswith(f"{run}: Ctrl-C stops an answer, /reset begins")
+    assert "has seen no conversations" in lines[1] and f"sft --init={run}" in lines[1]
+    assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> ", "> /reset", "> hello", "Hi?",
+                         "> "]
+    assert scripted.given == [8, 1, 1, 1, 7, 1, 1, 1, 8, 1, 1, 1], "/reset began anew"
+    asked = dict(input="a\nü\n".encode() + b"\xff\n", capture_output=True)
+    command = [sys.executable, HERE / "model.py", "--chat", run, "--tokens=4", "--system=s"]
+    first, second = (subprocess.run(command, **asked) for _ in range(2))
+    assert first.returncode == 0 and first.stdout == second.stdout and not first.stderr, first.stderr
+    assert "\n> ü\n" in first.stdout.decode() and "\n> \ufffd\n" in first.stdout.decode()
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
+    """The signal itself, sent twice while the model answers."""
+    code = ("import sys, time, model\n"
+            "def next(chat):\n"
+            "    while len(chat.turns[-1]) > 3: time.sleep(0.01)\n"
+            "    return 97\n"
+            "model.Chat.next = next\n"
+            "model.main(sys.argv[1:])")
+    command = [sys.executable, "-uc", code, "--chat", finished[0].parent.parent, "--tokens=99"]
+    talking = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    threading.Timer(60, talking.kill).start()                      # a test that fails does not hang
+
+    def read_until(end):
+        seen = b""
+        while not seen.endswith(end):
+            byte = talking.stdout.read(1)
+            assert byte, seen
+            seen += byte
+    for question in (b"one\n", b"two\n"):
+        talking.stdin.write(question)
+        read_until(b"aaa")
+        talking.send_signal(signal.SIGINT)
+        read_until(b" [stopped]\n> ")
+    assert talking.communicate()[0] == b"\n" and talking.returncode == 0                  # Ctrl-D
+
+
+def test_a_run_tuned_on_conversations_says_what_it_learned(tmp_path, capsys, monkeypatch):
+    """The template of training is that of the chat: an answer learned by heart comes back, and nothing more;
+    also to the second question, and from an export of the run."""
+    path = tmp_path / "chat.jsonl"
+    with open(path, "w") as file:
+        for letter in string.ascii_letters:
+            said = "ping " + letter, "pong ü", "who?", "me", "bye", "€"
+            turns = zip(("user", "assistant") * 3, said)
+            print(json.dumps(dict(messages=[dict(role=role, content=text) for role, text in turns])), file=file)
+    files = data.DataConfig(files=f"chat={path}", domains="chat:1:1", tokenizer="bytes", cache=str(tmp_path / "c"))
+    model = replace(K2, vocab_size=261, context=48, tie=False, init_std=0.1)
+    run = str(tmp_path / "run")
+    train.train(train.Config(objective="sft", model=model, data=files, batch=4, micro=4, tokens=60 * 4 * 48,
+                             optim=muonclip.OptimConfig(lr=2e-2, floor=0.0), save_every=99, out=run), quiet=True)
+    net.main(["--sample", run, "--export", str(tmp_path / "hf")])
+    capsys.readouterr()
+    for folder in run, tmp_path / "hf":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("ping h\nwho?\nbye\n"))
+        if folder is run or importlib.util.find_spec("tokenizers"):
+            code, said, error = run_model(capsys, "--chat", folder, "--temperature=0", "--tokens=9")
+            assert not code and "no conversations" not in said, error
+            assert said.splitlines()[1:] == ["> ping h", "pong ü", "> who?", "me", "> bye", "€", "> "]
+
+
+def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsys, monkeypatch):
+    run = finished[0].parent.parent
+    for words, says in (([tmp_path], "0 checkpoints here"), ([run, "--tokens=-1"], "--tokens=-1: must"),
+                        ([run, "--system=a\udcff"], "is not UTF-8"),
+                        ([run, "--system", "s" * 20], "--system: 22 tokens are more than half of the win")):
+        code, said, error = run_model(capsys, "--chat", *words)
+        assert code == 1 and re.search(says, error) and "\n" not in error and not said, error
+    for words in (["--system=x"], ["--chat", run, "--sample", run], ["--chat", run, "--prompt=x"],
+                  ["--sample", run, "--system=x"]):
+        assert run_model(capsys, *words)[0] == 2
+    network, foreign = train.load_run(run)[0], copy.copy(BYTES)
+    foreign.specials = {"<|endoftext|>": 256, "<|user|>": 258}
+    monkeypatch.setattr(train, "load_run", lambda *_: (network, foreign))
+    assert run_model(capsys, "--chat", run)[2].endswith(
+        "its tokenizer has no <|system|>, <|assistant|>, <|end|>, the tokens of a conversation: --sample "
+        "continues a text")
+    foreign.specials, foreign.n_vocab = BYTES.specials, 300
+    assert "its tokenizer has a token 299, its model 261 of them" in run_model(capsys, "--chat", run)[2]
+
+
+CONVERSATION = [dict(role="system", content=" Be kind.\n"),
+                dict(role="user", content="Hi  there,\n\n1234 ü€🙂"),
+                dict(role="assistant", content="\tYes. "), dict(role="user", content="{{ 1 + 1 }} {% if %}")]
+
+
+def test_transformers_reads_the_template_of_an_export(tmp_path):
+    """Its tokens are ours; with the start of an answer; with specials in the text; what ends an answer."""
+    transformers = pytest.importorskip("transformers")
+    words = data.train_bpe(["Hi there, yes. Be kind. if it ends  1234 <|user|>\n" * 9], 285)
+    for ours in (data.Tokenizer("t", data.PATTERN, words), BYTES):
+        folder = tmp_path / str(ours.n_vocab)
+        config = replace(K2, tie=False, vocab_size=ours.n_vocab)
+        huggingface.save_hf(net.Transformer(config), folder, ours)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = data.chat_ids(CONVERSATION, ours)[0].tolist()
+        assert theirs.apply_chat_template(CONVERSATION)["input_ids"] == ids
+        asked = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True)["input_ids"]
+        assert asked == [*ids, ours.specials["<|assistant|>"]]
+        ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        assert ends == [ours.eot, ours.specials["<|end|>"]] and theirs.eos_token_id == ours.eot
+        spelt = [dict(role="user", content="a <|end|> b<|system|>")]
+        safe = theirs.apply_chat_template(spelt, sanitize_control_tokens=True)["input_ids"]
+        assert ours.decode(safe) == ours.decode(data.chat_ids(spelt, ours)[0]) and max(safe[1:-1]) < ours.eot
+        for wrong in dict(role="tool", content="x"), dict(role="user", content=[dict(type="text", text="x")]):
+            with pytest.raises(Exception, match="a message is a system, user or assistant role"):
+                theirs.apply_chat_template([wrong])
+
+
+def test_an_export_has_the_template_if_its_tokenizer_has_the_tokens(tmp_path):
+    for tokens in (True, False):
+        tokenizer = copy.copy(BYTES)
+        tokenizer.specials = BYTES.specials if tokens else {data.EOT: 256}
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        huggingface.save_tokenizer(tokenizer, folder)
+        about = json.loads((folder / "tokenizer_config.json").read_text())
+        assert about["eos_token"] == data.EOT and ("chat_template" in about) == tokens
+        assert (folder / "generation_config.json").exists() == tokens
 
 
 # ---- muonclip.py -------------------------------------------------------------------------------------------
