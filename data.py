@@ -3064,7 +3064,7 @@ def rephrase(documents, o, asking):
                 asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
                              form_is=forms[form], reader_is=readers[reader])
                 rewrites.append(Rewrite(document, asked, parts))
-        yield from rewritten(rewrites, prompt, faithful, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_faithful, o, asking)
 
 
 def choices(name, chosen):
@@ -3077,7 +3077,7 @@ def choices(name, chosen):
     return {word: known[word] for word in chosen}
 
 
-def faithful(row, result):
+def why_not_faithful(row, result):
     """"" or why a rewritten part is not taken. What its context says may be said again."""
     fidelity, unfaithful = measures().fidelity, measures().unfaithful
     m = fidelity(row["text"], result["text"])
@@ -3096,10 +3096,10 @@ def learning_notes(documents, o, asking):
     for group in groups(documents):
         rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
                     for document in group]
-        yield from rewritten(rewrites, prompt, instructive, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_instructive, o, asking)
 
 
-def instructive(row, result):
+def why_not_instructive(row, result):
     """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
     m = measures().fidelity(row["text"], result["text"])
     if m.numbers < 0.5:
@@ -3133,7 +3133,7 @@ def exam(documents, o, asking):
                       for k in range(o.n)]
             of += [document] * o.n
         known = set()
-        for (row, result), document in zip(asking(asked, prompt, exam_question, exam_worthy), of):
+        for (row, result), document in zip(asking(asked, prompt, exam_question, why_not_worthy), of):
             if not result or (document.id, result["question"]) in known:
                 continue
             known.add((document.id, result["question"]))
@@ -3160,7 +3160,7 @@ def exam_question(row, answer):
     return dict(question=question, correct=correct, wrong=wrong, reasoning=reasoning)
 
 
-def exam_worthy(row, result):
+def why_not_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
@@ -3211,7 +3211,7 @@ def evolve(documents, o, asking):
             for which, method in enumerate(methods):
                 live = [i for i in range(len(group)) if broad[i] == which and i not in missing]
                 asked = [dict(id=f"{group[i].id}/{turn}", k=turn, instruction=now[i]) for i in live]
-                for (_, result), i in zip(asking(asked, method, accept=gained), live):
+                for (_, result), i in zip(asking(asked, method, accept=why_not_gained), live):
                     if result:
                         now[i] = result["text"]
                         rounds[i].append(dict(prompt_name=result["prompt"], seed=result["seed"],
@@ -3221,7 +3221,8 @@ def evolve(documents, o, asking):
 
         live = [i for i in range(len(group)) if rounds[i] and i not in missing]
         asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
-        for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
+        answers = asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True)
+        for (_, result), i in zip(answers, live):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
@@ -3235,7 +3236,7 @@ def better(method, requests, asking):
     if not failures:
         return None if failures is None else method
     asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
-    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=has_place)
+    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=why_not_usable)
     if not result:
         return None if result is None else method
     text = result["text"]
@@ -3247,7 +3248,7 @@ def better(method, requests, asking):
     return new if len(again) < len(failures) else method
 
 
-def has_place(row, result):
+def why_not_usable(row, result):
     return "" if result["text"].count("{instruction}") == 1 else "no place for the instruction"
 
 
@@ -3256,7 +3257,8 @@ def trial(method, requests, asking):
     answer is missing."""
     asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
     failures, missing = [], 0
-    for prompt, accept, chat in (method, gained, False), (load_prompt("answer"), answered, True):
+    for prompt, accept, chat in ((method, why_not_gained, False),
+                                 (load_prompt("answer"), why_not_answered, True)):
         passed = []
         for row, result in asking(asked, prompt, chat=chat):
             missing += result is None
@@ -3269,7 +3271,7 @@ def trial(method, requests, asking):
     return None if missing else failures
 
 
-def gained(row, result):
+def why_not_gained(row, result):
     """"" or why an evolved request is eliminated."""
     old, new = set(measures().content(row["instruction"])), set(measures().content(result["text"]))
     if len(new) < 2:
@@ -3288,7 +3290,7 @@ FAILURES = {
     "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
 
 
-def answered(row, result):
+def why_not_answered(row, result):
     """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
     text = result["text"].lower()
     if not measures().content(text) and not re.search(r"\d", text):
@@ -3313,7 +3315,8 @@ def fuse(documents, o, asking):
                 said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
                 asked.append(dict(id=" + ".join(document.id for document in members[-1]),
                                   conversations="\n".join(said), sources=[d.text for d in members[-1]]))
-        for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
+        fused = asking(asked, prompt, conversation_in, why_not_integrated)
+        for (row, result), together in zip(fused, members):
             if result:
                 yield conversation(together, result, row["id"], result["messages"], select=o.select)
 
@@ -3345,7 +3348,7 @@ def conversation_in(row, answer):
     return dict(messages=[dict(role=role.lower(), content=text) for role, text in zip(roles, said)])
 
 
-def integrated(row, result):
+def why_not_integrated(row, result):
     text = "\n\n".join(message["content"] for message in result["messages"])
     return measures().concatenated(measures().integration(row["sources"], text))
 
@@ -3378,7 +3381,7 @@ def reject(documents, o, asking):
             messages, _ = split_last(document)
             request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
             asked += [dict(id=f"{document.id}/{k}", k=k, instruction=request) for k in range(o.n)]
-        answers = enumerate(asking(asked, load_prompt("answer"), accept=answered, chat=True))
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True))
         taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
 
         # A score for each, None if the model gave none.

@@ -3776,7 +3776,7 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 
     monkeypatch.setattr(data, "offline_answer", echo)
     bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
-    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if bad(row) else "")
+    monkeypatch.setattr(data, "why_not_faithful", lambda row, result: "bad" if bad(row) else "")
     options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
@@ -3794,9 +3794,10 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 def test_what_the_context_says_may_be_said_again():
     row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
     again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
-    assert data.faithful(row, again) == "a name is new"
-    assert data.faithful(dict(row, context="Ada came to Vienna, and the letters were read."), again) == ""
-    assert data.faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+    assert data.why_not_faithful(row, again) == "a name is new"
+    known = dict(row, context="Ada came to Vienna, and the letters were read.")
+    assert data.why_not_faithful(known, again) == ""
+    assert data.why_not_faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
 
 
 def test_offline_rewrites_keep_numbers_and_names():
@@ -3809,7 +3810,7 @@ def test_offline_rewrites_keep_numbers_and_names():
             out = data.offline_answer("rephrase", row, i)
             assert out == data.offline_answer("rephrase", row, i)
             assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
-            passed.append(data.faithful(row, dict(text=out)) == "")
+            passed.append(data.why_not_faithful(row, dict(text=out)) == "")
     print(sum(passed), len(passed))
     assert sum(passed) > 0.75 * len(passed)
 
@@ -3833,10 +3834,10 @@ def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
     row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
     assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
     asked = dict(text=text)
-    assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
-    assert data.instructive(asked, dict(text="Eggs are counted, and that is all.")) == "numbers are lost"
-    assert data.instructive(asked, dict(text=text)) == "copied"
-    assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
+    for notes, says in ((row["text"].replace("= 360", "= 350"), "false arithmetic"),
+                        ("Eggs are counted, and that is all.", "numbers are lost"), (text, "copied"),
+                        (row["text"] + "\nSo says Euler.", "a name is new")):
+        assert data.why_not_instructive(asked, dict(text=notes)) == says
 
 
 QUESTION = """Question: Where did Ada Brenner work as a chemist?
@@ -3851,7 +3852,7 @@ def test_exam_questions_are_read_strictly():
     row = dict(text=BRENNER.format("Ada", 60))
     found = data.exam_question(row, QUESTION)
     assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
-    assert data.exam_worthy(row, found) == ""
+    assert data.why_not_worthy(row, found) == ""
     for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
                            ("Correct", "Answer", "not in the form"),
                            ("Question:", "Well. Question:", "not in the form")):
@@ -3861,7 +3862,7 @@ def test_exam_questions_are_read_strictly():
                            ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
                            ("in Vienna that", "there that", "the reasoning does not reach the answer"),
                            ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
-        assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+        assert data.why_not_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
 
 
 def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
@@ -3888,13 +3889,13 @@ def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
     for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
                        ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
                        ("How do bees find their hive below thick clouds?", "")):
-        assert data.gained(old, dict(text=text)) == says, text
+        assert data.why_not_gained(old, dict(text=text)) == says, text
     for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
                        ("Understood, shall I begin?", "it only agrees"), ("42", ""),
                        ("I am sorry, that is beyond me.", "it refuses"),
                        ("They are sorry. " + "Bees fly. " * 90, ""),
                        ("By the sun and by landmarks.", "")):
-        assert data.answered(old, dict(text=text)) == says, text
+        assert data.why_not_answered(old, dict(text=text)) == says, text
 
 
 @pytest.fixture
@@ -3970,7 +3971,7 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     # A model that only concatenates is found out.
     joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
     result = data.conversation_in({}, joined.replace("\n\n", "\n"))
-    assert data.integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+    assert data.why_not_integrated(dict(sources=[texts[0], texts[1]]), result) != ""
 
 
 def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
@@ -4150,8 +4151,8 @@ def test_a_dry_run_counts_every_wave(tmp_path, capsys):
     text = " ".join(f"In {1900 + i} Otto saw river {i}." for i in range(90))
     source = write_jsonl(tmp_path / "long.jsonl", [dict(text=text + str(i)) for i in range(3)])
     parts = len(data.cut(text + "0", 64))
-    with mock.patch.object(data, "faithful", lambda row, result: "bad"), mock.patch.object(
-            data, "gained", lambda row, result: "bad"):
+    with mock.patch.object(data, "why_not_faithful", lambda row, result: "bad"), mock.patch.object(
+            data, "why_not_gained", lambda row, result: "bad"):
         assert not data.main(["rephrase", source, str(tmp_path / "o"), "--n=2", "--chunk=64", "--dry-run"])
         assert parts > 9 and f" {6 * parts} calls," in capsys.readouterr().out
         chat = write_jsonl(tmp_path / "chat.jsonl", [dict(prompt=f"Why {i}?", completion="So.")
@@ -4168,7 +4169,7 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
         for i in range(400)])
     whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
              for talk in data.conversations("c", source, data.DataConfig())}
-    with mock.patch.object(data, "integrated", lambda row, result: ""):
+    with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
         rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
     held_out = {*data.split_documents([*whole.values()])[1]}
     together = {row["text"]: row["split_with"] for row in rows}
