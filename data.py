@@ -3649,4 +3649,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")            # the name of a file may be any bytes
     sys.exit(main(sys.argv[1:]))

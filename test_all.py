@@ -4036,6 +4036,9 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
                         (["rephrase", lives + "n", out], "No such file")):
         with pytest.raises(SystemExit, match=re.escape(says)):
             data.main(words)
+        opened = Path(f"{out}.calls.jsonl")
+        assert opened.exists() == ("row 1" in says), "options are checked before the journal is opened"
+        opened.unlink(missing_ok=True)
     assert not Path(out).exists()
 
     # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
@@ -4260,6 +4263,10 @@ def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
 
         # By arithmetic.
         capsys.readouterr()
+        with serving(lambda *_: (401, {}, b"")) as (other, *_):
+            assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
+                              "--score_model=other"]) == 1
+        assert "the server says 401 (asked for the model other)" in capsys.readouterr().out
         rows = recipe("reject", sums, tmp_path / "c", *options)
         assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
         assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
