@@ -4266,7 +4266,7 @@ def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
         with serving(lambda *_: (401, {}, b"")) as (other, *_):
             assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
                               "--score_model=other"]) == 1
-        assert "(asked for the model other)" in capsys.readouterr().out
+        assert "; the model is other;" in capsys.readouterr().out
         rows = recipe("reject", sums, tmp_path / "c", *options)
         assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
         assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
