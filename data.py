@@ -2595,8 +2595,8 @@ def messages_of(record):
 
 def instruction_of(record):
     """The instruction of a record, with its input; None if it has none."""
-    more = record.get("input")
-    return record["instruction"] + "\n\n" + more if more else record.get("instruction")
+    asked, more = record.get("instruction"), record.get("input")
+    return asked + "\n\n" + more if asked and more else asked
 
 
 def pair_of(record):

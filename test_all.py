@@ -4066,6 +4066,7 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
     (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
     (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    (dict(chosen=[USER, ANSWER], rejected=[USER, OTHER], input="of something else"), [USER, ANSWER]),
     # Both answers repeat the last message of the prompt, or all but its system message.
     (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
      [SYSTEM, USER, OTHER, USER, ANSWER]),
