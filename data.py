@@ -2776,7 +2776,7 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
     share their calls, whatever their ids and places are."""
     rows = iter(rows)
-    ahead = deque()                                              # (row, its future), in the order of rows
+    ahead = deque()                                              # (row, what it asks, its future), in order
     latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
     try:
