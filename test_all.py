@@ -4189,18 +4189,19 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
 
 
 def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_path, monkeypatch, capsys):
-    """A server is down for one request, in the trial of the prompts, in a round, or for the answer: the run
+    """A server is down for one call, in the trial of the prompts, in a round, or for the answer: the run
     ends without success, and asks no more about that conversation, or nothing at all after the trial. The
     resume ends as if nothing had been. Rows name the prompt and seed of each round that brought a gain."""
     monkeypatch.setattr(asking, "FIRST_WAIT", .001)
     source = write_jsonl(tmp_path / "in.jsonl", [
         dict(prompt=f"Explain the harvest of variety{i}.", completion="So.") for i in range(8)])
-    down = ""
+    down, hit = "", []
 
     def reply(request, before):
         text = request["messages"][0]["content"]
         method, said = text[:30], text.split('"""')[1].strip() if '"""' in text else text
-        if down and down in said and (len(said) > 60) == late:
+        if down and down in said and (len(said) > 60) == late and not hit:
+            hit.append(said)
             return 503, {}, {}
         if text.startswith("The instructions below"):
             return completed(f"Bolder, {request['seed']}:\n\n\"\"\"\n{{instruction}}\n\"\"\"")
@@ -4231,6 +4232,7 @@ def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_pat
     untried = next(name for name in (f"variety{i}" for i in (0, 1, 2, 4, 5, 7)) if name not in str(dev))
     for down, late in (tried, False), (untried, False), (untried, True):
         out = f"{down}{late}"
+        hit.clear()
         failed, first = run(out)
         said = capsys.readouterr().out
         assert failed and ("the trial of its prompts is not complete" in said) == (down == tried)
