@@ -7395,16 +7395,20 @@ def test_arms_of_rephrasing_read_equally_many_tokens_of_their_own_texts():
     assert len({p.last for p in everyone}) == 12
     styles = note.styles_of(someone, 0)
     texts = {}
-    for arm, distinct in (("raw", 1), ("1 rewrite", 1), ("10 rewrites", 10)):
+    distinct = {"raw": 1, "1 rewrite": 1, "10 rewrites": 10, "5 rewordings": 5, "5 other forms": 5}
+    assert list(distinct) == [*note.ARMS, *note.SPLIT]
+    for arm, texts_each in distinct.items():
         docs = list(itertools.islice(note.reading(arm, styles, random.Random(1)), 6 * 20))
         for begin in range(0, len(docs), 6):
             assert all(sum(p.last in doc for doc in docs[begin:begin + 6]) == 1 for p in someone), "an epoch"
         for p in someone:
             texts[arm, p] = {doc for doc in docs if p.last in doc}
-            assert len(texts[arm, p]) == distinct
+            assert len(texts[arm, p]) == texts_each
         assert not set(docs) & {note.fill(note.RAW, p) for p in others}
     assert all(texts["1 rewrite", p] < texts["10 rewrites", p] for p in someone)
     assert all(not texts["raw", p] & texts["10 rewrites", p] for p in someone)
+    assert all(texts["5 rewordings", p] ^ texts["5 other forms", p] == texts["10 rewrites", p]
+               for p in someone)
 
     # The general text is about the others alone.
     about = list(itertools.islice(note.general(others, random.Random(1)), 300))
@@ -7414,7 +7418,7 @@ def test_arms_of_rephrasing_read_equally_many_tokens_of_their_own_texts():
     # A run reads as many tokens of each part in every arm.
     tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
     sizes = set()
-    for arm in note.ARMS:
+    for arm in distinct:
         parts = dict(people=(note.reading(arm, styles, random.Random(1)), 0.4),
                      general=(note.general(others, random.Random(2)), 0.6))
         corpus = note.corpus_of(tokenizer, parts, setting.config)

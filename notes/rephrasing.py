@@ -22,6 +22,11 @@ from notes import _note, corpus
 from parallel import join_mesh
 
 REPORTED = {"raw": 23.76, "1 rewrite": 27.39, "10 rewrites": 28.94}      # SimpleQA, %  [Kimi K2 Table 1]
+ARMS = tuple(REPORTED)
+SPLIT = "5 rewordings", "5 other forms"
+PAIRS = (("1 rewrite", "raw"), ("10 rewrites", "1 rewrite"), ("10 rewrites", "raw"), ("5 rewordings", "raw"),
+         ("5 other forms", "raw"), ("5 other forms", "5 rewordings"))
+NOTES_ARMS = "bare answers", "learning notes"
 
 
 # ---- invented people ---------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ ASKED = tuple(f"asked_{fact}" for fact in FACTS)
 
 
 def people(n, seed):
-    """n people with distinct surnames, the same on every machine."""
+    """n people with distinct surnames."""
     rng = random.Random(seed)
     found = []
     for last in rng.sample([a + b + c for a in ONSETS for b in MIDDLES for c in ENDINGS], n):
@@ -162,18 +167,22 @@ def styles_of(someone, seed):
     return {p: rng.sample(sorted(REWRITES), len(REWRITES)) for p in someone}
 
 
+def texts_of(arm, order):
+    """The templates of one person's texts, which take turns. order: the names of all rewrites"""
+    rewrites = list(REWRITES.values())
+    return {"raw": [RAW],
+            "1 rewrite": [REWRITES[order[0]]],
+            "10 rewrites": [REWRITES[name] for name in order],
+            "5 rewordings": rewrites[:5],
+            "5 other forms": rewrites[5:]}[arm]
+
+
 def reading(arm, styles, rng):
     """Documents without end: epoch after epoch, one text of each person in random order."""
+    turns = {p: texts_of(arm, order) for p, order in styles.items()}
     epoch = 0
     while True:
-        docs = []
-        for p in styles:
-            template = RAW
-            if arm == "1 rewrite":
-                template = REWRITES[styles[p][0]]
-            if arm == "10 rewrites":
-                template = REWRITES[styles[p][epoch % len(REWRITES)]]
-            docs.append(fill(template, p))
+        docs = [fill(texts[epoch % len(texts)], p) for p, texts in turns.items()]
         rng.shuffle(docs)
         yield from docs
         epoch += 1
@@ -377,10 +386,6 @@ def mathematics(arm, seed, config):
 
 # ---- the grid ----------------------------------------------------------------------------------------------
 
-ARMS = tuple(REPORTED)
-NOTES_ARMS = "bare answers", "learning notes"
-
-
 def cells(quick):
     base = train.RECIPES["laptop"]
     model = replace(base.model, n_layer=3, n_head=3, n_kv_head=3, d_model=96, d_ff=288, context=128,
@@ -394,12 +399,14 @@ def cells(quick):
         toy = replace(base, model=replace(model, vocab_size=600, **small), tokens=12 * 8 * 128)
         facts = Setting(toy, people=6, others=6)
         sums = replace(sums, model=replace(sums.model, **small), tokens=12 * 8 * 128)
-    return ([(arm, seed, facts) for seed in range(1 if quick else 5) for arm in ARMS]
-            + [(arm, seed, sums) for seed in range(1 if quick else 3) for arm in NOTES_ARMS])
+    few, many = (1, 1) if quick else (3, 5)
+    return ([(arm, seed, facts) for seed in range(many) for arm in ARMS]
+            + [(arm, seed, facts) for seed in range(few) for arm in SPLIT]
+            + [(arm, seed, sums) for seed in range(few) for arm in NOTES_ARMS])
 
 
 def run(arm, seed, setting):
-    yield from (biographies if arm in ARMS else mathematics)(arm, seed, setting)
+    yield from (mathematics if arm in NOTES_ARMS else biographies)(arm, seed, setting)
 
 
 def ends(rows, arm):
@@ -416,22 +423,23 @@ def show(rows):
         found = [row["asked"] for row in ends(rows, arm)]
         bars.bar(x, statistics.mean(found), 0.6, color=colours[arm], alpha=0.5)
         bars.plot([x + 0.08 * (i - 2) for i in range(len(found))], found, "o", ms=4, color=colours[arm])
-        bars.plot(x, REPORTED[arm], "D", ms=6, color="0.3", label="Kimi K2, SimpleQA" if not x else None)
-    bars.axhline(25, color="0.4", ls=":", lw=1.5, label="chance")
+        bars.plot(x, REPORTED[arm], "D", ms=6, color="0.3", label="Kimi K2: SimpleQA" if not x else None)
+    bars.axhline(25, color="0.4", ls=":", lw=1.5, label="chance here")
     bars.set(title="questions answered, %", xticks=range(len(ARMS)), xticklabels=ARMS, ylim=(0, 100))
     bars.legend(loc="upper left")
 
     # Training loss falls in every arm; what is known does not follow from it.
+    rows = [row | dict(thousands=row["tokens"] / 1000) for row in rows]
     for arm in ARMS:
-        _note.band(curves, rows, arm, "tokens", "asked", color=colours[arm])
+        _note.band(curves, rows, arm, "thousands", "asked", color=colours[arm])
         for of_seed in _note.of_arm(rows, arm).values():
             cost.plot([row["loss"] for row in of_seed], [row["asked"] for row in of_seed], "o-", ms=3, lw=0.8,
                       color=colours[arm], label=arm if of_seed[0]["seed"] == 0 else None)
     curves.axhline(25, color="0.4", ls=":", lw=1.5)
-    curves.set(title="questions answered, %", xlabel="tokens", ylim=(0, 100))
+    curves.set(title="the same over the run", xlabel="thousand tokens", ylim=(0, 100))
     cost.axhline(25, color="0.4", ls=":", lw=1.5)
     cost.invert_xaxis()
-    cost.set(title="and the loss on the texts read", xlabel="training loss, nats/token", ylim=(0, 100))
+    cost.set(title="the same over the loss on the texts", xlabel="training loss, nats/token", ylim=(0, 100))
     cost.legend(loc="upper left")
 
     # Learning notes: problems solved.
@@ -452,7 +460,7 @@ def tables(rows):
         ("arm", "asked in new words", "in the exam's words", "own raw text continued",
          "others, new words", "training loss", "times each person is read", "Kimi K2"),
         *((arm, *(take(arm, name) for name in ("asked", "exam", "cloze", "others")), take(arm, "loss", 3),
-           take(arm, "exposures", 0), REPORTED[arm]) for arm in ARMS))
+           take(arm, "exposures", 0), REPORTED.get(arm, "–")) for arm in (*ARMS, *SPLIT)))
     lines += ["", *_note.table(
         ("asked in new words", *FACTS),
         *((arm, *(f"{statistics.mean(row[name] for row in ends(rows, arm)):.0f}" for name in ASKED))
@@ -470,17 +478,23 @@ def tables(rows):
                                ("questions answered", *(f"{right_of[style]:.0f}" for style in REWRITES)),
                                ("people", *(f"{people_of[style]:.0f}" for style in REWRITES)))]
 
-    # Differences between arms at equal seeds, with their standard error, and what five seeds resolve.
-    last = {arm: {row["seed"]: row["asked"] for row in ends(rows, arm)} for arm in ARMS}
+    # Differences between arms of the same seeds, and the smallest that the raw arm's spread lets one see.
+    last = {arm: {row["seed"]: row["asked"] for row in ends(rows, arm)} for arm in (*ARMS, *SPLIT)}
     differences = [("difference, in points", "mean", "standard error", "seeds in which it is positive",
                     "Kimi K2")]
-    for more, less in zip(ARMS[1:], ARMS):
+    for more, less in PAIRS:
         found = [last[more][seed] - last[less][seed] for seed in last[less] if seed in last[more]]
         error = f"{statistics.stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else "–"
+        there = f"{REPORTED[more] - REPORTED[less]:+.2f}" if more in REPORTED else "–"
         differences.append((f"{more} over {less}", f"{statistics.mean(found):+.1f}", error,
-                            f"{sum(d > 0 for d in found)} of {len(found)}",
-                            f"{REPORTED[more] - REPORTED[less]:+.2f}"))
+                            f"{sum(d > 0 for d in found)} of {len(found)}", there))
     lines += ["", *_note.table(*differences)]
+    raw = list(last["raw"].values())
+    if len(raw) > 1:
+        deviation = statistics.stdev(raw)
+        smallest = 2 * deviation * (2 / len(raw)) ** 0.5
+        lines += ["", f"Raw deviates by {deviation:.1f} points over its {len(raw)} seeds; two arms of as "
+                      f"many seeds can be told apart from {smallest:.1f} points on."]
     lines += ["", *_note.table(
         ("mathematics as", "unseen expressions solved, %", "with every step true, %",
          "training loss, nats/token"),
