@@ -8811,3 +8811,126 @@ def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
     assert len(_note.grid(path, changed, run)) == 8
     assert calls[5:] == [("b", 0), ("b", 1)], "cells with changed settings run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
+
+
+# The note on rephrasing: its texts, its questions, its mathematics.
+
+def test_a_text_its_rewrites_and_its_questions_share_no_words_but_the_facts():
+    """All six facts are in every text; no three words in a row are common to two of the families."""
+    from notes import rephrasing as note
+    person, = note.people(1, 0)
+    for template in (note.RAW, *note.REWRITES.values()):
+        text = note.fill(template, person)
+        assert all(text.count(getattr(person, fact)) == 1 for fact in note.FACTS), text
+        assert person.last in text
+
+    def in_a_row(templates):
+        words = [re.findall(r"\w+", template.lower()) for template in templates]
+        return {tuple(some[i:i + 3]) for some in words for i in range(len(some) - 2)}
+    asked = [note.in_new_words(fact, person) for fact in note.FACTS]
+    exams = [question for questions in note.EXAM.values() for question in questions]
+    families = [note.RAW], note.REWRITES.values(), note.QUESTIONS.values(), exams
+    families = [in_a_row(family) for family in families]
+    for one, other in itertools.combinations(families, 2):
+        assert not one & other, one & other
+    assert not any(value in question for question in asked for value in person[3:])
+
+
+def test_arms_of_rephrasing_read_equally_many_tokens_of_their_own_texts():
+    from notes import rephrasing as note
+    _, _, setting = note.cells(True)[0]
+    everyone = note.people(12, 0)
+    someone, others = everyone[:6], everyone[6:]
+    assert len({p.last for p in everyone}) == 12
+    styles = note.styles_of(someone, 0)
+    texts = {}
+    distinct = {"raw": 1, "1 rewrite": 1, "10 rewrites": 10, "5 rewordings": 5, "5 other forms": 5}
+    assert list(distinct) == [*note.ARMS, *note.SPLIT]
+    for arm, texts_each in distinct.items():
+        docs = list(itertools.islice(note.reading(arm, styles, random.Random(1)), 6 * 20))
+        for begin in range(0, len(docs), 6):
+            assert all(sum(p.last in doc for doc in docs[begin:begin + 6]) == 1 for p in someone), "an epoch"
+        for p in someone:
+            texts[arm, p] = {doc for doc in docs if p.last in doc}
+            assert len(texts[arm, p]) == texts_each
+        assert not set(docs) & {note.fill(note.RAW, p) for p in others}
+    assert all(texts["1 rewrite", p] < texts["10 rewrites", p] for p in someone)
+    assert all(not texts["raw", p] & texts["10 rewrites", p] for p in someone)
+    assert all(texts["5 rewordings", p] ^ texts["5 other forms", p] == texts["10 rewrites", p]
+               for p in someone)
+
+    # The general text is about the others alone.
+    about = list(itertools.islice(note.general(others, random.Random(1)), 300))
+    assert any("Question: " in doc for doc in about)
+    assert not any(p.last in doc for doc in about for p in someone)
+
+    # A run reads as many tokens of each part in every arm.
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    sizes = set()
+    for arm in distinct:
+        parts = dict(people=(note.reading(arm, styles, random.Random(1)), 0.4),
+                     general=(note.general(others, random.Random(2)), 0.6))
+        corpus = note.corpus_of(tokenizer, parts, setting.config)
+        batches = data.Batches(corpus, replace(setting.config.data, horizon=1), 0, 8, 128)
+        epochs = batches.epochs(setting.config.total_steps)
+        assert all(0.8 < n <= 1 for n in epochs.values()), "a run reads its texts once"
+        sizes.add(tuple(len(domain.train) for domain in corpus.domains.values()))
+    assert len(sizes) == 1
+
+
+def test_the_candidate_with_the_highest_likelihood_is_the_answer(monkeypatch):
+    from notes import rephrasing as note
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    network = net.Transformer(replace(net.PRESETS["shakespeare"], n_layer=1, zero_out=False))
+    pairs = [("Who?", "a"), ("Where does she live?", "Elmford"), ("When?", "3 May 1901"), ("", "x")]
+    found = note.likelihoods(network, tokenizer, pairs, batch=3)
+    for (prompt, answer), value in zip(pairs, found):
+        head = [tokenizer.eot, *prompt.encode()]
+        tail = list((" " + answer).encode())
+        logits = network(torch.tensor([head + tail]))[0].log_softmax(-1)
+        direct = sum(logits[len(head) - 1 + i, token] for i, token in enumerate(tail))
+        assert value.item() == pytest.approx(direct.item(), rel=1e-4)
+
+    # Scores that know one fact and guess the others: all of its questions, a quarter of theirs.
+    someone = note.people(200, 0)
+    truth = {note.in_new_words("job", p): p.job for p in someone}
+
+    def scores(_, __, pairs):
+        guess = random.Random(7)
+        return torch.tensor([9.0 if truth.get(prompt) == answer else guess.random()
+                             for prompt, answer in pairs])
+    monkeypatch.setattr(note, "likelihoods", scores)
+    right = note.answered(None, None, someone, note.in_new_words, 0).mean(0).tolist()
+    for fact, percent in zip(note.FACTS, right):
+        assert percent == 100 if fact == "job" else 10 < percent < 40, "four candidates, one of them true"
+
+
+def test_bare_answers_and_learning_notes_are_of_problems_that_are_not_asked():
+    from notes import rephrasing as note
+    keep_out = set(note.unseen(random.Random(1), 50))
+    assert len(keep_out) == 50
+    for arm in note.NOTES_ARMS:
+        docs = list(itertools.islice(note.problems(arm, random.Random(1)), 150))
+        kept = list(itertools.islice(note.problems(arm, random.Random(1), keep_out), 150))
+        out = [doc for doc in docs if any(doc.startswith(question + "\n") for question in keep_out)]
+        assert len(out) >= 50 and kept[:len(docs) - len(out)] == [doc for doc in docs if doc not in out]
+        lines = sum(doc.count("\n") for doc in docs) / len(docs)
+        assert lines == 2 if arm == "bare answers" else lines > 3
+
+
+def test_a_solution_is_judged_by_exact_arithmetic():
+    """An answer counts if it solves the question, however it came about; a false step is found all the
+    same."""
+    from notes import rephrasing as note
+    rng = random.Random(5)
+    for _ in range(20):
+        question, steps = note.problem(rng)
+        right = steps.split("\n")[-1]
+        wrong = f"= {int(right[2:]) + 1}"
+        assert 1 <= steps.count("\n") + 1 <= note.OPERATIONS
+        assert note.holds(f"{question}\n{steps}")
+        assert note.solves(question, steps) and note.solves(question, right)
+        assert not note.solves(question, wrong) and not note.solves(question, f"{right}\n{wrong}")
+        assert not any(note.solves(question, nothing) for nothing in ("", "=", "= ", "= I do not know"))
+    question = "Evaluate step by step:\n(2 + 3) * 4"
+    assert note.solves(question, "= 6 * 4\n= 20") and not note.holds(f"{question}\n= 6 * 4\n= 20")

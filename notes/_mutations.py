@@ -549,6 +549,20 @@ TABLE = {
         ("checksums are not compared", 'i % parts == part and parallel.checksum(t) != entry["sha256"]',
          "False", "damaged_checkpoints"),
     ],
+    "notes/rephrasing.py": [
+        ("one rewrite is all ten", '"1 rewrite": [REWRITES[order[0]]]',
+         '"1 rewrite": [REWRITES[name] for name in order]', "their_own_texts"),
+        ("texts are read twice", "round(config.tokens * share) + 8", "round(config.tokens * share) // 2 + 8",
+         "their_own_texts"),
+        ("a question has the words of a text", "Which town does {name} come from?",
+         "What is the birthplace of {name}?", "share_no_words"),
+        ("the question's last token counts as answer", "counts[row, len(heads[i]) - 1:end - 1]",
+         "counts[row, len(heads[i]) - 2:end - 1]", "highest_likelihood"),
+        ("unseen problems are trained on", "if question not in keep_out:", "if question:", "not_asked"),
+        ("an answer from the middle counts", 'text.split("\\n")[-1])\n    return bool',
+         'text.split("\\n")[0])\n    return bool', "exact_arithmetic"),
+        ("false steps are accepted", "        corpus.check(text)\n", "", "exact_arithmetic"),
+    ],
 }
 
 
