@@ -556,7 +556,7 @@ def flash_equals_its_definition(target, documents, dtype, cases):
 
 @interpreted
 def flash_attention():
-    flash_equals_its_definition("cuda", False, torch.float32, FLASH_CASES)
+    flash_equals_its_definition("cuda", False, torch.float32, FLASH_CASES[1::2])
 
 
 @interpreted
@@ -7533,7 +7533,6 @@ FIVE_STEPS = [
 ]
 ONE_STEP = [
     ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
-    ("experts", 4, dict(pp=2, ep=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
@@ -7541,7 +7540,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
-SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::2])]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::3])]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -7666,10 +7665,9 @@ def text(tmp_path_factory):
 
 
 def test_a_run_survives_faults(tmp_path):
-    """Each moment of a kill, a torn file, a full disk; the full campaign is `python -m notes.faults`."""
+    """Kills, a signal and a full disk, mostly in a save; the full campaign is `python -m notes.faults`."""
     with ThreadPoolExecutor(2) as two:                             # a trial spends most of its time waiting
-        kinds = ("rank killed", "kill in save", "kill in average", "kill in evaluation", "flipped byte",
-                 "full disk", "stop in save")
+        kinds = "rank killed", "kill in save", "kill in average", "full disk", "stop in save"
         assert set(kinds) < set(faults.KINDS)
         for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
             assert 0 <= again <= 29, kind
