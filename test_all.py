@@ -3255,7 +3255,7 @@ def test_a_query_stays_behind_the_path_and_a_flood_is_left(tmp_path, monkeypatch
     assert "tried again: 1 an answer without end\n" in said
 
 
-def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path):
+def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monkeypatch):
     """Status 130 and no traceback, wherever it comes. What was answered is in the journal."""
     source = write_jsonl(tmp_path / "in.jsonl", [dict(text=f"{i} bridges are in Vienna.") for i in range(9)])
     go = threading.Event()
@@ -3285,6 +3285,7 @@ def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path):
         assert not out.exists()
 
     # Between two rows, where `generate` does not see it.
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=AssertionError))
     with pytest.raises(KeyboardInterrupt), asking.Journal(tmp_path / "c", data.Endpoint()) as journal:
         assert journal.may_call("a")
         threading.Timer(.05, journal.add, ["a", dict(answer="b")], dict(key="ab" * 32)).start()
@@ -3579,6 +3580,7 @@ def test_negations_are_compared_between_sentences_that_answer_to_each_other():
     assert turned(valve, "Is the valve opened before the pressure falls?") == 0, "a question states nothing"
     assert turned(valve, "The valve is unable to open before the pressure falls.") == 0
     assert turned(valve, "The tower has no windows facing the northern street.") == 0, "another matter"
+    assert turned(valve, "The pressure on the tower bends its northern windows.") == 0, "one word of it"
     tank = "The tank holds river water"
     both = valve + " The tank is full of water from the river."
     assert turned(both, "The tank is full of water from the river and the valve is not opened before the "
@@ -3602,6 +3604,17 @@ def test_long_texts_are_measured_in_a_time_that_grows_with_them():
         assert measures.fidelity(source, text).negations == 0
     assert time.process_time() - begun < 4
     assert measures.unfaithful(measures.fidelity("A few words of text.", 9 * again)) == "too long"
+
+
+def test_measures_do_not_depend_on_the_order_of_words_in_sets():
+    """Which differs between processes: the sums have to be exact, or an answer is taken in one run only."""
+    weight = {f"s{i}": 1 / (i % 9 + 1) for i in range(60)}
+    sentences = [frozenset(list(weight)[:k]) for k in range(3, 60)]
+    order = lambda some, seed: dict.fromkeys(random.Random(seed).sample(sorted(some), len(some))).keys()
+    orders = [[order(some, seed) for some in sentences] for seed in range(8)]
+    with mock.patch.object(measures, "weights", lambda _: weight):
+        there = set(list(weight)[::3])
+        assert len({tuple(measures.least([some], there) for some in found) for found in orders}) == 1
 
 
 def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():

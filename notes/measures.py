@@ -243,8 +243,9 @@ def least(sentences, there):
     """The share of a sentence's content, by weight, that is among the stems `there`: of the worst sentence,
     or of the one a twentieth from the worst. Sentences of fewer than 3 stems do not count."""
     weight = weights(sentences)
-    found = sorted(sum(weight[stem] for stem in stems & there) / sum(weight[stem] for stem in stems)
-                   for stems in sentences if len(stems) > 2)
+    # Exact sums: the order of a set differs between processes.
+    size = lambda stems: math.fsum(weight[stem] for stem in stems)
+    found = sorted(size(stems & there) / size(stems) for stems in sentences if len(stems) > 2)
     return found[len(found) // 20] if found else 1.0
 
 
@@ -252,7 +253,7 @@ def turned(sentences, others):
     """How many negated sentences have counterparts among the others, none of which is negated. A counterpart
     shares half of its content, or of theirs, by weight: sentences may have been split or joined."""
     weight = weights([other.stems for other in others])
-    size = lambda stems: sum(weight.get(stem, 1) for stem in stems)
+    size = lambda stems: math.fsum(weight.get(stem, 1) for stem in stems)
     sizes = [size(other.stems) for other in others]
     having = defaultdict(list)                                   # stem → those of the others that have it
     for i, other in enumerate(others):
