@@ -3670,6 +3670,14 @@ def test_fusion_is_told_from_concatenation():
     assert measures.integration(sources * 2, joined).purity == 0, "nobody owns a word"
 
 
+def test_a_sentence_ends_where_it_does():
+    text = ("In St. Paul, Dr. J. Marsh said \"Go.\" Then he left… 5 came (i.e. Tom vs. Ann). No. It is No. 5. "
+            "那是桥。很长。")
+    assert [part.strip() for part in measures.sentences_of(text)] == [
+        "In St. Paul, Dr. J. Marsh said \"Go.\"", "Then he left…", "5 came (i.e. Tom vs. Ann).", "No.",
+        "It is No. 5.", "那是桥。", "很长。"]
+
+
 def test_diversity_equals_its_definitions():
     texts = ["The cat sat. The cat sat!", "the Cat sat down here now and then slept", "ein Hund",
              "the cat sat down here now and then slept well"]
