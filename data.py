@@ -2722,8 +2722,8 @@ class Endpoint:
     def __post_init__(self):
         if self.endpoint != "offline" and not (is_address(self.endpoint) and self.model):
             shown = re.sub("//.*@", "//[user]@", self.endpoint)  # a password, maybe
-            raise ValueError(f"endpoint: {shown!r} is not \"offline\", nor is it http://HOST/v1, without a "
-                             "user, with a model: the server's name for it, under which answers are kept")
+            raise ValueError(f"endpoint: {shown!r} is not \"offline\", nor is it http://HOST/v1 (without "
+                             "a user) with a model: the server's name for it, under which answers are kept")
         if not 0 <= self.retries <= 50:
             raise ValueError(f"retries: {self.retries} is not from 0 to 50")
         for name in ("max_tokens", "threads", "attempts", "timeout"):

@@ -3279,7 +3279,7 @@ def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monke
             process.send_signal(signal.SIGINT) if twice else go.set()
             said += process.communicate(timeout=20)[0]
             assert process.returncode == 130 and said == (
-                "waiting for 2 answers in flight, which are paid for; Ctrl-C again gives them up\n"), said
+                "waiting for 2 answers in flight, paid for already; Ctrl-C again goes without\n"), said
             go.set()
         assert len(read_jsonl(f"{out}.calls.jsonl")) == (0 if twice else 2) and len(came) == 2
         assert not out.exists()
@@ -3671,8 +3671,8 @@ def test_fusion_is_told_from_concatenation():
 
 
 def test_a_sentence_ends_where_it_does():
-    text = ("In St. Paul, Dr. J. Marsh said \"Go.\" Then he left… 5 came (i.e. Tom vs. Ann). No. It is No. 5. "
-            "那是桥。很长。")
+    text = ("In St. Paul, Dr. J. Marsh said \"Go.\" Then he left… 5 came (i.e. Tom vs. Ann). No. It is "
+            "No. 5. 那是桥。很长。")
     assert [part.strip() for part in measures.sentences_of(text)] == [
         "In St. Paul, Dr. J. Marsh said \"Go.\"", "Then he left…", "5 came (i.e. Tom vs. Ann).", "No.",
         "It is No. 5.", "那是桥。", "很长。"]

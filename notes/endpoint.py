@@ -278,8 +278,8 @@ class Journal:
         if why == "interrupted":
             self.interrupted = True
             if self.flying and self.endpoint.endpoint != "offline" and not self.dry_run:
-                print(f"waiting for {several(self.flying, 'answer')} in flight, which are paid for; Ctrl-C "
-                      "again gives them up", flush=True)
+                print(f"waiting for {several(self.flying, 'answer')} in flight, paid for already; Ctrl-C "
+                      "again goes without", flush=True)
         elif not self.stopped:
             print(f"no more calls: {why}; every answer is kept in {self.path}", flush=True)
         self.stopped = self.stopped or why

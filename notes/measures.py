@@ -49,7 +49,8 @@ WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['’][\p{L}\p{M}]+)*")
 BULLET = r"(?:[-*•+]|#+)[ \t]+"
 LABEL = regex.compile(rf"(?mi)^[ \t>]*(?:{BULLET})?\**(?:(?:step|question|answer|part|section|q|a)\b[ \t]*"
                       rf"\d*|\d{{1,2}})[ \t]*[.):]\**[ \t]+|^[ \t>]*{BULLET}|[ \t]*\|[ \t]*")
-SENTENCE_END = regex.compile(r"(?<=[.!?…]['\"”’)\]*]{0,3})(?<!\b(?:\p{L}|Mr|Mrs|Dr|St|vs|No(?=\.\s+\p{N}))\.)\s+"
+SHORT = r"\b(?:\p{L}|Mr|Mrs|Dr|St|vs|No(?=\.\s+\p{N}))\."
+SENTENCE_END = regex.compile(rf"(?<=[.!?…]['\"”’)\]*]{{0,3}})(?<!{SHORT})\s+"
                              r"(?=['\"“‘(\[*]*[\p{Lu}\p{Lo}\p{N}])|(?<=[。！？])|\n\s*\n")
 
 IN_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
