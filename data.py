@@ -394,8 +394,8 @@ def own_files(name, path, kinds=KINDS):
                     left_out["hidden"].append(file)
                 elif filename == REPORT and "00000.jsonl" in filenames:
                     pass                                         # of `clean`, about the text here
-                elif filename.endswith(CALLS) and filename.removesuffix(CALLS) in filenames:
-                    pass                                         # the answers that a recipe was made of
+                elif filename.endswith(CALLS):
+                    left_out["answers of a recipe"].append(file)
                 elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
                     left_out["of another kind"].append(file)
                 elif not file.is_file():
@@ -2535,14 +2535,15 @@ class Conversation(NamedTuple):
     number: int                  # from 1, as in Row
 
 
-def convention_of(record):
-    """The name of its convention, by its fields; "" if it has none."""
-    return next((name for name, needs in CONVENTIONS.items() if needs <= set(record)), "")
+def convention_of(fields):
+    """The name of a record's convention, by the names of its fields; "" if it has none."""
+    return next((name for name, needs in CONVENTIONS.items() if needs <= set(fields)), "")
 
 
 def turns(value, role):
     """A field of a record → messages: of a string one with this role, or of a list of {"role", "content"} or
-    {"from", "value"}. Raises ValueError, saying what is wrong."""
+    {"from", "value"}. A content may be a list of parts, {"text"} each, which are joined. Two messages in a
+    row may have the same role, and stay two. Raises ValueError, saying what is wrong."""
     if isinstance(value, str):
         value = [dict(role=role, content=value)]
     if not isinstance(value, list) or not value:
@@ -2551,10 +2552,14 @@ def turns(value, role):
     for i, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"message {i} is no object with a role and a content")
-        said = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
+        said = turn.get("from") if turn.get("role") is None else turn["role"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         if not isinstance(said, str) or said.lower() not in ROLES:
             raise ValueError(f"message {i} has the unknown role {said!r}; known: {', '.join(ROLES)}")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+                raise ValueError(f"message {i}, of {said!r}, has a part that is no text")
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"message {i}, of {said!r}, is empty")
         content.encode()                                         # JSON may hold a lone surrogate
@@ -2564,11 +2569,12 @@ def turns(value, role):
 
 def messages_of(record):
     """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
+    record = {name: value for name, value in record.items() if value is not None}
     convention = convention_of(record)
     found = []
     if not convention:
         raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
-    if record.get("system") and isinstance(record["system"], str):
+    if isinstance(record.get("system"), str) and record["system"].strip():
         found += turns(record["system"], "system")
     if convention == "prompt/chosen/rejected":
         prompt, chosen, _ = pair_of(record)
@@ -2578,32 +2584,41 @@ def messages_of(record):
     elif convention == "instruction/output":
         for asked, answered in record.get("history") or []:
             found += turns(asked, "user") + turns(answered, "assistant")
-        more = "\n\n" + record["input"] if record.get("input") else ""
-        found += turns(record["instruction"] + more, "user") + turns(record["output"], "assistant")
+        found += turns(instruction_of(record), "user") + turns(record["output"], "assistant")
     else:
         found += turns(record[convention], "user")
+    if found[0]["role"] == "system" and found[:1] == found[1:2]:
+        del found[0]                                             # in a field of its own, too
     if not any(message["role"] == "user" for message in found):
         raise ValueError("no message is a user's")
     return convention, found
 
 
+def instruction_of(record):
+    """The instruction of a record, with its input; None if it has none."""
+    more = record.get("input")
+    return record["instruction"] + "\n\n" + more if more else record.get("instruction")
+
+
 def pair_of(record):
     """A record with a chosen and a rejected answer → (prompt, chosen, rejected), lists of messages.
 
-    Some sets repeat the whole conversation in both answers, beside a prompt that is its first message: then
-    the prompt is all that they have in common. Raises ValueError, saying what is wrong."""
+    Some sets repeat the conversation in both answers, from its beginning or from the last message of the
+    prompt on; what they have in common belongs to the prompt. Raises ValueError, saying what is wrong."""
     chosen, rejected = turns(record["chosen"], "assistant"), turns(record["rejected"], "assistant")
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
+    common = chosen[:n]
 
-    # Messages that begin with an answer go on from the prompt.
-    prompt = chosen[:n]
-    if not n or chosen[0]["role"] == "assistant":
-        given = record.get("prompt") or record.get("instruction")
-        if not given:
-            raise ValueError("the two answers have no beginning in common, and there is no prompt")
-        prompt = turns(given, "user") + prompt
+    # Unless they repeat it from the beginning on, they go on from the prompt, or from within it.
+    given = record.get("prompt") or instruction_of(record)
+    given = turns(given, "user") if given else []
+    k = next(k for k in range(min(len(given), n), -1, -1) if given[len(given) - k:] == common[:k])
+    if not given and (not n or chosen[0]["role"] == "assistant"):
+        raise ValueError("the two answers have no beginning in common, and there is no prompt")
+    on = not n or chosen[0]["role"] == "assistant" or given and given[-1]["role"] == "system"
+    prompt = given + common[k:] if k or on else common
     if n == min(len(chosen), len(rejected)):
         raise ValueError("the chosen and the rejected answer are equal, or one is the beginning of the other")
     if not chosen[n]["role"] == rejected[n]["role"] == "assistant":
@@ -2714,6 +2729,7 @@ class Endpoint:
     threads: int = 8             # calls at a time
     attempts: int = 3            # answers for a row, each with its own seed, before it is refused for good
     retries: int = 7             # further tries of a call that brings no answer
+    ask_again: bool = False      # ask again what the server refused in earlier runs, if it is mended
     timeout: float = 300.0       # seconds for a try
     calls: int = 0               # budget of OUT over all runs; 0: none
     tokens: int = 0              # budget of prompts and answers, which calls in flight may pass; 0: none
@@ -2767,28 +2783,32 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     """Have an answer to the prompt for each row → (row, result) in the order of rows.
 
     rows: dicts with "id" and what the prompt needs. parse(row, answer) → result, a dict; accept(row, result)
-    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is None for a row
-    that is refused for good or could not be answered: the journal counts which. chat: an answer may begin as
-    one to a person does, "Sure" or "I cannot". Equal requests are made once."""
+    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is False for a row
+    that is refused for good, and None for one that is missing: no answer could be had in this run. chat: an
+    answer may begin as one to a person does, "Sure" or "I cannot".
+
+    Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
+    share their calls, whatever their ids and places are."""
     rows = iter(rows)
     ahead = deque()                                              # (row, its future), in the order of rows
-    latest = {}                                                  # id → the last future for it in `ahead`
+    latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
     try:
         while True:
             for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
-                future = pool.submit(result_of, row, prompt, parse, accept, endpoint, journal, chat,
-                                     latest.get(row["id"]))
-                latest[row["id"]] = future
-                ahead.append((row, future))
+                asked = fill(prompt, row), row.get("k", 0)
+                future = pool.submit(result_of, row, asked, prompt, parse, accept, endpoint, journal, chat,
+                                     latest.get(asked))
+                latest[asked] = future
+                ahead.append((row, asked, future))
             if not ahead:
                 return
-            row, future = ahead.popleft()
+            row, asked, future = ahead.popleft()
             while not wait([future], 1).done:
                 journal.progress()
             journal.progress()
-            if latest[row["id"]] is future:
-                del latest[row["id"]]
+            if latest[asked] is future:
+                del latest[asked]
             yield row, future.result()
     except (Exception, KeyboardInterrupt):
         journal.stop("interrupted")
@@ -2798,19 +2818,20 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
         pool.shutdown(cancel_futures=True)
 
 
-def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
-    """The result for a row, or None: up to `attempts` answers, from the journal if they are there.
+def result_of(row, asked, prompt, parse, accept, endpoint, journal, chat, twin):
+    """The result for a row, False or None: up to `attempts` answers, from the journal if they are there.
 
-    twin: the future of an earlier row with this id, whose requests may be the same."""
+    asked: the text of the prompt, and the row's k. twin: the future of an earlier row that asks the same."""
     if twin:
         wait([twin])
-    text = fill(prompt, row)
+    text, k = asked
+    again = (lambda call: refused_by_server(call, text)) if endpoint.ask_again else None
     for attempt in range(endpoint.attempts):
         # The seed is hashed beside the request as well, because `extra` may leave it out.
-        seed = digest64(json.dumps([endpoint.seed, prompt.name, row["id"], attempt])) >> 33
+        seed = digest64(json.dumps([endpoint.seed, text, k, attempt])) >> 33
         request = endpoint.request(text, seed)
         key = sha256(json.dumps(request, sort_keys=True), str(seed))
-        call = journal.find(key)
+        call = journal.find(key, again)
         new = call is None
         if new and journal.may_call(text):
             if endpoint.endpoint == "offline" or journal.dry_run:
@@ -2821,49 +2842,61 @@ def result_of(row, prompt, parse, accept, endpoint, journal, chat, twin):
         if call is None:
             return journal.count("rows", "missing")
 
-        # The journal has answers as they came; whether one is taken is decided anew in each run.
+        # The journal has answers as they came; whether one is taken is decided anew in each run. A dry run
+        # takes what stands for an answer, so that it comes to all later calls.
+        pretended = new and journal.dry_run
         try:
-            result = parse(row, answer_in(call, text, prompt, endpoint.window, chat))
-            why = accept(row, result)
+            answer = (call["answer"].strip() if pretended else
+                      answer_in(call, text, prompt, endpoint.window, chat))
+            result = parse(row, answer)
+            why = "" if pretended else accept(row, result)
             if why:
                 raise Refused(why)
         except Refused as error:
-            hopeless = isinstance(error, Hopeless)
-            journal.count("answers refused", str(error), new and hopeless)
-            if hopeless or journal.dry_run:
-                break
-            continue
-        journal.count("rows", "taken")
-        return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
-                             prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
-                             parent=row.get("parent", ""))
-    return journal.count("rows", "refused for good")
+            why, hopeless = str(error), isinstance(error, Hopeless)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            why, hopeless = f"it cannot be read: {type(error).__name__}", False
+        else:
+            journal.count("rows", "taken")
+            return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
+                                 prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
+                                 parent=row.get("parent", ""))
+        journal.count("answers refused", why, new and hopeless)
+        if hopeless:
+            journal.count("rows that the server refused; --ask_again=true asks again", why)
+        if hopeless or pretended:
+            break
+    journal.count("rows", "refused for good")
+    return False
+
+
+def refused_by_server(call, text):
+    """Why a server does not answer this text, until it is set up in another way; "" if it does.
+
+    Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
+    tokens than words mean a cut."""
+    if "error" in call:
+        return call["why"]
+    return "prompt cut by the server" if call["usage"] and 0 < call["usage"][0] < len(text.split()) else ""
 
 
 def answer_in(call, text, prompt, window, chat):
     """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
-    if "error" in call:
-        raise Hopeless(call["why"])
+    why = refused_by_server(call, text)
+    if why:
+        raise Hopeless(why)
     if call["finish"] != "stop":
         raise Refused(f"finish_reason {call['finish']}")
 
-    # Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
-    # tokens than words mean a cut; and prompt and answer then tend to fill the window exactly. Without
-    # `window` that is only a suspicion, but another answer would hardly be as long by chance.
-    asked, answered = call["usage"] or (0, 0)
-    if 0 < asked < len(text.split()):
-        raise Hopeless("prompt cut by the server")
-    if asked + answered >= window if window else asked + answered in USUAL_WINDOWS:
+    # Where a prompt was cut, it and the answer tend to fill the window exactly. Without `window` that is only
+    # a suspicion, but another answer would hardly be as long by chance.
+    length = sum(call["usage"] or (0, 0))
+    if length >= window if window else length in USUAL_WINDOWS:
         raise Refused("fills the window")
 
-    # Thinking comes first, at times without the tag that opens it.
-    answer = call["answer"]
-    if answer is None:
+    if call["answer"] is None:
         raise Refused("null content")
-    before, closed, after = answer.partition("</think>")
-    if closed and "<think>" not in before.lstrip()[1:]:
-        answer = after
-    answer = answer.strip()
+    answer = without_thinking(call["answer"], text)
     if not answer or answer.startswith("<think>"):
         raise Refused("empty content")
     if re.search("[\ud800-\udfff]", answer):
@@ -2880,6 +2913,16 @@ def answer_in(call, text, prompt, window, chat):
     if not chat and PREAMBLE.match(answer):
         raise Refused("preamble")
     return answer
+
+
+def without_thinking(answer, text):
+    """An answer after its thinking, which comes first, at times without the tag that opens it. Where the
+    prompt has the tag that closes it, so may an answer that did not think."""
+    before, closed, after = answer.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if closed and "<think>" not in before.lstrip()[1:] and (opened or "</think>" not in text):
+        answer = after
+    return answer.strip()
 
 
 def estimated_tokens(text):
@@ -2926,6 +2969,7 @@ def read_documents(name, path, config, what):
     as_chat = what == "conversations" or config.column not in there and convention_of(there)
     for row in (conversations if as_chat else rows)(name, path, config):
         file = Path(row.file).name if row.file == source.root else os.path.relpath(row.file, source.root)
+        file = os.fsencode(file).decode(errors="replace")        # a name may be any bytes
         text = as_text(row.messages) if as_chat else row.text
         together = row.record.get("split_with") if as_chat else row.split_with
         yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
@@ -2946,7 +2990,8 @@ def made(documents, result, id, **fields):
     """A row of the output: its fields, then where it comes from."""
     return dict(fields, id=id, parent=" + ".join(document.id for document in documents),
                 recipe=result["recipe"], prompt_name=result["prompt"], prompt_sha256=result["prompt_sha256"],
-                model=result["model"], seed=result["seed"], split_with=documents[0].split_with)
+                model=result["model"], seed=result["seed"],
+                split_with=min(document.split_with for document in documents))
 
 
 def as_it_is(row, answer):
@@ -2977,9 +3022,9 @@ def cut(text, most):
 
 
 def last_tokens(text, most):
-    """The end of a text, from the beginning of a word on."""
+    """The end of a text, from the beginning of a word on, unless there is none nearby."""
     end = text.encode()[-most * BYTES:].decode(errors="ignore")
-    return text if len(end) == len(text) else end.partition(" ")[2]
+    return text if len(end) == len(text) else re.sub(r"\A\S{0,64}\s+", "", end)
 
 
 # ---- recipes: text from documents --------------------------------------------------------------------------
@@ -3033,7 +3078,7 @@ def rephrase(documents, o, asking):
                 asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
                              form_is=forms[form], reader_is=readers[reader])
                 rewrites.append(Rewrite(document, asked, parts))
-        yield from rewritten(rewrites, prompt, faithful, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_faithful, o, asking)
 
 
 def choices(name, chosen):
@@ -3046,7 +3091,7 @@ def choices(name, chosen):
     return {word: known[word] for word in chosen}
 
 
-def faithful(row, result):
+def why_not_faithful(row, result):
     """"" or why a rewritten part is not taken. What its context says may be said again."""
     fidelity, unfaithful = measures().fidelity, measures().unfaithful
     m = fidelity(row["text"], result["text"])
@@ -3065,10 +3110,10 @@ def learning_notes(documents, o, asking):
     for group in groups(documents):
         rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
                     for document in group]
-        yield from rewritten(rewrites, prompt, instructive, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_instructive, o, asking)
 
 
-def instructive(row, result):
+def why_not_instructive(row, result):
     """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
     m = measures().fidelity(row["text"], result["text"])
     if m.numbers < 0.5:
@@ -3098,10 +3143,11 @@ def exam(documents, o, asking):
         asked, of = [], []
         for document in group:
             parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))
-            asked += [dict(id=f"{document.id}/{k}", text=parts[k % len(parts)].strip()) for k in range(o.n)]
+            asked += [dict(id=f"{document.id}/{k}", k=k // len(parts), text=parts[k % len(parts)].strip())
+                      for k in range(o.n)]
             of += [document] * o.n
         known = set()
-        for (row, result), document in zip(asking(asked, prompt, exam_question, exam_worthy), of):
+        for (row, result), document in zip(asking(asked, prompt, exam_question, why_not_worthy), of):
             if not result or (document.id, result["question"]) in known:
                 continue
             known.add((document.id, result["question"]))
@@ -3128,7 +3174,7 @@ def exam_question(row, answer):
     return dict(question=question, correct=correct, wrong=wrong, reasoning=reasoning)
 
 
-def exam_worthy(row, result):
+def why_not_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
@@ -3156,71 +3202,90 @@ def conversation(documents, result, id, messages, **fields):
 def evolve(documents, o, asking):
     """Makes the first request of every conversation harder (depth), or puts a rarer one of the same field in
     its place (breadth), in several rounds, and has the last one answered. The prompts that say how are tried
-    first: a model writes a better one from what went wrong on the first requests, and the one that fails less
-    often is used. A request that gained nothing, says nothing or repeats the prompt is dropped, and its
-    parent has another try in the next round; one whose answer asks back, stalls or refuses is dropped for
-    good."""
+    first, on some of the requests: a model writes a better one from what went wrong, and the one that fails
+    less often is used; its text is the answer with that sha256 in OUT.calls.jsonl. A request that gained
+    nothing, says nothing or repeats the prompt is dropped, and its parent has another try in the next round;
+    one whose answer asks back, stalls or refuses is dropped for good."""
     methods = []
     for group in groups(documents):
         now = [request_of(document) for document in group]
-        methods = methods or [better(load_prompt(f"evolve-{way}"), now[:o.dev], asking)
-                              for way in ("depth", "breadth")]
-        evolved = set()
+        for way in () if methods else ("depth", "breadth"):
+            tried = in_order_of(str(o.seed), dict.fromkeys(now))[:o.dev]
+            methods.append(better(load_prompt(f"evolve-{way}"), tried, asking))
+            if not methods[-1]:
+                print("evolve: the trial of its prompts is not complete, and nothing evolves before it is")
+                return
+
+        # After a missing answer no more is asked about that conversation: with another parent its calls would
+        # not be those that are made when the answer is there.
+        rounds = [[] for _ in group]                             # by which a request gained
+        missing = set()
         for turn in range(o.rounds):
             broad = [digest64(f"{o.seed} {turn} {document.text}") % 100 < o.breadth for document in group]
             for which, method in enumerate(methods):
-                live = [i for i in range(len(group)) if broad[i] == which]
-                asked = [dict(id=f"{group[i].id}/{turn}", instruction=now[i]) for i in live]
-                for (_, result), i in zip(asking(asked, method, accept=gained), live):
+                live = [i for i in range(len(group)) if broad[i] == which and i not in missing]
+                asked = [dict(id=f"{group[i].id}/{turn}", k=turn, instruction=now[i]) for i in live]
+                for (_, result), i in zip(asking(asked, method, accept=why_not_gained), live):
                     if result:
                         now[i] = result["text"]
-                        evolved.add(i)
+                        rounds[i].append(dict(prompt_name=result["prompt"], seed=result["seed"],
+                                              prompt_sha256=result["prompt_sha256"]))
+                    elif result is None:
+                        missing.add(i)
 
-        live = sorted(evolved)
+        live = [i for i in range(len(group)) if rounds[i] and i not in missing]
         asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
-        for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
+        answers = asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True)
+        for (_, result), i in zip(answers, live):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
-                                   evolved_from=request_of(group[i]))
+                                   evolved_from=request_of(group[i]), evolution=rounds[i])
 
 
 def better(method, requests, asking):
-    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]."""
+    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]. None
+    if an answer is missing."""
     failures = trial(method, requests, asking)
+    if not failures:
+        return None if failures is None else method
     asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
-    results = list(asking([asked] if failures else [], load_prompt("evolve-improve"), accept=has_place))
-    if results and results[0][1]:
-        text = results[0][1]["text"]
-        new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
-        again = trial(new, requests, asking)
-        print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
-        if len(again) < len(failures):
-            return new
-    return method
+    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=why_not_usable)
+    if not result:
+        return None if result is None else method
+    text = result["text"]
+    new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
+    again = trial(new, requests, asking)
+    if again is None:
+        return None
+    print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
+    return new if len(again) < len(failures) else method
 
 
-def has_place(row, result):
+def why_not_usable(row, result):
     return "" if result["text"].count("{instruction}") == 1 else "no place for the instruction"
 
 
 def trial(method, requests, asking):
-    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason."""
+    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason. None if an
+    answer is missing."""
     asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
-    failures = []
-    for prompt, accept, chat in (method, gained, False), (load_prompt("answer"), answered, True):
+    failures, missing = [], 0
+    for prompt, accept, chat in ((method, why_not_gained, False),
+                                 (load_prompt("answer"), why_not_answered, True)):
         passed = []
         for row, result in asking(asked, prompt, chat=chat):
+            missing += result is None
             why = accept(row, result) if result else "no usable answer"
             if why:
                 failures.append(f"- {why}: {row['instruction']}")
             else:
                 passed.append(dict(id=f"{row['id']}/answer", instruction=result["text"]))
         asked = passed
-    return failures
+    return None if missing else failures
 
 
-def gained(row, result):
+def why_not_gained(row, result):
     """"" or why an evolved request is eliminated."""
     old, new = set(measures().content(row["instruction"])), set(measures().content(result["text"]))
     if len(new) < 2:
@@ -3239,7 +3304,7 @@ FAILURES = {
     "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
 
 
-def answered(row, result):
+def why_not_answered(row, result):
     """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
     text = result["text"].lower()
     if not measures().content(text) and not re.search(r"\d", text):
@@ -3249,17 +3314,23 @@ def answered(row, result):
 
 def fuse(documents, o, asking):
     """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that
-    they share: similar, unlike, or random; less than k that are left over, of every 1,000, are not used. A
-    result that puts one after the other, or their sentences in turn, or leaves one out, is refused."""
+    they share: similar, unlike, or random; less than k that are left over, of every 1,000, are not used. Only
+    conversations on one side of the split between training and validation come together. A result that puts
+    one after the other, or their sentences in turn, or leaves one out, is refused."""
+    if o.select not in ("similar", "unlike", "random") or not 2 <= o.k <= 8:
+        raise ValueError(f"fuse: select={o.select} k={o.k}: similar, unlike or random, and 2 to 8")
     prompt = load_prompt("fuse")
     for group in groups(documents):
         asked, members = [], []
-        for chosen in selected([document.text for document in group], o.k, o.select, o.seed):
-            members.append([group[i] for i in chosen])
-            said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
-            asked.append(dict(id=" + ".join(document.id for document in members[-1]),
-                              conversations="\n".join(said), sources=[d.text for d in members[-1]]))
-        for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
+        for side in False, True:
+            there = [document for document in group if is_validation(document.split_with) == side]
+            for chosen in selected([document.text for document in there], o.k, o.select, o.seed):
+                members.append([there[i] for i in chosen])
+                said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
+                asked.append(dict(id=" + ".join(document.id for document in members[-1]),
+                                  conversations="\n".join(said), sources=[d.text for d in members[-1]]))
+        fused = asking(asked, prompt, conversation_in, why_not_integrated)
+        for (row, result), together in zip(fused, members):
             if result:
                 yield conversation(together, result, row["id"], result["messages"], select=o.select)
 
@@ -3269,8 +3340,6 @@ def selected(texts, k, select, seed):
 
     Similar or unlike to the first of a list by the cosine of their words, which count less the more texts
     have them. A list is begun by the first text that is not used, in an order that the seed decides."""
-    if select not in ("similar", "unlike", "random") or not 2 <= k <= 8:
-        raise ValueError(f"fuse: select={select} k={k}: similar, unlike or random, and 2 to 8")
     bags = np.zeros((len(texts), 4096), np.float32)
     for bag, text in zip(bags, texts):
         bag[[zlib.crc32(word.encode()) % 4096 for word in measures().content(text)]] = 1
@@ -3293,7 +3362,7 @@ def conversation_in(row, answer):
     return dict(messages=[dict(role=role.lower(), content=text) for role, text in zip(roles, said)])
 
 
-def integrated(row, result):
+def why_not_integrated(row, result):
     text = "\n\n".join(message["content"] for message in result["messages"])
     return measures().concatenated(measures().integration(row["sources"], text))
 
@@ -3302,29 +3371,48 @@ def reject(documents, o, asking):
     """Has the last request of every conversation answered n times and keeps the best answer, if it reaches
     the threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1. Without it an
     answer scores 1 if its arithmetic is right and its last number is that of the conversation's own answer,
-    else 0. With pairs, a row has the best answer and the worst, if only the best reaches the threshold."""
-    judge = dict(endpoint=o.score_endpoint, model=o.score_model)
+    else 0; conversations whose own answer has no number are left out. With pairs, a row has the best answer
+    and the worst, if only the best reaches the threshold."""
+    judge = dict(endpoint=o.score_endpoint, model=o.score_model, key_env=o.score_key_env, extra=o.score_extra)
     if o.score_endpoint:
-        asking([], load_prompt("score"), **judge)                # a mistake in these is told before a call
+        try:
+            asking([], load_prompt("score"), **judge)
+        except ValueError as error:
+            raise ValueError(f"reject: score_endpoint, score_model, score_key_env or score_extra: {error}")
+    kept = left_out = 0                                          # conversations
+    scored, below = 0, 0                                         # answers
     for group in groups(documents):
+        if not o.score_endpoint:
+            there = [document for document in group if last_number(split_last(document)[1])]
+            left_out += len(group) - len(there)
+            group = there
+        kept += len(group)
+        if not kept:
+            raise ValueError("reject: no answer in IN has a number, by which new ones could be judged: give "
+                             "--score_endpoint=http://HOST/v1 --score_model=NAME")
         asked = []
         for document in group:
             messages, _ = split_last(document)
             request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
-            asked += [dict(id=f"{document.id}/{k}", instruction=request) for k in range(o.n)]
-        answers = enumerate(asking(asked, load_prompt("answer"), accept=answered, chat=True))
+            asked += [dict(id=f"{document.id}/{k}", k=k, instruction=request) for k in range(o.n)]
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True))
         taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
 
         # A score for each, None if the model gave none.
         if o.score_endpoint:
             rows = [dict(row, id=f"{row['id']}/score", answer=result["text"]) for _, row, result in taken]
             found = asking(rows, load_prompt("score"), points, **judge)
-            scores = [result and result["points"] / 10 for _, result in found]
+            scores = [result["points"] / 10 if result else None for _, result in found]
         else:
             scores = [verified(result["text"], split_last(group[i])[1]) for i, _, result in taken]
+        scored += sum(score is not None for score in scores)
+        below += sum(score is not None and score < o.threshold for score in scores)
         for i, document in enumerate(group):
             yield from best_of(document, [(score, result) for (j, _, result), score in zip(taken, scores)
                                           if j == i and score is not None], o)
+    if kept and not o.dry_run:
+        print(f"reject: {below:,} of {several(scored, 'answer')} scored below {o.threshold:g}; "
+              f"{several(left_out, 'conversation')} left out, whose own answer has no number")
 
 
 def split_last(document):
@@ -3341,12 +3429,12 @@ def best_of(document, scored, o):
     (score, best), (least, worst) = scored[0], scored[-1]
     prompt, _ = split_last(document)
     chosen, rejected = ([dict(role="assistant", content=result["text"])] for result in (best, worst))
-    about = dict(score=score, answers=len(scored))
+    about = dict(score=score, score_model=o.score_model or "arithmetic", answers=len(scored))
     if not o.pairs:
         yield conversation([document], best, document.id, prompt + chosen, **about)
     elif least < o.threshold:
         yield made([document], best, document.id, prompt=prompt, chosen=chosen, rejected=rejected,
-                   text=as_text(prompt + chosen), **about, rejected_score=least)
+                   text=as_text(prompt + chosen), **about, rejected_score=least, rejected_seed=worst["seed"])
 
 
 def points(row, answer):
@@ -3359,9 +3447,12 @@ def points(row, answer):
 
 def verified(answer, right):
     """1 if an answer's arithmetic is right and its last number that of the right one, otherwise 0."""
-    last, expected = (re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))[-1:]
-                      for text in (answer, right))
-    return float(last == expected != [] and not false_arithmetic(answer))
+    return float(last_number(answer) == last_number(right) != "" and not false_arithmetic(answer))
+
+
+def last_number(text):
+    """The last number of a text, "" if it has none."""
+    return ["", *re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))][-1]
 
 
 # ---- recipes: the command ----------------------------------------------------------------------------------
@@ -3393,7 +3484,9 @@ RECIPES = {
     "reject": Recipe(reject, "conversations", "n for each, and as many for scores with score_endpoint", dict(
         n=(4, "answers to a request"), threshold=(0.7, "the least score that is kept"),
         score_endpoint=("", "where a model scores answers: http://HOST/v1"),
-        score_model=("", "its name there"), pairs=(False, "write prompt, chosen and rejected"))),
+        score_model=("", "its name there"), score_key_env=("", "the environment variable with its key"),
+        score_extra=("", "a JSON object of further fields of a request to it"),
+        pairs=(False, "write prompt, chosen and rejected"))),
 }
 SHARED = dict(column=("text", "the field that holds the text"), where=("", "as --data.where of a run"),
               budget=("", "100MB or 5000documents of IN"), skip_bad=(False, "count bad records and go on"),
@@ -3459,13 +3552,17 @@ def run_recipe(name, words):
     root = Path(find_source(source, path, config)[0].root).resolve()
     if root in (Path(out).resolve(), *Path(out).resolve().parents):
         raise ValueError(f"{name}: {out} is inside {path}, from where it would be read; write elsewhere")
+    if Path(out).is_dir() or not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"{name}: OUT is a new file in a folder that exists; {out} is not")
+    journal = None
+
+    def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
+        rows = (dict(row, recipe=name) for row in rows)
+        return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
+
+    list(RECIPES[name].run([], options, asking))                 # no documents: only its options are checked
     calls = server().Journal(f"{out}{CALLS}", endpoint, options.dry_run)
     with calls as journal, contextlib.ExitStack() as stack:
-
-        def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
-            rows = (dict(row, recipe=name) for row in rows)
-            return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
-
         file = io.StringIO()
         if not options.dry_run:
             file = stack.enter_context(atomic(out, "w", alone=True, encoding="utf-8"))     # see the journal
@@ -3568,4 +3665,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")            # the name of a file may be any bytes
     sys.exit(main(sys.argv[1:]))

@@ -3045,7 +3045,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
     """Each way in which an answer is none, and those that only look like it."""
     text = data.fill(SAY, dict(text="A <|mark|> of 'as an AI', and <think>so</think>: " + "word " * 50))
     takes = [("A fine text.",) * 2, ("\n<think>a\n\nb</think>\n A fine text.\n", "A fine text."),
-             ("so, then</think>A fine text.", "A fine text."), ("It says <|mark|>.",) * 2,
+             ("The tag </think> ends a thought.",) * 2, ("It says <|mark|>.",) * 2,
              ("They said <think>so</think>.",) * 2, ("Here is where he lived. At noon: rain.",) * 2,
              ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
     for answer, expected in takes:
@@ -3053,7 +3053,7 @@ def test_an_answer_is_taken_only_if_it_is_one():
         assert data.answer_in(call, text, SAY, 0, False) == expected, answer
     refuses = {"null content": (None,),
                "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
-               "empty content": ("", " \n", "<think>a</think>\n", "a</think>", "<think>so"),
+               "empty content": ("", " \n", "<think>a</think>\n", "<think>a</think>", "<think>so"),
                "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
                            "I am sorry, I must not", "Well, as a large language model I like it"),
                "template leak": ("A text<|im_end|>", "[INST] A", "A text</s>", "<start_of_turn>a",
@@ -3063,6 +3063,10 @@ def test_an_answer_is_taken_only_if_it_is_one():
         for answer in answers:
             with pytest.raises(data.Refused, match=why):
                 data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+    for answer, expected in ("so, then</think>A fine text.", "A fine text."), ("a</think>", "empty content"):
+        call = dict(answer=answer, finish="stop", usage=None)
+        with contextlib.suppress(data.Refused) if expected == "empty content" else contextlib.nullcontext():
+            assert data.answer_in(call, "A text without tags.", SAY, 0, False) == expected
     for answer in "Sure! A", "I cannot help with it", "Here is one: A":
         assert data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
 
@@ -3219,7 +3223,7 @@ def test_an_address_is_checked_when_it_is_given(tmp_path, monkeypatch):
 
     # A name that no host has ends the run at once; when the name server is away, the call is made again.
     monkeypatch.setattr(asking, "FIRST_WAIT", .001)
-    for errno, says, tries in ((socket.EAI_NONAME, "calls: no server of that name: nowhere.invalid;", 1),
+    for errno, says, tries in ((socket.EAI_NONAME, "calls: no server of that name: nowhere.invalid", 1),
                                (socket.EAI_AGAIN, "3 calls without an answer in a row", 9)):
         resolve = mock.Mock(side_effect=socket.gaierror(errno, "?"))
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
@@ -3359,7 +3363,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
 def test_a_dry_run_counts_and_sends_nothing(tmp_path, monkeypatch):
     """On top of a journal that has half of the answers, and which stays as it is."""
     monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: "offline " * 40, raising=False)
-    rows = rows_of(*["some words of a text"] * 10)
+    rows = rows_of(*[f"some words of text {i}" for i in range(10)])
     generated(rows[:5], tmp_path / "c", lambda *_: completed("A fine text."))
     before = (tmp_path / "c").read_bytes()
     refuse = lambda row, result: "refused"
@@ -3879,7 +3883,7 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
     no call and the same bytes. A run reads rewrites as text, on the side of the split of their source."""
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
-    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) == 56
+    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) > 50
     first = [row["form"] for row in rows[:7]]
     assert len(set(first[:6])) == 6 and first[6] == first[0] and rows[6]["reader"] != rows[0]["reader"]
     prompt = (HERE / "notes/prompts/rephrase.txt").read_bytes()
@@ -3904,7 +3908,8 @@ def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, caps
     (tmp_path / "alone.jsonl").rename(tmp_path / "alone.txt")
     (tmp_path / "lives.jsonl").rename(tmp_path / "lives.txt")
     folder = list(data.rows("x", str(tmp_path), data.DataConfig()))
-    assert len(folder) == 61 and "left out" not in capsys.readouterr().out, "the journals are no text"
+    assert len(folder) == 61 and "left out: 3 answers of a recipe (b.jsonl.calls.jsonl" in (
+        capsys.readouterr().out)
 
 
 def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
@@ -3917,7 +3922,7 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 
     monkeypatch.setattr(data, "offline_answer", echo)
     bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
-    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if bad(row) else "")
+    monkeypatch.setattr(data, "why_not_faithful", lambda row, result: "bad" if bad(row) else "")
     options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
@@ -3935,9 +3940,10 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 def test_what_the_context_says_may_be_said_again():
     row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
     again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
-    assert data.faithful(row, again) == "a name is new"
-    assert data.faithful(dict(row, context="Ada came to Vienna, and the letters were read."), again) == ""
-    assert data.faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+    assert data.why_not_faithful(row, again) == "a name is new"
+    known = dict(row, context="Ada came to Vienna, and the letters were read.")
+    assert data.why_not_faithful(known, again) == ""
+    assert data.why_not_faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
 
 
 def test_offline_rewrites_keep_numbers_and_names():
@@ -3950,7 +3956,7 @@ def test_offline_rewrites_keep_numbers_and_names():
             out = data.offline_answer("rephrase", row, i)
             assert out == data.offline_answer("rephrase", row, i)
             assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
-            passed.append(data.faithful(row, dict(text=out)) == "")
+            passed.append(data.why_not_faithful(row, dict(text=out)) == "")
     print(sum(passed), len(passed))
     assert sum(passed) > 0.75 * len(passed)
 
@@ -3974,10 +3980,10 @@ def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
     row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
     assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
     asked = dict(text=text)
-    assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
-    assert data.instructive(asked, dict(text="Eggs are counted, and that is all.")) == "numbers are lost"
-    assert data.instructive(asked, dict(text=text)) == "copied"
-    assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
+    for notes, says in ((row["text"].replace("= 360", "= 350"), "false arithmetic"),
+                        ("Eggs are counted, and that is all.", "numbers are lost"), (text, "copied"),
+                        (row["text"] + "\nSo says Euler.", "a name is new")):
+        assert data.why_not_instructive(asked, dict(text=notes)) == says
 
 
 QUESTION = """Question: Where did Ada Brenner work as a chemist?
@@ -3992,7 +3998,7 @@ def test_exam_questions_are_read_strictly():
     row = dict(text=BRENNER.format("Ada", 60))
     found = data.exam_question(row, QUESTION)
     assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
-    assert data.exam_worthy(row, found) == ""
+    assert data.why_not_worthy(row, found) == ""
     for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
                            ("Correct", "Answer", "not in the form"),
                            ("Question:", "Well. Question:", "not in the form")):
@@ -4002,7 +4008,7 @@ def test_exam_questions_are_read_strictly():
                            ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
                            ("in Vienna that", "there that", "the reasoning does not reach the answer"),
                            ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
-        assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+        assert data.why_not_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
 
 
 def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
@@ -4029,13 +4035,13 @@ def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
     for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
                        ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
                        ("How do bees find their hive below thick clouds?", "")):
-        assert data.gained(old, dict(text=text)) == says, text
+        assert data.why_not_gained(old, dict(text=text)) == says, text
     for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
                        ("Understood, shall I begin?", "it only agrees"), ("42", ""),
                        ("I am sorry, that is beyond me.", "it refuses"),
                        ("They are sorry. " + "Bees fly. " * 90, ""),
                        ("By the sun and by landmarks.", "")):
-        assert data.answered(old, dict(text=text)) == says, text
+        assert data.why_not_answered(old, dict(text=text)) == says, text
 
 
 @pytest.fixture
@@ -4095,9 +4101,6 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
     assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3
     assert len(sets("random", 3)) == 1, "what is left over is not used"
-    for select, k in (("alike", 2), ("random", 1)):
-        with pytest.raises(ValueError, match="similar, unlike or random"):
-            sets(select, k)
 
     rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
     assert len(rows) == 2 and {len(row["parent"].split(" + ")) for row in rows} == {2}
@@ -4114,7 +4117,7 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     # A model that only concatenates is found out.
     joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
     result = data.conversation_in({}, joined.replace("\n\n", "\n"))
-    assert data.integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+    assert data.why_not_integrated(dict(sources=[texts[0], texts[1]]), result) != ""
 
 
 def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
@@ -4158,7 +4161,7 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
         data.main([name, "--help"])
         said = capsys.readouterr().out
         assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
-        assert "threads: int" in said and "does not understand" in said and recipe_.costs in said
+        assert "--threads=8" in said and "does not understand" in said and recipe_.costs in said
     out = str(tmp_path.parent / f"{tmp_path.name}.x")
     for words, says in ((["rephrase", lives], "IN OUT"),
                         (["rephrase", lives, out, "--n=two"], "'two' is no int"),
@@ -4171,9 +4174,17 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
                         (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
                         (["rephrase", lives, lives], "is inside"),
                         (["fuse", lives, out], "row 1: no conversation"),
+                        (["fuse", lives, out, "--select=alike"], "similar, unlike or random"),
+                        (["fuse", lives, out, "--k=9"], "and 2 to 8"),
+                        (["rephrase", lives, f"{tmp_path}.none/out"], "a folder that exists"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1", "--score_model=j",
+                          "--score_extra={"], "score_extra: extra: '{'"),
                         (["rephrase", lives + "n", out], "No such file")):
         with pytest.raises(SystemExit, match=re.escape(says)):
             data.main(words)
+        opened = Path(f"{out}.calls.jsonl")
+        assert opened.exists() == ("row 1" in says), "options are checked before the journal is opened"
+        opened.unlink(missing_ok=True)
     assert not Path(out).exists()
 
     # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
@@ -4189,6 +4200,226 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     rows = recipe("rephrase", chats, tmp_path / "out.jsonl", "--n=1")
     assert "4 conversations as prompt/completion" in capsys.readouterr().out
     assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("record, expected", [
+    # Fields that are null are not there, as a table has them that holds several conventions.
+    (dict(messages=None, conversations=[{"role": None, "content": None, "from": "human", "value": "Why?"},
+                                        {"from": "gpt", "value": "So."}]), [USER, ANSWER]),
+    (dict(prompt=None, instruction="Say it.", input="Now.", chosen="So.", rejected="Thus."),
+     [dict(USER, content="Say it.\n\nNow."), ANSWER]),
+    (dict(messages=[dict(USER, content=[dict(text="Wh"), dict(text="y?")]), ANSWER]), [USER, ANSWER]),
+    (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
+    (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
+    (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    # Both answers repeat the last message of the prompt, or all but its system message.
+    (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
+     [SYSTEM, USER, OTHER, USER, ANSWER]),
+    (dict(prompt=[SYSTEM], chosen=[USER, ANSWER], rejected=[USER, OTHER]), [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
+     [SYSTEM, USER, ANSWER])])
+def test_the_dirt_of_chat_sets_is_read(record, expected):
+    assert data.messages_of(record)[1] == expected
+
+
+def test_files_of_any_name_can_be_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/caf\xe9.jsonl")), [dict(text=BRENNER)])
+    rows = recipe("rephrase", tmp_path / "in", tmp_path / "out.jsonl", "--n=1")
+    assert [row["parent"] for row in rows] == ["caf�.jsonl#1"]
+    (tmp_path / "in" / "gone.jsonl.calls.jsonl").write_text('{"key": "0"}\n')
+    assert len(list(data.rows("x", str(tmp_path / "in"), data.DataConfig()))) == 1
+
+
+def test_context_is_kept_where_words_are_not_parted():
+    assert len(data.last_tokens("字" * 900, 30)) == 40
+    assert data.last_tokens("字字字。\n" * 90, 30) == "字字字。\n" * 9
+    assert data.last_tokens("one two three four", 2) == "four" and data.last_tokens("one two", 9) == "one two"
+
+
+def test_an_odd_answer_is_refused_and_does_not_end_the_recipe(tmp_path):
+    """Thousands of brackets or terms are no statement; if a check cannot read an answer, that is refused."""
+    for text in "(" * 5000 + "1 = 2", " + ".join(["1"] * 3000) + " = 3000", "1 + " + "-" * 5000 + "1 = 2":
+        assert data.false_arithmetic(text) in ("", "false arithmetic")
+    deep = lambda n: deep(n + 1)
+
+    def accept(row, result):
+        return {"d0": deep, "d1": lambda _: str(int("9" * 5000)), "d2": lambda _: ""}[row["id"]](0)
+    results, _, said, _ = generated(rows_of("a", "b", "c"), tmp_path / "c", lambda *_: completed("A text."),
+                                    accept=accept, attempts=2)
+    assert results[:2] == [False, False] and results[2]
+    assert "2 it cannot be read: RecursionError, 2 it cannot be read: ValueError" in said
+
+
+def test_what_a_server_refused_is_asked_again_when_it_is_mended(tmp_path):
+    full = dict(error=dict(message="maximum context length is 512"))
+    reply = lambda request, before: (400, {}, full) if request["messages"][0]["content"][-1] in "ab" else (
+        completed("A text.", usage=dict(prompt_tokens=3, completion_tokens=2))
+        if request["messages"][0]["content"][-1] == "c" else completed("A text."))
+    rows = rows_of(*"abcdefa")
+    results, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert [bool(result) for result in results] == [False] * 3 + [True] * 3 + [False] and len(came) == 6
+    assert "rows that the server refused; --ask_again=true asks again: 3 over the context" in said
+    _, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert not came and "--ask_again=true asks again: 3" in said
+    mended = lambda *_: completed("Another text.")
+    results, journal, said, came = generated(rows, tmp_path / "c", mended, ask_again=True)
+    assert all(results) and len(came) == 3 and "asks again" not in said
+    assert [results[i]["text"] for i in (0, 3)] == ["Another text.", "A text."]
+    again, _, _, came = generated(rows, tmp_path / "c", mended)
+    assert again == results and not came, "the new answers are those of the journal"
+    _, _, _, came = generated(rows, tmp_path / "d", lambda *_: (400, {}, full), ask_again=True)
+    assert len(came) == 6, "in one run each is asked for once"
+
+
+def test_a_document_more_or_a_new_name_pays_for_nothing_again(lives, tmp_path, capsys):
+    """In recipes that ask about documents one by one. Equal documents share their calls, but not the several
+    answers to one request."""
+    (tmp_path / "new").mkdir()
+    more = [dict(text=BRENNER.format("Ida", 77)), *read_jsonl(lives), read_jsonl(lives)[0]]
+    renamed = write_jsonl(tmp_path / "new" / "other.jsonl", more)
+    chat = lambda source: write_jsonl(Path(f"{source}.chat.jsonl"), [
+        dict(instruction=f"What is {len(row['text'])} * 3? {row['text']}", output="3") for row in
+        read_jsonl(source)])
+    for name, old, new, calls in (("rephrase", lives, renamed, 2), ("exam", lives, renamed, 1),
+                                  ("reject", chat(lives), chat(renamed), 4)):
+        out = tmp_path / f"{name}.jsonl"
+        assert data.main([name, old, str(out), "--attempts=1"]) is None
+        before = read_jsonl(out)
+        capsys.readouterr()
+        assert data.main([name, new, str(out), "--attempts=1"]) is None
+        assert f"\n{calls} calls now" in capsys.readouterr().out, name
+        known = {row["text"] for row in read_jsonl(out)}
+        assert name == "exam" or {row["text"] for row in before} <= known      # places of options move on
+    assert len({call["answer"] for call in read_jsonl(f"{out}.calls.jsonl")[:4]}) > 1
+
+
+def test_a_dry_run_counts_every_wave(tmp_path, capsys):
+    """Parts of a document and rounds of evolution follow one another even if rules would refuse the answers
+    that stand for those of a model."""
+    text = " ".join(f"In {1900 + i} Otto saw river {i}." for i in range(90))
+    source = write_jsonl(tmp_path / "long.jsonl", [dict(text=text + str(i)) for i in range(3)])
+    parts = len(data.cut(text + "0", 64))
+    with mock.patch.object(data, "why_not_faithful", lambda row, result: "bad"), mock.patch.object(
+            data, "why_not_gained", lambda row, result: "bad"):
+        assert not data.main(["rephrase", source, str(tmp_path / "o"), "--n=2", "--chunk=64", "--dry-run"])
+        assert parts > 9 and f" {6 * parts} calls," in capsys.readouterr().out
+        chat = write_jsonl(tmp_path / "chat.jsonl", [dict(prompt=f"Why {i}?", completion="So.")
+                                                     for i in (1, 2)])
+        assert not data.main(["evolve", chat, str(tmp_path / "o"), "--dev=0", "--dry-run"])
+        assert " 8 calls," in capsys.readouterr().out
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
+    """Whether text is held in memory or streamed, a fused conversation is where all of its parents are."""
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"What of matter{i}?", completion=f"It depends on alpha{i} and on beta{i}.")
+        for i in range(400)])
+    whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
+             for talk in data.conversations("c", source, data.DataConfig())}
+    with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
+        rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
+    held_out = {*data.split_documents([*whole.values()])[1]}
+    together = {row["text"]: row["split_with"] for row in rows}
+    fused_out = {*data.split_documents([*together], together=together)[1]}
+    sides = Counter()
+    for row in rows:
+        texts = [whole[parent] for parent in row["parent"].split(" + ")]
+        assert {text in held_out for text in texts} == {row["text"] in fused_out}
+        streamed = {data.is_validation(hashed) for hashed in (*map(data.sha256, texts), row["split_with"])}
+        assert len(streamed) == 1
+        sides[row["text"] in fused_out] += 1
+    assert min(sides.values()) > 3 and len(sides) == 2
+
+
+def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_path, monkeypatch, capsys):
+    """A server is down for one request, in the trial of the prompts, in a round, or for the answer: the run
+    ends without success, and asks no more about that conversation, or nothing at all after the trial. The
+    resume ends as if nothing had been. Rows name the prompt and seed of each round that brought a gain."""
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"Explain the harvest of variety{i}.", completion="So.") for i in range(8)])
+    down = ""
+
+    def reply(request, before):
+        text = request["messages"][0]["content"]
+        method, said = text[:30], text.split('"""')[1].strip() if '"""' in text else text
+        if down and down in said and (len(said) > 60) == late:
+            return 503, {}, {}
+        if text.startswith("The instructions below"):
+            return completed(f"Bolder, {request['seed']}:\n\n\"\"\"\n{{instruction}}\n\"\"\"")
+        if '"""' not in text:
+            return completed("By hand, and in baskets.")
+        gains = "variety3" not in said and not ("variety6" in said and "variety6. R" not in said
+                                                and "Bolder" not in method)
+        return completed(said + f" Respect frost{len(said)} and soil{len(said)}." * gains)
+
+    def run(out):
+        with serving(reply) as (url, came, answered):
+            failed = data.main(["evolve", source, str(tmp_path / out), f"--endpoint={url}", "--model=m",
+                                "--retries=0", "--threads=1", "--dev=3", "--breadth=0"])
+        return failed, answered
+    failed, smooth = run("smooth")
+    assert not failed and len(smooth) == len({*smooth}) > 30
+    rows = read_jsonl(tmp_path / "smooth")
+    texts = {call.get("sha256"): call["answer"] for call in read_jsonl(tmp_path / "smooth.calls.jsonl")}
+    prompts = {hashlib.sha256((HERE / f"notes/prompts/evolve-{way}.txt").read_bytes()).hexdigest()
+               for way in ("depth", "breadth")}
+    for row in rows:
+        assert 1 <= len(row["evolution"]) <= 3
+        for step in row["evolution"]:
+            assert step["prompt_name"] == "evolve-depth" and step["seed"] != row["seed"]
+            assert step["prompt_sha256"] in prompts or texts[step["prompt_sha256"]].startswith("Bolder")
+    dev = data.in_order_of("1", [f"Explain the harvest of variety{i}." for i in range(8)])[:3]
+    tried = re.search(r"variety\d", dev[0])[0]
+    untried = next(name for name in (f"variety{i}" for i in (0, 1, 2, 4, 5, 7)) if name not in str(dev))
+    for down, late in (tried, False), (untried, False), (untried, True):
+        out = f"{down}{late}"
+        failed, first = run(out)
+        said = capsys.readouterr().out
+        assert failed and ("the trial of its prompts is not complete" in said) == (down == tried)
+        assert len(read_jsonl(tmp_path / out)) == (0 if down == tried else len(rows) - 1)
+        down = ""
+        failed, second = run(out)
+        assert not failed and sorted(first + second) == sorted(smooth)
+        assert (tmp_path / out).read_bytes() == (tmp_path / "smooth").read_bytes()
+
+
+def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
+    """And what has no number to be judged by is told before a call."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-first-endpoint")
+    monkeypatch.setenv("JUDGE", "sk-second-endpoint")
+    sums = write_jsonl(tmp_path / "sums.jsonl", [
+        dict(instruction=f"What is {i} + 1?", output=f"It is {i + 1}.") for i in range(3)])
+    prose = write_jsonl(tmp_path / "prose.jsonl", [dict(instruction="What is red?", output="A colour.")])
+    with serving(lambda *_: completed("It is 2.")) as (url, came, _), serving(
+            lambda *_: completed("8")) as (judge, scored, _):
+        options = f"--endpoint={url}", "--model=m", "--n=1", '--extra={"top_k": 5}'
+        scorer = f"--score_endpoint={judge}", "--score_model=j"
+        rows = recipe("reject", sums, tmp_path / "a", *options, *scorer)
+        assert {request["auth"] for request in came} == {"Bearer sk-first-endpoint"} and came[0]["top_k"] == 5
+        assert {request["auth"] for request in scored} == {None} and "top_k" not in scored[0]
+        assert [(row["score"], row["score_model"]) for row in rows] == [(.8, "j")] * 3
+        del scored[:], came[:]
+        recipe("reject", sums, tmp_path / "b", *options, *scorer, "--score_key_env=JUDGE",
+               '--score_extra={"a": 1}')
+        assert {request["auth"] for request in scored} == {"Bearer sk-second-endpoint"}
+        assert scored[0]["a"] == 1
+
+        # By arithmetic.
+        capsys.readouterr()
+        with serving(lambda *_: (401, {}, b"")) as (other, *_):
+            assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
+                              "--score_model=other"]) == 1
+        assert "(asked for the model other)" in capsys.readouterr().out
+        rows = recipe("reject", sums, tmp_path / "c", *options)
+        assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
+        assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
+        del came[:]
+        with pytest.raises(SystemExit, match="no answer in IN has a number"):
+            data.main(["reject", prose, str(tmp_path / "d"), *options])
+        assert not came
 
 
 # ---- model.py ----------------------------------------------------------------------------------------------

@@ -319,8 +319,9 @@ def false(text):
         try:
             if len({value(side) for side in said.split("=")}) > 1:
                 return True
-        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
-            pass                                                 # it is none
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError,
+                RecursionError, MemoryError):
+            pass                                                 # it is none, or too long to be read
     return False
 
 

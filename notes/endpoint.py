@@ -6,6 +6,7 @@
 """
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from urllib.parse import urlsplit
 
-from data import BAD_RECORD, estimated_tokens, several
+from data import BAD_RECORD, estimated_tokens, several, without_thinking
 
 
 # ---- one call ----------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def ask(endpoint, request, key, journal):
         except Unanswered as error:
             why, seconds = error.args
             if seconds > LONGEST_WAIT:
-                journal.stop(why)
+                journal.stop(f"{why} (asked for the model {endpoint.model})")
             elif tried < endpoint.retries:
                 # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
                 journal.count("calls tried again", why)
@@ -199,6 +200,7 @@ class Journal:
                                  "again") from None
             self.calls += 1
             self.end += len(line)
+        self.before = self.end                                   # what follows is of this run
 
     def __enter__(self):
         return self
@@ -220,15 +222,17 @@ class Journal:
                 os._exit(130)                                    # the threads could not be ended otherwise
             self.file.close()
 
-    def find(self, key):
-        """The call with that key, or None."""
+    def find(self, key, again=None):
+        """The call with that key, or None; None, too, for one of an earlier run that is to be made again:
+        again(call) says whether."""
         with self.lock:
             place = self.places.get(int(key[:16], 16))
             if place is None:
                 return None
             self.file.seek(place)
             call = json.loads(self.file.readline())
-        return call if call["key"] == key else None
+        again = again and place < self.before and again(call)
+        return call if call["key"] == key and not again else None
 
     def may_call(self, text):
         """Whether a call may be made; `add` has to end it."""
@@ -251,6 +255,9 @@ class Journal:
             asked = estimated_tokens(text)
             tokens = sum(found.get("usage") or (asked, estimated_tokens(found.get("answer"))))
             call |= found | dict(tokens=tokens)
+            if call.get("answer"):                               # may be a prompt, which is named by its hash
+                answer = without_thinking(call["answer"], text).encode(errors="replace")
+                call["sha256"] = hashlib.sha256(answer).hexdigest()
             if not self.dry_run:
                 line = json.dumps(call).encode() + b"\n"
                 self.file.write(line)
