@@ -2596,8 +2596,8 @@ def messages_of(record):
 
 def instruction_of(record):
     """The instruction of a record, with its input; None if it has none."""
-    more = record.get("input")
-    return record["instruction"] + "\n\n" + more if more else record.get("instruction")
+    asked, more = record.get("instruction"), record.get("input")
+    return asked + "\n\n" + more if asked and more else asked
 
 
 def pair_of(record):
@@ -2790,7 +2790,7 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
     share their calls, whatever their ids and places are."""
     rows = iter(rows)
-    ahead = deque()                                              # (row, its future), in the order of rows
+    ahead = deque()                                              # (row, what it asks, its future), in order
     latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
     try:

@@ -4212,6 +4212,7 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
     (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
     (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    (dict(chosen=[USER, ANSWER], rejected=[USER, OTHER], input="of something else"), [USER, ANSWER]),
     # Both answers repeat the last message of the prompt, or all but its system message.
     (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
      [SYSTEM, USER, OTHER, USER, ANSWER]),
@@ -4412,7 +4413,7 @@ def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
         with serving(lambda *_: (401, {}, b"")) as (other, *_):
             assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
                               "--score_model=other"]) == 1
-        assert "(asked for the model other)" in capsys.readouterr().out
+        assert "; the model is other;" in capsys.readouterr().out
         rows = recipe("reject", sums, tmp_path / "c", *options)
         assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
         assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def ask(endpoint, request, key, journal):
         except Unanswered as error:
             why, seconds = error.args
             if seconds > LONGEST_WAIT:
-                journal.stop(f"{why} (asked for the model {endpoint.model})")
+                journal.stop(f"{why}; the model is {endpoint.model}")
             elif tried < endpoint.retries:
                 # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
                 journal.count("calls tried again", why)
