@@ -54,6 +54,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import regex
@@ -2735,9 +2736,12 @@ class Endpoint:
     seed: int = 1                # of all answers: another one asks anew
 
     def __post_init__(self):
-        if self.endpoint != "offline" and not (re.match("https?://[^/]", self.endpoint) and self.model):
-            raise ValueError(f"endpoint: {self.endpoint!r} is not \"offline\", nor is it http://HOST/v1 with "
-                             "a model: the server's name for it, under which answers are kept")
+        if self.endpoint != "offline" and not (is_address(self.endpoint) and self.model):
+            shown = re.sub("//.*@", "//[user]@", self.endpoint)  # a password, maybe
+            raise ValueError(f"endpoint: {shown!r} is not \"offline\", nor is it http://HOST/v1 (without "
+                             "a user) with a model: the server's name for it, under which answers are kept")
+        if not 0 <= self.retries <= 50:
+            raise ValueError(f"retries: {self.retries} is not from 0 to 50")
         for name in ("max_tokens", "threads", "attempts", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
@@ -2763,6 +2767,16 @@ class Endpoint:
         if body.keys() & {*ours, "n"}:
             raise ValueError
         return {name: value for name, value in body.items() if value is not None} | ours
+
+
+def is_address(text):
+    """Whether a text is the address of a server, without a user's name or password."""
+    try:
+        parts = urlsplit(text)
+        named = "@" not in parts.netloc and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):                         # no port, a label that is empty; no host
+        return False
+    return bool(named and re.fullmatch("https?://[!-\"$-~]+", text))
 
 
 def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
@@ -3646,6 +3660,8 @@ def main(argv):
         raise SystemExit(f"data.py: {error}") from None
     except (MemoryError, BrokenExecutor):
         raise SystemExit(f"data.py: {NO_MEMORY}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
