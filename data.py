@@ -55,6 +55,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import regex
@@ -2674,8 +2675,8 @@ def messages_of(record):
 
 def instruction_of(record):
     """The instruction of a record, with its input; None if it has none."""
-    more = record.get("input")
-    return record["instruction"] + "\n\n" + more if more else record.get("instruction")
+    asked, more = record.get("instruction"), record.get("input")
+    return asked + "\n\n" + more if asked and more else asked
 
 
 def pair_of(record):
@@ -3040,9 +3041,12 @@ class Endpoint:
     seed: int = 1                # of all answers: another one asks anew
 
     def __post_init__(self):
-        if self.endpoint != "offline" and not (re.match("https?://[^/]", self.endpoint) and self.model):
-            raise ValueError(f"endpoint: {self.endpoint!r} is not \"offline\", nor is it http://HOST/v1 with "
-                             "a model: the server's name for it, under which answers are kept")
+        if self.endpoint != "offline" and not (is_address(self.endpoint) and self.model):
+            shown = re.sub("//.*@", "//[user]@", self.endpoint)  # a password, maybe
+            raise ValueError(f"endpoint: {shown!r} is not \"offline\", nor is it http://HOST/v1 (without "
+                             "a user) with a model: the server's name for it, under which answers are kept")
+        if not 0 <= self.retries <= 50:
+            raise ValueError(f"retries: {self.retries} is not from 0 to 50")
         for name in ("max_tokens", "threads", "attempts", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
@@ -3070,6 +3074,16 @@ class Endpoint:
         return {name: value for name, value in body.items() if value is not None} | ours
 
 
+def is_address(text):
+    """Whether a text is the address of a server, without a user's name or password."""
+    try:
+        parts = urlsplit(text)
+        named = "@" not in parts.netloc and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):                         # no port, a label that is empty; no host
+        return False
+    return bool(named and re.fullmatch("https?://[!-\"$-~]+", text))
+
+
 def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     """Have an answer to the prompt for each row → (row, result) in the order of rows.
 
@@ -3081,7 +3095,7 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
     share their calls, whatever their ids and places are."""
     rows = iter(rows)
-    ahead = deque()                                              # (row, its future), in the order of rows
+    ahead = deque()                                              # (row, what it asks, its future), in order
     latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
     try:
@@ -3369,7 +3383,7 @@ def rephrase(documents, o, asking):
                 asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
                              form_is=forms[form], reader_is=readers[reader])
                 rewrites.append(Rewrite(document, asked, parts))
-        yield from rewritten(rewrites, prompt, faithful, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_faithful, o, asking)
 
 
 def choices(name, chosen):
@@ -3382,7 +3396,7 @@ def choices(name, chosen):
     return {word: known[word] for word in chosen}
 
 
-def faithful(row, result):
+def why_not_faithful(row, result):
     """"" or why a rewritten part is not taken. What its context says may be said again."""
     fidelity, unfaithful = measures().fidelity, measures().unfaithful
     m = fidelity(row["text"], result["text"])
@@ -3401,10 +3415,10 @@ def learning_notes(documents, o, asking):
     for group in groups(documents):
         rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
                     for document in group]
-        yield from rewritten(rewrites, prompt, instructive, o, asking)
+        yield from rewritten(rewrites, prompt, why_not_instructive, o, asking)
 
 
-def instructive(row, result):
+def why_not_instructive(row, result):
     """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
     m = measures().fidelity(row["text"], result["text"])
     if m.numbers < 0.5:
@@ -3438,7 +3452,7 @@ def exam(documents, o, asking):
                       for k in range(o.n)]
             of += [document] * o.n
         known = set()
-        for (row, result), document in zip(asking(asked, prompt, exam_question, exam_worthy), of):
+        for (row, result), document in zip(asking(asked, prompt, exam_question, why_not_worthy), of):
             if not result or (document.id, result["question"]) in known:
                 continue
             known.add((document.id, result["question"]))
@@ -3465,7 +3479,7 @@ def exam_question(row, answer):
     return dict(question=question, correct=correct, wrong=wrong, reasoning=reasoning)
 
 
-def exam_worthy(row, result):
+def why_not_worthy(row, result):
     """"" or why a question is not taken."""
     if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
         return "it needs the text at hand"
@@ -3516,7 +3530,7 @@ def evolve(documents, o, asking):
             for which, method in enumerate(methods):
                 live = [i for i in range(len(group)) if broad[i] == which and i not in missing]
                 asked = [dict(id=f"{group[i].id}/{turn}", k=turn, instruction=now[i]) for i in live]
-                for (_, result), i in zip(asking(asked, method, accept=gained), live):
+                for (_, result), i in zip(asking(asked, method, accept=why_not_gained), live):
                     if result:
                         now[i] = result["text"]
                         rounds[i].append(dict(prompt_name=result["prompt"], seed=result["seed"],
@@ -3526,7 +3540,8 @@ def evolve(documents, o, asking):
 
         live = [i for i in range(len(group)) if rounds[i] and i not in missing]
         asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
-        for (_, result), i in zip(asking(asked, load_prompt("answer"), accept=answered, chat=True), live):
+        answers = asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True)
+        for (_, result), i in zip(answers, live):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
@@ -3540,7 +3555,7 @@ def better(method, requests, asking):
     if not failures:
         return None if failures is None else method
     asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
-    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=has_place)
+    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=why_not_usable)
     if not result:
         return None if result is None else method
     text = result["text"]
@@ -3552,7 +3567,7 @@ def better(method, requests, asking):
     return new if len(again) < len(failures) else method
 
 
-def has_place(row, result):
+def why_not_usable(row, result):
     return "" if result["text"].count("{instruction}") == 1 else "no place for the instruction"
 
 
@@ -3561,7 +3576,8 @@ def trial(method, requests, asking):
     answer is missing."""
     asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
     failures, missing = [], 0
-    for prompt, accept, chat in (method, gained, False), (load_prompt("answer"), answered, True):
+    for prompt, accept, chat in ((method, why_not_gained, False),
+                                 (load_prompt("answer"), why_not_answered, True)):
         passed = []
         for row, result in asking(asked, prompt, chat=chat):
             missing += result is None
@@ -3574,7 +3590,7 @@ def trial(method, requests, asking):
     return None if missing else failures
 
 
-def gained(row, result):
+def why_not_gained(row, result):
     """"" or why an evolved request is eliminated."""
     old, new = set(measures().content(row["instruction"])), set(measures().content(result["text"]))
     if len(new) < 2:
@@ -3593,7 +3609,7 @@ FAILURES = {
     "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
 
 
-def answered(row, result):
+def why_not_answered(row, result):
     """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
     text = result["text"].lower()
     if not measures().content(text) and not re.search(r"\d", text):
@@ -3618,7 +3634,8 @@ def fuse(documents, o, asking):
                 said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
                 asked.append(dict(id=" + ".join(document.id for document in members[-1]),
                                   conversations="\n".join(said), sources=[d.text for d in members[-1]]))
-        for (row, result), together in zip(asking(asked, prompt, conversation_in, integrated), members):
+        fused = asking(asked, prompt, conversation_in, why_not_integrated)
+        for (row, result), together in zip(fused, members):
             if result:
                 yield conversation(together, result, row["id"], result["messages"], select=o.select)
 
@@ -3650,7 +3667,7 @@ def conversation_in(row, answer):
     return dict(messages=[dict(role=role.lower(), content=text) for role, text in zip(roles, said)])
 
 
-def integrated(row, result):
+def why_not_integrated(row, result):
     text = "\n\n".join(message["content"] for message in result["messages"])
     return measures().concatenated(measures().integration(row["sources"], text))
 
@@ -3683,7 +3700,7 @@ def reject(documents, o, asking):
             messages, _ = split_last(document)
             request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
             asked += [dict(id=f"{document.id}/{k}", k=k, instruction=request) for k in range(o.n)]
-        answers = enumerate(asking(asked, load_prompt("answer"), accept=answered, chat=True))
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True))
         taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
 
         # A score for each, None if the model gave none.
@@ -3948,7 +3965,10 @@ def main(argv):
         raise SystemExit(f"data.py: {error}") from None
     except (MemoryError, BrokenExecutor):
         raise SystemExit(f"data.py: {NO_MEMORY}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")            # the name of a file may be any bytes
     sys.exit(main(sys.argv[1:]))

@@ -557,7 +557,7 @@ def flash_equals_its_definition(target, documents, dtype, cases):
 
 @interpreted
 def flash_attention():
-    flash_equals_its_definition("cuda", False, torch.float32, FLASH_CASES)
+    flash_equals_its_definition("cuda", False, torch.float32, FLASH_CASES[1::2])
 
 
 @interpreted
@@ -2961,7 +2961,6 @@ prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
 accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
 rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
 with asking.Journal(out + ".calls.jsonl", endpoint) as journal:
-    journal.total = n
     with data.atomic(out, "w") as file:
         for row, result in data.generate(rows, prompt, lambda row, answer: dict(text=answer), accept,
                                          endpoint, journal):
@@ -3094,6 +3093,7 @@ def test_what_no_try_mends_is_told_from_what_passes():
     say = lambda **error: json.dumps(dict(error=error)).encode()
     hopeless = [(400, b'{"object": "error", "message": "maximum context length is 4096"}'), (413, b""),
                 (500, say(type="exceed_context_size_error", n_ctx=4096)), (422, b'{"detail": "temperature"}'),
+                (403, say(message="Your input was flagged by moderation")), (403, b"Content filter: no"),
                 (200, say(code=400, type="exceed_context_size_error")), (200, say(code=400, message="no"))]
     passing = [(n, b"") for n in (408, 409, 425, 429, 500, 502, 503, 504, 529)] + [
         (504, b"the upstream took too long"), (429, b"context window of requests is full"), (200, b""),
@@ -3101,6 +3101,7 @@ def test_what_no_try_mends_is_told_from_what_passes():
         (200, say(message="overloaded")), (200, b'{"error": "busy"}'), (200, say(code="x", message="busy"))]
     ending = [(n, b"<html>") for n in (301, 307, 401, 402, 403, 404, 405)] + [
         (400, b'{"error": "model \\"llama\\" not found, try pulling it first"}'), (200, say(code=401)),
+        (403, say(message="Your account has no access")), (200, b" \n<!doctype html><title>Web UI</title>"),
         (429, say(code="insufficient_quota")), (200, say(code=404, message="The model `x` does not exist"))]
     for status, body in hopeless:
         assert asking.completion(status, {}, body, "").keys() == {"error", "why"}, (status, body)
@@ -3191,6 +3192,114 @@ def test_a_server_that_is_wrong_or_down_ends_the_run_and_the_answers_stay(tmp_pa
     results, journal, said, came = generated(rows, tmp_path / "f", reply)
     assert len(came) == 20 and "20 rows that the server refuses (400) in a row" in said
     assert "6 missing" in said
+
+
+def test_a_key_is_masked_only_in_what_is_shown():
+    """Errors are told apart by what the server said. A text with a short key in it is not shown at all."""
+    full = b'{"error": {"type": "exceed_context_size_error", "message": "sk-exceed is over"}}'
+    for key, said in (("x", "500 [a text with the key in it]"), ("zz", '500 {"type": "exceed_context_size'),
+                      ("sk-exceed", '500 {"type": "exceed_context_size_error", "message": "[key] is over"}'),
+                      ("exceed_context_size", '500 {"type": "[key]_error", ')):
+        found = asking.completion(500, {}, full, key)
+        assert found["why"] == "over the context window" and found["error"].startswith(said), found
+    with pytest.raises(asking.Unanswered, match=r"401 \[a text with the key in it\]") as caught:
+        asking.completion(401, {}, b"no such key: abc", "abc")
+    assert caught.value.args[1] == math.inf
+    with pytest.raises(asking.Unanswered) as caught:             # nor is the beginning of one that is cut off
+        asking.completion(401, {}, b"." * 290 + b"sk-0123456789abcdef", "sk-0123456789abcdef")
+    assert "sk-" not in caught.value.args[0]
+
+
+def test_an_address_is_checked_when_it_is_given(tmp_path, monkeypatch):
+    for good in ("http://localhost:8000/v1", "https://api.x.com/v1/", "http://[::1]:80/v1", "http://10.0.0.1",
+                 "https://x.azure.com/openai/deployments/d?api-version=2024-10-21"):
+        data.Endpoint(good, "m")
+    for bad in ("http://h:abc/v1", "http://h:0/v1", "http://.a/v1", "http:///v1", "http://[::1/v1",
+                "ftp://h/v1", "http://h/v 1", "http://h/v1#a", "http://h:99999/v1", "localhost:8000/v1"):
+        with pytest.raises(ValueError, match="^endpoint: .* is not \"offline\", nor is it http://HOST/v1"):
+            data.Endpoint(bad, "m")
+    with pytest.raises(ValueError, match="without a user") as caught:
+        data.Endpoint("https://me:secret@h/v1", "m")
+    assert "secret" not in str(caught.value)
+    for retries in -1, 51:
+        with pytest.raises(ValueError, match=f"retries: {retries} is not from 0 to 50"):
+            data.Endpoint(retries=retries)
+    data.Endpoint(retries=50)
+
+    # A name that no host has ends the run at once; when the name server is away, the call is made again.
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    for errno, says, tries in ((socket.EAI_NONAME, "calls: no server of that name: nowhere.invalid", 1),
+                               (socket.EAI_AGAIN, "3 calls without an answer in a row", 9)):
+        resolve = mock.Mock(side_effect=socket.gaierror(errno, "?"))
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        said = generated(rows_of(*"abcdef"), tmp_path / "c", url="http://nowhere.invalid/v1", retries=2)[2]
+        assert says in said and resolve.call_count == tries, said
+
+
+def test_a_query_stays_behind_the_path_and_a_flood_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    monkeypatch.setattr(asking, "LARGEST", 1 << 20)
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(40 if len(asked) == 1 else 0):
+                    self.wfile.write(b" " * (1 << 20))
+                self.wfile.write(json.dumps(completed("A fine text.")[2]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a/b/?api-version=1"
+        results, _, said, _ = generated(rows_of("a"), tmp_path / "c", url=url)
+        server.shutdown()
+    assert results[0] and asked == ["/a/b/chat/completions?api-version=1"] * 2
+    assert "tried again: 1 an answer without end\n" in said
+
+
+def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monkeypatch):
+    """Status 130 and no traceback, wherever it comes. What was answered is in the journal."""
+    source = write_jsonl(tmp_path / "in.jsonl", [dict(text=f"{i} bridges are in Vienna.") for i in range(9)])
+    go = threading.Event()
+
+    def reply(request, before):
+        go.wait(20)
+        return completed("In Vienna is a bridge.")
+    for twice in False, True:
+        go.clear()
+        with serving(reply) as (url, came, _):
+            out = tmp_path / f"{twice}.jsonl"
+            process = subprocess.Popen(
+                [sys.executable, "-u", "data.py", "rephrase", f"{source}", out, "--n=1", "--model=m",
+                 f"--endpoint={url}", "--threads=2"], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT)
+            while len(came) < 2:
+                time.sleep(.01)
+            process.send_signal(signal.SIGINT)
+            process.stdout.readline()                            # what IN is
+            said = process.stdout.readline()
+            process.send_signal(signal.SIGINT) if twice else go.set()
+            said += process.communicate(timeout=20)[0]
+            assert process.returncode == 130 and said == (
+                "waiting for 2 answers in flight, paid for already; Ctrl-C again goes without\n"), said
+            go.set()
+        assert len(read_jsonl(f"{out}.calls.jsonl")) == (0 if twice else 2) and len(came) == 2
+        assert not out.exists()
+
+    # Between two rows, where `generate` does not see it.
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(KeyboardInterrupt), asking.Journal(tmp_path / "c", data.Endpoint()) as journal:
+        assert journal.may_call("a")
+        threading.Timer(.05, journal.add, ["a", dict(answer="b")], dict(key="ab" * 32)).start()
+        raise KeyboardInterrupt
+    assert read_jsonl(tmp_path / "c")[0]["answer"] == "b" and not journal.may_call("a")
 
 
 def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_path):
@@ -3312,15 +3421,14 @@ def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
             yield dict(id=f"d{i // 2}", text=f"t{i // 2}")
     with serving(reply) as (url, came, _), asking.Journal(tmp_path / "c", endpoint := data.Endpoint(
             url, "m", threads=2)) as journal, contextlib.redirect_stdout(io.StringIO()) as out:
-        journal.total = 200
         journal.said -= 4.8                                      # a line is due in the wait for the first row
         for i, (row, result) in enumerate(data.generate(rows(), SAY, lambda row, answer: dict(text=answer),
                                                         lambda row, result: "", endpoint, journal)):
             assert row["id"] == result["id"] == f"d{i // 2}" and result["text"].endswith(row["text"])
             assert len(begun) <= i + 64
     assert i == 199 and len(came) == 100
-    assert re.search(r"of 200 rows, 0 refused; \d+ calls, [\d.]+ a second; \d+ tokens in all; \d+ s left\n",
-                     out.getvalue())
+    assert re.search(r"\d+ answers taken, 0 refused for good; \d+ calls, [\d.]+ a second; "
+                     r"\d+ tokens in all\n", out.getvalue())
 
     # Who leaves early leaves rows that are not begun, and can go on.
     take = lambda row, answer: dict(text=answer)
@@ -3434,7 +3542,8 @@ def test_numbers_are_the_same_in_other_spellings():
         one, two = (set.union(*measures.numbers_of(f"about {x} of them")) for x in (a, b))
         assert one == two and len(one) == 1, (a, b, one, two)
     others = (("5%", "5"), ("1,000", "1,00"), ("-3", "3"), ("3.11.2", "3.11"), ("1000", "1001"),
-              ("5 million", "5"))
+              ("5 million", "5"), ("9780131103627", "9780131103629"), ("0.1234567890123", "0.1234567890124"),
+              ("9" * 5000, "9" * 4999 + "8"))
     for a, b in others:
         assert measures.numbers_of(f"about {a} of them") != measures.numbers_of(f"about {b} of them"), (a, b)
     listed = "1. with x2 and utf8\n 2) in v1.2\n- Step 3: from 4-5 to 6\nQ 7: none\n\nIt took 8."
@@ -3480,12 +3589,41 @@ def test_negations_are_compared_between_sentences_that_answer_to_each_other():
     assert turned(valve, "Is the valve opened before the pressure falls?") == 0, "a question states nothing"
     assert turned(valve, "The valve is unable to open before the pressure falls.") == 0
     assert turned(valve, "The tower has no windows facing the northern street.") == 0, "another matter"
+    assert turned(valve, "The pressure on the tower bends its northern windows.") == 0, "one word of it"
     tank = "The tank holds river water"
     both = valve + " The tank is full of water from the river."
     assert turned(both, "The tank is full of water from the river and the valve is not opened before the "
                         "pressure falls.") == 0, "joined"
     assert turned(f"{tank}, and the valve is not opened before the pressure falls.", f"{tank}. {valve}") == 0
     assert turned(both, "The tank is not full of water from the river.") == 1
+
+
+def test_long_texts_are_measured_in_a_time_that_grows_with_them():
+    """A second each, though some took minutes: numbers without a statement, what is said over and over, many
+    sentences that are negated, a flood."""
+    rng = random.Random(0)
+    words = [f"{a}{b}{c}word" for a in "bcdfg" for b in "aeiou" for c in "klmnprst"]
+    said = "".join(f"The {' '.join(rng.choices(words, k=8))} is not there. " for _ in range(600))
+    again = "Not all of the words here are new, and some never come back. " * 1500
+    begun = time.process_time()
+    for line in ("1 " * 10_000, "1 1 = " * 4000, "= 1 1" * 4000, "3 + 4 = 7 " * 2000,
+                 "1 = 1, " * 2000 + "1 = 2"):
+        assert bool(data.false_arithmetic(line)) == line.endswith("2")
+    for source, text in ((said, said), (again, again), ("A few words of text.", 99 * again)):
+        assert measures.fidelity(source, text).negations == 0
+    assert time.process_time() - begun < 4
+    assert measures.unfaithful(measures.fidelity("A few words of text.", 9 * again)) == "too long"
+
+
+def test_measures_do_not_depend_on_the_order_of_words_in_sets():
+    """Which differs between processes: the sums have to be exact, or an answer is taken in one run only."""
+    weight = {f"s{i}": 1 / (i % 9 + 1) for i in range(60)}
+    sentences = [frozenset(list(weight)[:k]) for k in range(3, 60)]
+    order = lambda some, seed: dict.fromkeys(random.Random(seed).sample(sorted(some), len(some))).keys()
+    orders = [[order(some, seed) for some in sentences] for seed in range(8)]
+    with mock.patch.object(measures, "weights", lambda _: weight):
+        there = set(list(weight)[::3])
+        assert len({tuple(measures.least([some], there) for some in found) for found in orders}) == 1
 
 
 def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():
@@ -3539,6 +3677,14 @@ def test_fusion_is_told_from_concatenation():
     assert turn.switches > 1.5 and turn.purity < 0.5 and measures.integration(sources, joined).mixed == 1
     assert measures.concatenated(measures.integration(sources, "Nothing of either.")) == "a source is missing"
     assert measures.integration(sources * 2, joined).purity == 0, "nobody owns a word"
+
+
+def test_a_sentence_ends_where_it_does():
+    text = ("In St. Paul, Dr. J. Marsh said \"Go.\" Then he left… 5 came (i.e. Tom vs. Ann). No. It is "
+            "No. 5. 那是桥。很长。")
+    assert [part.strip() for part in measures.sentences_of(text)] == [
+        "In St. Paul, Dr. J. Marsh said \"Go.\"", "Then he left…", "5 came (i.e. Tom vs. Ann).", "No.",
+        "It is No. 5.", "那是桥。", "很长。"]
 
 
 def test_diversity_equals_its_definitions():
@@ -3781,7 +3927,7 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 
     monkeypatch.setattr(data, "offline_answer", echo)
     bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
-    monkeypatch.setattr(data, "faithful", lambda row, result: "bad" if bad(row) else "")
+    monkeypatch.setattr(data, "why_not_faithful", lambda row, result: "bad" if bad(row) else "")
     options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
     rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
     assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
@@ -3799,9 +3945,10 @@ def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tm
 def test_what_the_context_says_may_be_said_again():
     row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
     again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
-    assert data.faithful(row, again) == "a name is new"
-    assert data.faithful(dict(row, context="Ada came to Vienna, and the letters were read."), again) == ""
-    assert data.faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+    assert data.why_not_faithful(row, again) == "a name is new"
+    known = dict(row, context="Ada came to Vienna, and the letters were read.")
+    assert data.why_not_faithful(known, again) == ""
+    assert data.why_not_faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
 
 
 def test_offline_rewrites_keep_numbers_and_names():
@@ -3814,7 +3961,7 @@ def test_offline_rewrites_keep_numbers_and_names():
             out = data.offline_answer("rephrase", row, i)
             assert out == data.offline_answer("rephrase", row, i)
             assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
-            passed.append(data.faithful(row, dict(text=out)) == "")
+            passed.append(data.why_not_faithful(row, dict(text=out)) == "")
     print(sum(passed), len(passed))
     assert sum(passed) > 0.75 * len(passed)
 
@@ -3838,10 +3985,10 @@ def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
     row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
     assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
     asked = dict(text=text)
-    assert data.instructive(asked, dict(text=row["text"].replace("= 360", "= 350"))) == "false arithmetic"
-    assert data.instructive(asked, dict(text="Eggs are counted, and that is all.")) == "numbers are lost"
-    assert data.instructive(asked, dict(text=text)) == "copied"
-    assert data.instructive(asked, dict(text=row["text"] + "\nSo says Euler.")) == "a name is new"
+    for notes, says in ((row["text"].replace("= 360", "= 350"), "false arithmetic"),
+                        ("Eggs are counted, and that is all.", "numbers are lost"), (text, "copied"),
+                        (row["text"] + "\nSo says Euler.", "a name is new")):
+        assert data.why_not_instructive(asked, dict(text=notes)) == says
 
 
 QUESTION = """Question: Where did Ada Brenner work as a chemist?
@@ -3856,7 +4003,7 @@ def test_exam_questions_are_read_strictly():
     row = dict(text=BRENNER.format("Ada", 60))
     found = data.exam_question(row, QUESTION)
     assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
-    assert data.exam_worthy(row, found) == ""
+    assert data.why_not_worthy(row, found) == ""
     for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
                            ("Correct", "Answer", "not in the form"),
                            ("Question:", "Well. Question:", "not in the form")):
@@ -3866,7 +4013,7 @@ def test_exam_questions_are_read_strictly():
                            ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
                            ("in Vienna that", "there that", "the reasoning does not reach the answer"),
                            ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
-        assert data.exam_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+        assert data.why_not_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
 
 
 def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
@@ -3893,13 +4040,13 @@ def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
     for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
                        ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
                        ("How do bees find their hive below thick clouds?", "")):
-        assert data.gained(old, dict(text=text)) == says, text
+        assert data.why_not_gained(old, dict(text=text)) == says, text
     for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
                        ("Understood, shall I begin?", "it only agrees"), ("42", ""),
                        ("I am sorry, that is beyond me.", "it refuses"),
                        ("They are sorry. " + "Bees fly. " * 90, ""),
                        ("By the sun and by landmarks.", "")):
-        assert data.answered(old, dict(text=text)) == says, text
+        assert data.why_not_answered(old, dict(text=text)) == says, text
 
 
 @pytest.fixture
@@ -3975,7 +4122,7 @@ def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
     # A model that only concatenates is found out.
     joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
     result = data.conversation_in({}, joined.replace("\n\n", "\n"))
-    assert data.integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+    assert data.why_not_integrated(dict(sources=[texts[0], texts[1]]), result) != ""
 
 
 def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
@@ -4040,6 +4187,9 @@ def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_pat
                         (["rephrase", lives + "n", out], "No such file")):
         with pytest.raises(SystemExit, match=re.escape(says)):
             data.main(words)
+        opened = Path(f"{out}.calls.jsonl")
+        assert opened.exists() == ("row 1" in says), "options are checked before the journal is opened"
+        opened.unlink(missing_ok=True)
     assert not Path(out).exists()
 
     # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
@@ -4067,6 +4217,7 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
     (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
     (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    (dict(chosen=[USER, ANSWER], rejected=[USER, OTHER], input="of something else"), [USER, ANSWER]),
     # Both answers repeat the last message of the prompt, or all but its system message.
     (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
      [SYSTEM, USER, OTHER, USER, ANSWER]),
@@ -4155,8 +4306,8 @@ def test_a_dry_run_counts_every_wave(tmp_path, capsys):
     text = " ".join(f"In {1900 + i} Otto saw river {i}." for i in range(90))
     source = write_jsonl(tmp_path / "long.jsonl", [dict(text=text + str(i)) for i in range(3)])
     parts = len(data.cut(text + "0", 64))
-    with mock.patch.object(data, "faithful", lambda row, result: "bad"), mock.patch.object(
-            data, "gained", lambda row, result: "bad"):
+    with mock.patch.object(data, "why_not_faithful", lambda row, result: "bad"), mock.patch.object(
+            data, "why_not_gained", lambda row, result: "bad"):
         assert not data.main(["rephrase", source, str(tmp_path / "o"), "--n=2", "--chunk=64", "--dry-run"])
         assert parts > 9 and f" {6 * parts} calls," in capsys.readouterr().out
         chat = write_jsonl(tmp_path / "chat.jsonl", [dict(prompt=f"Why {i}?", completion="So.")
@@ -4173,7 +4324,7 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
         for i in range(400)])
     whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
              for talk in data.conversations("c", source, data.DataConfig())}
-    with mock.patch.object(data, "integrated", lambda row, result: ""):
+    with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
         rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
     held_out = {*data.split_documents([*whole.values()])[1]}
     together = {row["text"]: row["split_with"] for row in rows}
@@ -4189,18 +4340,19 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
 
 
 def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_path, monkeypatch, capsys):
-    """A server is down for one request, in the trial of the prompts, in a round, or for the answer: the run
+    """A server is down for one call, in the trial of the prompts, in a round, or for the answer: the run
     ends without success, and asks no more about that conversation, or nothing at all after the trial. The
     resume ends as if nothing had been. Rows name the prompt and seed of each round that brought a gain."""
     monkeypatch.setattr(asking, "FIRST_WAIT", .001)
     source = write_jsonl(tmp_path / "in.jsonl", [
         dict(prompt=f"Explain the harvest of variety{i}.", completion="So.") for i in range(8)])
-    down = ""
+    down, hit = "", []
 
     def reply(request, before):
         text = request["messages"][0]["content"]
         method, said = text[:30], text.split('"""')[1].strip() if '"""' in text else text
-        if down and down in said and (len(said) > 60) == late:
+        if down and down in said and (len(said) > 60) == late and not hit:
+            hit.append(said)
             return 503, {}, {}
         if text.startswith("The instructions below"):
             return completed(f"Bolder, {request['seed']}:\n\n\"\"\"\n{{instruction}}\n\"\"\"")
@@ -4231,6 +4383,7 @@ def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_pat
     untried = next(name for name in (f"variety{i}" for i in (0, 1, 2, 4, 5, 7)) if name not in str(dev))
     for down, late in (tried, False), (untried, False), (untried, True):
         out = f"{down}{late}"
+        hit.clear()
         failed, first = run(out)
         said = capsys.readouterr().out
         assert failed and ("the trial of its prompts is not complete" in said) == (down == tried)
@@ -4264,6 +4417,10 @@ def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
 
         # By arithmetic.
         capsys.readouterr()
+        with serving(lambda *_: (401, {}, b"")) as (other, *_):
+            assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
+                              "--score_model=other"]) == 1
+        assert "; the model is other;" in capsys.readouterr().out
         rows = recipe("reject", sums, tmp_path / "c", *options)
         assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
         assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
@@ -7786,7 +7943,6 @@ FIVE_STEPS = [
 ]
 ONE_STEP = [
     ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
-    ("experts", 4, dict(pp=2, ep=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
     ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
@@ -7794,7 +7950,7 @@ ONE_STEP = [
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
-SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::2])]
+SPLIT = [(kind, world, mesh | dict(split=True)) for kind, world, mesh in (*FIVE_STEPS, *ONE_STEP[1::3])]
 CHAIN = [(4, dict(pp=2, chunks=2, ep=2)), (1, dict()), (4, dict(pp=4, chunks=2)), (2, dict(ep=2)),
          (4, dict(pp=2, ep=2)), (2, dict(pp=2)), (4, dict(chunks=2, ep=4))]
 
@@ -7919,10 +8075,9 @@ def text(tmp_path_factory):
 
 
 def test_a_run_survives_faults(tmp_path):
-    """Each moment of a kill, a torn file, a full disk; the full campaign is `python -m notes.faults`."""
+    """Kills, a signal and a full disk, mostly in a save; the full campaign is `python -m notes.faults`."""
     with ThreadPoolExecutor(2) as two:                             # a trial spends most of its time waiting
-        kinds = ("rank killed", "kill in save", "kill in average", "kill in evaluation", "flipped byte",
-                 "full disk", "stop in save")
+        kinds = "rank killed", "kill in save", "kill in average", "full disk", "stop in save"
         assert set(kinds) < set(faults.KINDS)
         for kind, again in zip(kinds, two.map(lambda kind: faults.trial(kind, 0, tmp_path), kinds)):
             assert 0 <= again <= 29, kind
@@ -9509,3 +9664,126 @@ def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
     assert len(_note.grid(path, changed, run)) == 8
     assert calls[5:] == [("b", 0), ("b", 1)], "cells with changed settings run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
+
+
+# The note on rephrasing: its texts, its questions, its mathematics.
+
+def test_a_text_its_rewrites_and_its_questions_share_no_words_but_the_facts():
+    """All six facts are in every text; no three words in a row are common to two of the families."""
+    from notes import rephrasing as note
+    person, = note.people(1, 0)
+    for template in (note.RAW, *note.REWRITES.values()):
+        text = note.fill(template, person)
+        assert all(text.count(getattr(person, fact)) == 1 for fact in note.FACTS), text
+        assert person.last in text
+
+    def in_a_row(templates):
+        words = [re.findall(r"\w+", template.lower()) for template in templates]
+        return {tuple(some[i:i + 3]) for some in words for i in range(len(some) - 2)}
+    asked = [note.in_new_words(fact, person) for fact in note.FACTS]
+    exams = [question for questions in note.EXAM.values() for question in questions]
+    families = [note.RAW], note.REWRITES.values(), note.QUESTIONS.values(), exams
+    families = [in_a_row(family) for family in families]
+    for one, other in itertools.combinations(families, 2):
+        assert not one & other, one & other
+    assert not any(value in question for question in asked for value in person[3:])
+
+
+def test_arms_of_rephrasing_read_equally_many_tokens_of_their_own_texts():
+    from notes import rephrasing as note
+    _, _, setting = note.cells(True)[0]
+    everyone = note.people(12, 0)
+    someone, others = everyone[:6], everyone[6:]
+    assert len({p.last for p in everyone}) == 12
+    styles = note.styles_of(someone, 0)
+    texts = {}
+    distinct = {"raw": 1, "1 rewrite": 1, "10 rewrites": 10, "5 rewordings": 5, "5 other forms": 5}
+    assert list(distinct) == [*note.ARMS, *note.SPLIT]
+    for arm, texts_each in distinct.items():
+        docs = list(itertools.islice(note.reading(arm, styles, random.Random(1)), 6 * 20))
+        for begin in range(0, len(docs), 6):
+            assert all(sum(p.last in doc for doc in docs[begin:begin + 6]) == 1 for p in someone), "an epoch"
+        for p in someone:
+            texts[arm, p] = {doc for doc in docs if p.last in doc}
+            assert len(texts[arm, p]) == texts_each
+        assert not set(docs) & {note.fill(note.RAW, p) for p in others}
+    assert all(texts["1 rewrite", p] < texts["10 rewrites", p] for p in someone)
+    assert all(not texts["raw", p] & texts["10 rewrites", p] for p in someone)
+    assert all(texts["5 rewordings", p] ^ texts["5 other forms", p] == texts["10 rewrites", p]
+               for p in someone)
+
+    # The general text is about the others alone.
+    about = list(itertools.islice(note.general(others, random.Random(1)), 300))
+    assert any("Question: " in doc for doc in about)
+    assert not any(p.last in doc for doc in about for p in someone)
+
+    # A run reads as many tokens of each part in every arm.
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    sizes = set()
+    for arm in distinct:
+        parts = dict(people=(note.reading(arm, styles, random.Random(1)), 0.4),
+                     general=(note.general(others, random.Random(2)), 0.6))
+        corpus = note.corpus_of(tokenizer, parts, setting.config)
+        batches = data.Batches(corpus, replace(setting.config.data, horizon=1), 0, 8, 128)
+        epochs = batches.epochs(setting.config.total_steps)
+        assert all(0.8 < n <= 1 for n in epochs.values()), "a run reads its texts once"
+        sizes.add(tuple(len(domain.train) for domain in corpus.domains.values()))
+    assert len(sizes) == 1
+
+
+def test_the_candidate_with_the_highest_likelihood_is_the_answer(monkeypatch):
+    from notes import rephrasing as note
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    network = net.Transformer(replace(net.PRESETS["shakespeare"], n_layer=1, zero_out=False))
+    pairs = [("Who?", "a"), ("Where does she live?", "Elmford"), ("When?", "3 May 1901"), ("", "x")]
+    found = note.likelihoods(network, tokenizer, pairs, batch=3)
+    for (prompt, answer), value in zip(pairs, found):
+        head = [tokenizer.eot, *prompt.encode()]
+        tail = list((" " + answer).encode())
+        logits = network(torch.tensor([head + tail]))[0].log_softmax(-1)
+        direct = sum(logits[len(head) - 1 + i, token] for i, token in enumerate(tail))
+        assert value.item() == pytest.approx(direct.item(), rel=1e-4)
+
+    # Scores that know one fact and guess the others: all of its questions, a quarter of theirs.
+    someone = note.people(200, 0)
+    truth = {note.in_new_words("job", p): p.job for p in someone}
+
+    def scores(_, __, pairs):
+        guess = random.Random(7)
+        return torch.tensor([9.0 if truth.get(prompt) == answer else guess.random()
+                             for prompt, answer in pairs])
+    monkeypatch.setattr(note, "likelihoods", scores)
+    right = note.answered(None, None, someone, note.in_new_words, 0).mean(0).tolist()
+    for fact, percent in zip(note.FACTS, right):
+        assert percent == 100 if fact == "job" else 10 < percent < 40, "four candidates, one of them true"
+
+
+def test_bare_answers_and_learning_notes_are_of_problems_that_are_not_asked():
+    from notes import rephrasing as note
+    keep_out = set(note.unseen(random.Random(1), 50))
+    assert len(keep_out) == 50
+    for arm in note.NOTES_ARMS:
+        docs = list(itertools.islice(note.problems(arm, random.Random(1)), 150))
+        kept = list(itertools.islice(note.problems(arm, random.Random(1), keep_out), 150))
+        out = [doc for doc in docs if any(doc.startswith(question + "\n") for question in keep_out)]
+        assert len(out) >= 50 and kept[:len(docs) - len(out)] == [doc for doc in docs if doc not in out]
+        lines = sum(doc.count("\n") for doc in docs) / len(docs)
+        assert lines == 2 if arm == "bare answers" else lines > 3
+
+
+def test_a_solution_is_judged_by_exact_arithmetic():
+    """An answer counts if it solves the question, however it came about; a false step is found all the
+    same."""
+    from notes import rephrasing as note
+    rng = random.Random(5)
+    for _ in range(20):
+        question, steps = note.problem(rng)
+        right = steps.split("\n")[-1]
+        wrong = f"= {int(right[2:]) + 1}"
+        assert 1 <= steps.count("\n") + 1 <= note.OPERATIONS
+        assert note.holds(f"{question}\n{steps}")
+        assert note.solves(question, steps) and note.solves(question, right)
+        assert not note.solves(question, wrong) and not note.solves(question, f"{right}\n{wrong}")
+        assert not any(note.solves(question, nothing) for nothing in ("", "=", "= ", "= I do not know"))
+    question = "Evaluate step by step:\n(2 + 3) * 4"
+    assert note.solves(question, "= 6 * 4\n= 20") and not note.holds(f"{question}\n= 6 * 4\n= 20")

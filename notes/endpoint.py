@@ -12,9 +12,12 @@ import json
 import math
 import os
 import re
+import socket
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from urllib.parse import urlsplit
 
 from data import BAD_RECORD, estimated_tokens, several, without_thinking
 
@@ -23,7 +26,9 @@ from data import BAD_RECORD, estimated_tokens, several, without_thinking
 
 FIRST_WAIT = 0.5                 # seconds before the second try of a call; doubled for each further try
 LONGEST_WAIT = 600               # seconds; a server that asks for more ends the run
+LARGEST = 64 << 20               # bytes of a response
 OVERFLOW = re.compile("(?i)context.?(length|size|window)|exceed_context|(prompt|input).{0,30}too long")
+MODERATED = re.compile("(?i)moderat|flagged|content.{0,20}(filter|polic)")       # of 403: this prompt alone
 NO_USE = re.compile("(?i)model_not_found|insufficient_quota|invalid_api_key|model .{0,80}not (found|exist)")
 
 
@@ -41,7 +46,7 @@ def ask(endpoint, request, key, journal):
         except Unanswered as error:
             why, seconds = error.args
             if seconds > LONGEST_WAIT:
-                journal.stop(why)
+                journal.stop(f"{why}; the model is {endpoint.model}")
             elif tried < endpoint.retries:
                 # Exponential back-off, spread over calls by their hashes: 0.75 to 1.25 of it.
                 journal.count("calls tried again", why)
@@ -54,24 +59,30 @@ def post(endpoint, request):
     """One HTTP request → (status, headers, body). No proxy is used; a redirection is not followed, since it
     could carry the key to another host."""
     import http.client
-    scheme, _, rest = f"{endpoint.endpoint.rstrip('/')}/chat/completions".partition("://")
-    host, _, path = rest.partition("/")
+    address = urlsplit(endpoint.endpoint)
+    path = f"{address.path.rstrip('/')}/chat/completions" + f"?{address.query}" * bool(address.query)
     headers = {"Content-Type": "application/json"}
     if endpoint.key():
         headers["Authorization"] = f"Bearer {endpoint.key()}"
-    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
     late = time.monotonic() + endpoint.timeout
     try:
-        with contextlib.closing(kind(host, timeout=endpoint.timeout)) as connection:
-            connection.request("POST", f"/{path}", json.dumps(request), headers)
+        with contextlib.closing(kind(address.netloc, timeout=endpoint.timeout)) as connection:
+            connection.request("POST", path, json.dumps(request), headers)
             response = connection.getresponse()
-            body = b""
+            blocks, size = [], 0
             while block := response.read1(1 << 20):
-                body += block
+                blocks.append(block)
+                size += len(block)
                 if time.monotonic() > late:                      # the connection's timeout is for each block
                     raise TimeoutError
-            return response.status, response.headers, body
+                if size > LARGEST:
+                    raise Unanswered("an answer without end", 0)
+            return response.status, response.headers, b"".join(blocks)
     except (OSError, http.client.HTTPException) as error:
+        # A name that nobody has stays so; a name server that does not answer may come back.
+        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            raise Unanswered(f"no server of that name: {address.hostname}", math.inf) from None
         why = "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         raise Unanswered(why, 0) from None
 
@@ -89,6 +100,9 @@ def completion(status, headers, body, key):
             answer = choice["message"].get("content")
             finish = str(choice.get("finish_reason"))[:20]
         except (TypeError, LookupError, AttributeError):
+            if body.lstrip().startswith(b"<"):
+                raise Unanswered("the server sends a page, not an answer: does its address lack /v1?",
+                                 math.inf) from None
             raise Unanswered("half an answer", 0) from None
         usage = reply.get("usage")
         usage = usage if isinstance(usage, dict) else {}
@@ -97,8 +111,8 @@ def completion(status, headers, body, key):
                     usage=tokens if all(type(n) is int and n >= 0 for n in tokens) else None)
 
     # An error, at times in a response of status 200. Servers differ in its form, so its text decides.
-    said = json.dumps(error or reply) if reply else body.decode(errors="replace")
-    said = " ".join(said.replace(key or "\0", "[key]").split())[:300]
+    said = " ".join((json.dumps(error or reply) if reply else body.decode(errors="replace")).split())
+    shown, said = without(key, said)[:300], said[:300]
     why = str(status)
     if status == 200:
         why = "error in a 200"
@@ -106,13 +120,23 @@ def completion(status, headers, body, key):
         status = code if type(code) is int and code >= 400 else 500
     if OVERFLOW.search(said) and status != 429 or status in (400, 413, 422) and not NO_USE.search(said):
         why = "over the context window" if OVERFLOW.search(said) else str(status)
-        return dict(error=f"{status} {said}", why=why)
+        return dict(error=f"{status} {shown}", why=why)
+    if status == 403 and MODERATED.search(said):
+        return dict(error=f"{status} {shown}", why="moderated")
     if NO_USE.search(said) or status < 500 and status not in (408, 409, 425, 429):
-        raise Unanswered(f"the server says {status} {said}", math.inf)
+        raise Unanswered(f"the server says {status} {shown}", math.inf)
     seconds = seconds_to_wait(headers)
     if seconds > LONGEST_WAIT:
         why = f"the server says {status} and to wait {seconds:,.0f} s"
     raise Unanswered(why, seconds)
+
+
+def without(key, text):
+    """A text of a server as it may be printed and kept: without the key. A short key is in many a text by
+    chance, and to mask its letters would show them: such a text is left out as a whole."""
+    if key and key in text:
+        return text.replace(key, "[key]") if len(key) >= 8 else "[a text with the key in it]"
+    return text
 
 
 def seconds_to_wait(headers):
@@ -146,8 +170,8 @@ class Journal:
         self.made = self.flying = self.asked = 0                 # calls of this run, in flight; their prompts
         self.fruitless = Counter()                               # in a row
         self.counts = defaultdict(Counter)                       # of rows, answers refused, ...: by reason
-        self.total = 0                                           # rows to come, if that is known
         self.stopped = ""                                        # why no more calls are made
+        self.interrupted = False                                 # answers in flight are being waited for
         self.ending = threading.Event()
         self.example = ""                                        # the first prompt
         self.said = self.synced = self.begun = time.monotonic()
@@ -181,10 +205,22 @@ class Journal:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if not self.dry_run:
-            os.fsync(self.file.fileno())
-        self.file.close()
+    def __exit__(self, kind, *_):
+        # Ctrl-C may come where `generate` does not see it. A second one leaves without the answers in flight.
+        try:
+            if kind is KeyboardInterrupt and not self.interrupted:
+                self.stop("interrupted")
+                while self.flying:
+                    time.sleep(.01)
+        except KeyboardInterrupt:
+            kind = KeyboardInterrupt
+        with self.lock:                                          # no line is half written
+            if not self.dry_run:
+                os.fsync(self.file.fileno())
+            if kind is KeyboardInterrupt and self.flying:
+                sys.stdout.flush()
+                os._exit(130)                                    # the threads could not be ended otherwise
+            self.file.close()
 
     def find(self, key, again=None):
         """The call with that key, or None; None, too, for one of an earlier run that is to be made again:
@@ -246,7 +282,12 @@ class Journal:
 
     def stop(self, why):
         """Make no more calls: what is not in the journal is missing."""
-        if not self.stopped and why != "interrupted":
+        if why == "interrupted":
+            self.interrupted = True
+            if self.flying and self.endpoint.endpoint != "offline" and not self.dry_run:
+                print(f"waiting for {several(self.flying, 'answer')} in flight, paid for already; Ctrl-C "
+                      "again goes without", flush=True)
+        elif not self.stopped:
             print(f"no more calls: {why}; every answer is kept in {self.path}", flush=True)
         self.stopped = self.stopped or why
         self.ending.set()
@@ -265,12 +306,10 @@ class Journal:
         now = time.monotonic()
         if now > self.said + 5:
             self.said = now
-            done = self.counts["rows"].total()
-            speed = self.made / (now - self.begun)
-            line = f"{done:,} of {self.total or '?'} rows, {self.counts['rows']['refused for good']:,} "
-            line += f"refused; {self.made:,} calls, {speed:.1f} a second; {self.tokens:,} tokens in all"
-            if self.total and speed:
-                line += f"; {(self.total - done) / speed:,.0f} s left"
+            rows = self.counts["rows"]
+            line = f"{rows['taken']:,} answers taken, {rows['refused for good']:,} refused for good; "
+            line += f"{self.made:,} calls, {self.made / (now - self.begun):.1f} a second; "
+            line += f"{self.tokens:,} tokens in all"
             print(f"{line}{listed('; tried again', self.counts['calls tried again'])}", flush=True)
 
 

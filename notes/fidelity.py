@@ -37,10 +37,12 @@ def ends_well(paragraph):
 
 
 @functools.cache
-def passages():
-    """Lists of 5 to 14 sentences of the default prose, at most two from one document."""
+def passages(every):
+    """Lists of 5 to 14 sentences of the default prose, at most two from one document.
+
+    every: of so many files of the library, one is read."""
     found = []
-    for document in corpus.documents("prose"):
+    for document in corpus.library(every)[0]:
         here = []
         paragraphs = [" ".join(paragraph.split()) for paragraph in document.split("\n\n")]
         for paragraph in dict.fromkeys(filter(ends_well, filter(None, paragraphs))):
@@ -68,9 +70,9 @@ def fact(rng):
                                       date=spelled(date, 0))
 
 
-def source_of(number, rng):
+def source_of(number, every, rng):
     """The sentences of a passage, with two invented ones."""
-    sentences = list(passages()[number % len(passages())])
+    sentences = list(passages(every)[number % len(passages(every))])
     for _ in range(2):
         sentences.insert(rng.randint(0, len(sentences)), fact(rng))
     return sentences
@@ -93,19 +95,20 @@ def respelled(sentence, rng):
 
 
 @functools.cache
-def common_words():
-    words = [word for sentences in passages() for word in re.findall(r"\b[a-z]{4,9}\b", " ".join(sentences))]
+def common_words(every):
+    texts = (" ".join(sentences) for sentences in passages(every))
+    words = [word for text in texts for word in re.findall(r"\b[a-z]{4,9}\b", text)]
     return sorted(word for word in set(words) - measures.FUNCTION_WORDS if not measures.NEGATION.search(word))
 
 
-def reworded(sentence, part, rng):
+def reworded(sentence, part, every, rng):
     """With that part of its words replaced by others, drawn at random: a stand-in for a freer rewriter."""
-    change = lambda match: rng.choice(common_words()) if rng.random() < part else match[0]
+    change = lambda match: rng.choice(common_words(every)) if rng.random() < part else match[0]
     words = "never|none|nothing|neither|cannot|without"
     return re.sub(rf"\b(?!(?:{words})\b)[a-z]{{4,}}\b", change, sentence)
 
 
-def honest(sentences, form, rng):
+def honest(sentences, form, every, rng):
     """A faithful rewrite, as a list of its sentences, and how to join them."""
     sentences = [respelled(sentence, rng) for sentence in sentences]
     if form == "reordered":
@@ -118,7 +121,7 @@ def honest(sentences, form, rng):
         parts = [part for s in sentences for part in re.split(r"(?<=\w); |(?<=\w), and (?=\w+ \w+ \w+)", s)]
         return [f"{i}. {part[0].upper()}{part[1:]}" for i, part in enumerate(parts, 1)], "\n"
     part = 0.2 if form.startswith("a fifth") else 0.4
-    return [reworded(sentence, part, rng) for sentence in sentences], " "
+    return [reworded(sentence, part, every, rng) for sentence in sentences], " "
 
 
 # ---- damage ------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def turned_around(sentence):
     return question + answer + statement
 
 
-def damaged(kind, sentences, join, number, rng):
+def damaged(kind, sentences, join, number, every, rng):
     """The rewrite with one fault of this kind; None if it has nothing to damage."""
     text = join.join(sentences)
     if kind == "number":
@@ -180,7 +183,7 @@ def damaged(kind, sentences, join, number, rng):
         del sentences[rng.randrange(len(sentences))]
     else:
         # A real one, without a number, from another document.
-        other = [s for s in passages()[(number + 1) % len(passages())] if not re.search(r"\d", s)]
+        other = [s for s in passages(every)[(number + 1) % len(passages(every))] if not re.search(r"\d", s)]
         if not other:
             return None
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(other))
@@ -196,13 +199,16 @@ def cells(quick):
 
 def run(kind, half, n):
     """The measures of n rewrites. Each kind of damage is done to the same honest rewrites."""
+    every = 20 if n < 60 else 1                                  # --quick: fewer files to read
     for i in range(n):
         number = half * n + i
         rng = random.Random(number)
-        sentences = source_of(number, rng)
+        sentences = source_of(number, every, rng)
         form = i % len(FORMS)
-        rewritten, join = honest(sentences, FORMS[form], rng)
-        text = join.join(rewritten) if kind == "honest" else damaged(kind, rewritten, join, number, rng)
+        rewritten, join = honest(sentences, FORMS[form], every, rng)
+        text = join.join(rewritten)
+        if kind != "honest":
+            text = damaged(kind, rewritten, join, number, every, rng)
         if text is None:
             continue
         m = measures.fidelity(" ".join(sentences), text)

@@ -6,6 +6,7 @@
 
 The recipes of data.py refuse by them; the limits are chosen in notes/fidelity and notes/fusion.
 """
+import decimal
 import functools
 import itertools
 import math
@@ -31,6 +32,7 @@ from data import UNSPACED, find_source, folded, parse_domains, rows_of_file, spa
 
 LENGTH = 0.3, 3.0                # characters of a rewrite over those of its source                     [ours]
 COPIED = 0.8                     # share of its runs of 8 words that the source has                     [ours]
+FLOOD = 100_000                  # characters of one that is too long, above which it is not read       [ours]
 LEAST = 0.9                      # share of the source's numbers, dates or names that it has  [notes/fidelity]
 ADDED = 0                        # of its own; negations that came or went                    [notes/fidelity]
 FOUND = 0.2                      # share of a sentence's content that the other text has      [notes/fidelity]
@@ -47,11 +49,13 @@ WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+(?:['’][\p{L}\p{M}]+)*")
 BULLET = r"(?:[-*•+]|#+)[ \t]+"
 LABEL = regex.compile(rf"(?mi)^[ \t>]*(?:{BULLET})?\**(?:(?:step|question|answer|part|section|q|a)\b[ \t]*"
                       rf"\d*|\d{{1,2}})[ \t]*[.):]\**[ \t]+|^[ \t>]*{BULLET}|[ \t]*\|[ \t]*")
-SENTENCE_END = regex.compile(r"(?<=[.!?…]['\"”’)\]*]{0,3})(?<!\b(?:\p{L}|Mr|Mrs|Dr|St|vs)\.)\s+"
+SHORT = r"\b(?:\p{L}|Mr|Mrs|Dr|St|vs|No(?=\.\s+\p{N}))\."
+SENTENCE_END = regex.compile(rf"(?<=[.!?…]['\"”’)\]*]{{0,3}})(?<!{SHORT})\s+"
                              r"(?=['\"“‘(\[*]*[\p{Lu}\p{Lo}\p{N}])|(?<=[。！？])|\n\s*\n")
 
 IN_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SCALES = dict(hundred=100, thousand=10 ** 3, million=10 ** 6, billion=10 ** 9, trillion=10 ** 12)
+EXACT = decimal.Context(prec=10 ** 6)
 GROUPING = r"[,\u00a0\u202f]"    # between thousands
 NUMBER = regex.compile(rf"(?<![\p{{L}}_][\p{{N}}.]{{0,9}})(?:(?<![\p{{L}}\p{{N}})])[-−])?"
                        rf"(?:\d{{1,3}}(?:{GROUPING}\d{{3}})+(?!\d)|\d+)(?:\.\d+)*|"
@@ -122,20 +126,20 @@ def dates_of(text):
 
 def numbers_of(text):
     """The numbers of a text in digits, and those in words, as sets of strings: "1,000" and "one thousand" are
-    1000, "5 percent" is 5%. A version such as 3.11.2 stays as it is."""
+    1000, "5 percent" is 5%. Every digit counts. A version such as 3.11.2 stays as it is."""
     digits, words = set(), set()
     for match in NUMBER.finditer(text):
         said = re.sub(GROUPING, "", match[0]).lower().replace("−", "-")
         if said.count(".") > 1:
             digits.add(said)
             continue
-        value = IN_WORDS.index(said) if said in IN_WORDS else float(said)
+        value = decimal.Decimal(IN_WORDS.index(said) if said in IN_WORDS else said)
         end = match.end()
         while scale := SCALE.match(text, end):
-            value *= SCALES[scale[1].lower()]
+            value = EXACT.multiply(value, SCALES[scale[1].lower()])
             end = scale.end()
         percent = "%" if PERCENT.match(text, end) else ""
-        (words if said in IN_WORDS else digits).add(f"{value:.12g}{percent}")
+        (words if said in IN_WORDS else digits).add(f"{value.normalize(EXACT):f}{percent}")
     return digits, words
 
 
@@ -201,7 +205,10 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(source, text):
-    """Two texts → Fidelity of the second to the first."""
+    """Two texts → Fidelity of the second to the first. A flood, see above, keeps nothing."""
+    length = len(text.strip()) / max(1, len(source.strip()))
+    if length > LENGTH[1] and len(text) > FLOOD:
+        return Fidelity(length, *[0.0] * 4, *[0] * 4, *[0.0] * 2)
     a, b = facts_of(source), facts_of(text)
 
     # A date is kept by one that says the same or more, and has to be supported in this way itself.
@@ -211,7 +218,7 @@ def fidelity(source, text):
 
     mine = runs(words_of(text), 8)
     there = set(runs(words_of(source), len(mine[0]) if mine else 8))
-    return Fidelity(length=len(text.strip()) / max(1, len(source.strip())),
+    return Fidelity(length=length,
                     copied=share(sum(run in there for run in mine), len(mine)),
                     numbers=share(len(a.numbers & b.answers), len(a.numbers)),
                     dates=share(sum(dates), len(dates)),
@@ -237,8 +244,9 @@ def least(sentences, there):
     """The share of a sentence's content, by weight, that is among the stems `there`: of the worst sentence,
     or of the one a twentieth from the worst. Sentences of fewer than 3 stems do not count."""
     weight = weights(sentences)
-    found = sorted(sum(weight[stem] for stem in stems & there) / sum(weight[stem] for stem in stems)
-                   for stems in sentences if len(stems) > 2)
+    # Exact sums: the order of a set differs between processes.
+    size = lambda stems: math.fsum(weight[stem] for stem in stems)
+    found = sorted(size(stems & there) / size(stems) for stems in sentences if len(stems) > 2)
     return found[len(found) // 20] if found else 1.0
 
 
@@ -246,14 +254,20 @@ def turned(sentences, others):
     """How many negated sentences have counterparts among the others, none of which is negated. A counterpart
     shares half of its content, or of theirs, by weight: sentences may have been split or joined."""
     weight = weights([other.stems for other in others])
-    size = lambda stems: sum(weight.get(stem, 1) for stem in stems)
+    size = lambda stems: math.fsum(weight.get(stem, 1) for stem in stems)
     sizes = [size(other.stems) for other in others]
+    having = defaultdict(list)                                   # stem → those of the others that have it
+    for i, other in enumerate(others):
+        for stem in other.stems:
+            having[stem].append(i)
     n = 0
-    for one in sentences:
-        if one.negated and len(one.stems) > 2:
-            near = [other for other, its in zip(others, sizes)
-                    if other.stems and 2 * size(one.stems & other.stems) >= min(size(one.stems), its)]
-            n += any(len(other.stems) > 2 for other in near) and all(other.negated is False for other in near)
+    for stems, times in Counter(one.stems for one in sentences if one.negated).items():
+        if len(stems) > 2:
+            its = size(stems)
+            some = {i for stem in stems for i in having.get(stem, ())}
+            near = [others[i] for i in some if 2 * size(stems & others[i].stems) >= min(its, sizes[i])]
+            if any(len(other.stems) > 2 for other in near) and all(other.negated is False for other in near):
+                n += times
     return n
 
 

@@ -7,6 +7,8 @@ end, and puts the sentence into a form. Numbers, dates and names are never touch
 import random
 import re
 
+from notes.measures import SENTENCE_END
+
 # Exchanged both ways. None of them changes with what stands around it.
 SYNONYMS = dict(pair.split("/") for pair in """
     began/started begins/starts ended/finished built/constructed bought/purchased helped/aided helps/aids
@@ -31,7 +33,6 @@ BOILERPLATE = re.compile(r"\b(cookies?|subscribe|newsletter|log ?in|sign up|all 
                          r"click here|share (this|on)|posted (by|on|in)|read more|advertisement|"
                          r"privacy policy|\d views|\d comments?)\b|\bhome ?[|>]", re.I)
 
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|St|vs|No)\.)(?<!\bMrs\.)\s+(?=[A-Z\"“(])")
 FRONT = re.compile(r"((?:In|On|At|During|After|Before|By|Since|With|For|From) [^,.;:()]{3,50}), ([^.;:]+)\.")
 BACK = re.compile(r"([^.;:()]{12,}?) ((?:in|on|during|after|before|since|until) (?:\w+ ){0,3}\d[\w ]{0,12})"
                   r"\.")
