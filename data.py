@@ -1376,19 +1376,24 @@ def how_read(source, config):
                 config.budget, buckets))
 
 
-def text_key(record, name, path=None, config=DataConfig()):
-    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
+def files_key(record, name, path, config, *steps):
+    """Cache key of what `steps`, strings that say how, make of the files of a domain.
 
     Computing it does not extract the text; with a budget, it does not even read the files: their stamps have
     to do. record: see `digest`."""
+    source, _ = find_source(name, path, config)
+    with reading(name):
+        digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
+        parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
+                 for file, hashed in zip(source.files, digests)]
+    return sha256(how_read(source, config), *parts, *steps)
+
+
+def text_key(record, name, path=None, config=DataConfig()):
+    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them."""
     if path:
         steps = rows, rows_of_file, records, text_of, split_documents
-        source, _ = find_source(name, path, config)
-        with reading(name):
-            digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
-            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
-                     for file, hashed in zip(source.files, digests)]
-        return sha256(how_read(source, config), *parts, *map(inspect.getsource, steps))
+        return files_key(record, name, path, config, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
 
@@ -1615,27 +1620,32 @@ class Domain(NamedTuple):
     val_bytes: int
     documents: int               # train + validation; a document cut in two counts twice
     sha256: list                 # digests of the tokens: train, val
+    said: str = ""               # of conversations: how they fill their windows, and what was left out
 
 
 def cached_domain(folder, name, key, tokenizer, texts, verified):
-    """The Domain of a text and a tokenizer, loaded from its shards in the cache or built there.
+    """The Domain of a text and a tokenizer: see cached_shards.
 
-    key: cache key of the text. texts(): (train documents, val documents), called only if the shards have to
-    be built. verified {file name: stamp}: shards whose digest has been checked; these two are added."""
-    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
-    paths = [Path(folder, f"{stem}-{part}.bin") for part in ("train", "val")]
-    about = Path(folder, f"{stem}.json")
+    texts(): (train documents, val documents), called only if the shards have to be built."""
     dtype = np.dtype("<u4")
     if tokenizer.n_vocab <= 65536:
         dtype = np.dtype("<u2")
+    write = lambda about, paths: write_shards(about, paths, dtype, tokenizer, texts())
+    shards, facts = cached_shards(folder, name, key, tokenizer, dtype, write, verified)
+    return Domain(*shards, *facts["bytes"], facts["documents"], facts["sha256"])
 
-    # Load the shards, or build them.
-    facts = intact(about, paths, dtype, verified)
-    if not facts:
-        facts = write_shards(about, paths, dtype, tokenizer, texts())
+
+def cached_shards(folder, name, key, tokenizer, dtype, write, verified, more=()):
+    """The shards of both sides and the facts about them, loaded from the cache or built there.
+
+    key: cache key of what they are made of. write(about, paths): builds them, → facts. more: names of facts.
+    verified {file name: stamp}: shards whose digest has been checked; these two are added."""
+    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
+    paths = [Path(folder, f"{stem}-{side}.bin") for side in ("train", "val")]
+    about = Path(folder, f"{stem}.json")
+    facts = intact(about, paths, dtype, verified, more) or write(about, paths)
     verified.update({path.name: stamp(path) for path in paths})
-    train, val = (np.memmap(path, dtype, "r") for path in paths)
-    return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+    return [np.memmap(path, dtype, "r") for path in paths], facts
 
 
 def intact(about, paths, dtype, verified, more=()):
@@ -2500,11 +2510,11 @@ class Batches:
         return dict(zip(self.corpus.domains, epochs.tolist()))
 
     def val(self, name, limit=0):
-        """(x, y, doc_start or None), (n, T) int64: `limit` evenly spaced validation windows; 0: all"""
+        """→ Batch of `limit` evenly spaced validation windows; 0: all"""
         windows = self.held_out[name]
         n = min(limit, len(windows)) or len(windows)
         x, y = take_windows(*zip(*map(windows, np.arange(n) * len(windows) // n)), self.context)
-        return x, y, self.doc_start(x)
+        return Batch(x, y, self.doc_start(x))
 
 
 class ChatBatches(Batches):
@@ -2562,10 +2572,22 @@ class ChatBatches(Batches):
 
     def val(self, name, limit=0):
         """→ Batch of about `limit` evenly spaced validation windows; 0: all"""
+        return self.cut("val", *self.evaluated(name, limit))
+
+    def evaluated(self, name, limit):
+        """The windows of `val`: domain and number of each, (b,)"""
         i = list(self.corpus.domains).index(name)
         packs = len(self.sides["val"][i]) // self.pack
         n = min(-(-limit // self.pack), packs) or packs
-        return self.cut("val", *self.of_packs(np.full(n, i), np.arange(n) * packs // n))
+        return self.of_packs(np.full(n, i), np.arange(n) * packs // n)
+
+    def ever(self, steps, limit):
+        """{side: windows, domain and number of each (n,)}: those that `steps` steps draw, each once, and
+        those that evaluations of `limit` windows use."""
+        packs = steps * self.batch // self.pack
+        drawn = np.unique(np.stack(self.drawn(0, packs)), axis=1)                          # (2, n)
+        held_out = [self.evaluated(name, limit) for name in self.corpus.domains]
+        return dict(train=self.of_packs(*drawn), val=np.concatenate(held_out, axis=1))
 
 
 # ---- the bigram baseline, which a model has to beat --------------------------------------------------------
@@ -2599,9 +2621,9 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- conversations -----------------------------------------------------------------------------------------
 
-CONVENTIONS = {"prompt/chosen/rejected": {"chosen", "rejected"}, "messages": {"messages"},
-               "conversations": {"conversations"}, "prompt/completion": {"prompt", "completion"},
-               "instruction/output": {"instruction", "output"}}  # the fields by which they are known
+CONVENTIONS = {"prompt/chosen/rejected": ["chosen", "rejected"], "messages": ["messages"],
+               "conversations": ["conversations"], "prompt/completion": ["prompt", "completion"],
+               "instruction/output": ["instruction", "output"]}  # the fields by which they are known
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
              bot="assistant", system="system")
 
@@ -2609,14 +2631,15 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
 class Conversation(NamedTuple):
     """A record of a chat set, and where it lies."""
     messages: list               # of {"role", "content"}; of a pair those with the chosen answer
-    record: dict
+    answers: tuple               # of a pair: the chosen and the rejected answer, lists of messages; else None
+    record: dict                 # without fields that are null
     file: str
     number: int                  # from 1, as in Row
 
 
 def convention_of(fields):
     """The name of a record's convention, by the names of its fields; "" if it has none."""
-    return next((name for name, needs in CONVENTIONS.items() if needs <= set(fields)), "")
+    return next((name for name, needs in CONVENTIONS.items() if all(need in fields for need in needs)), "")
 
 
 def turns(value, role):
@@ -2647,17 +2670,19 @@ def turns(value, role):
 
 
 def messages_of(record):
-    """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
-    record = {name: value for name, value in record.items() if value is not None}
+    """A record of a chat set → (its convention, its messages, and of a pair its two answers; else None).
+    Raises ValueError, saying what is wrong."""
     convention = convention_of(record)
     found = []
+    answers = None
     if not convention:
         raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
     if isinstance(record.get("system"), str) and record["system"].strip():
         found += turns(record["system"], "system")
     if convention == "prompt/chosen/rejected":
-        prompt, chosen, _ = pair_of(record)
-        found += prompt + chosen
+        prompt, *answers = pair_of(record)
+        answers = tuple(answers)
+        found += prompt + answers[0]
     elif convention == "prompt/completion":
         found += turns(record["prompt"], "user") + turns(record["completion"], "assistant")
     elif convention == "instruction/output":
@@ -2670,7 +2695,7 @@ def messages_of(record):
         del found[0]                                             # in a field of its own, too
     if not any(message["role"] == "user" for message in found):
         raise ValueError("no message is a user's")
-    return convention, found
+    return convention, found, answers
 
 
 def instruction_of(record):
@@ -2705,28 +2730,33 @@ def pair_of(record):
     return prompt, chosen[n:], rejected[n:]
 
 
-def conversations(name, path, config, check=lambda record, messages: None, option="skip_bad"):
-    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and
-    `skip_bad` as in `rows`. check: raises a ValueError at what is bad too. option: the name of `skip_bad`.
-    Prints how many there were, and of which convention."""
+def conversations(name, path, config, take=lambda chat: chat, option="skip_bad"):
+    """Every Conversation of a user's .jsonl, .json or .parquet files, or what `take` makes of it; that too
+    raises a ValueError at what is bad. `path`, conditions, budget and `skip_bad` as in `rows`; option: the
+    name of `skip_bad`. Prints how many there were, of which convention, and why rows were bad."""
     source, left_out = find_source(name, path, config)
     left, of_bytes = parse_budget(config.budget)
-    found, counts = Counter(), Counter()
+    found, counts, bad = Counter(), Counter(), Counter()
     for file, number, record in chat_records(source, counts):
+        # Fields that are null are not there: a table has them that holds several conventions.
+        record = {field: value for field, value in record.items() if value is not None}
         try:
-            convention, messages = messages_of(record)
-            check(record, messages)
+            convention, messages, answers = messages_of(record)
+            taken = take(Conversation(messages, answers, record, file, number))
         except BAD_RECORD as error:
+            why = str(error) if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
             if not source.skip_bad:
-                why = error if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
                 raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --{option}=true") from None
-            counts["bad"] += 1
+            bad[re.sub(r"^message \d+", "a message", why)] += 1
             continue
         found[convention] += 1
         left -= len(as_text(messages).encode()) if of_bytes else 1
-        yield Conversation(messages, record, file, number)
+        yield taken
         if left <= 0:
             break
+    if bad:
+        why = "; ".join(f"{n:,} × {why}" for why, n in bad.most_common(3))
+        counts[f"bad ({why}{'; ...' if len(bad) > 3 else ''})"] = bad.total()
     if not found:
         raise ValueError(f"files: {name}={path} has no conversations{reasons({}, counts)}")
     said = ", ".join(f"{several(n, 'conversation')} as {convention}" for convention, n in found.items())
@@ -2755,6 +2785,17 @@ def chat_records(source, counts):
                     yield file, number, record if isinstance(record, dict) else {}
 
 
+def first_question(messages):
+    """The content of the first message that is a user's."""
+    return next(message["content"] for message in messages if message["role"] == "user")
+
+
+def side_key(messages):
+    """What decides the side of the split of a conversation, or pair: nothing but its first question, so that
+    no question is on both sides, whatever is answered, asked further or said by the system."""
+    return sha256(first_question(messages))[:16]
+
+
 def as_text(messages):
     """A conversation as plain text, for a run that reads text."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
@@ -2778,16 +2819,15 @@ def chat_ids(messages, tokenizer):
     return np.concatenate(ids or [[]]).astype(np.int32), np.concatenate(targets or [[]]).astype(bool)
 
 
-def lessons(record, messages, pairs):
+def lessons(chat, pairs):
     """→ [(messages that are given, messages whose answers are learned)]: one of a conversation; of a pair the
     chosen and the rejected one. Raises ValueError, saying what is wrong."""
-    found = [([], messages)]
+    found = [([], chat.messages)]
     if pairs:
-        if convention_of(record) != "prompt/chosen/rejected":
-            raise ValueError(f"no pair: it has {shortened(record)}, not chosen and rejected")
-        _, chosen, rejected = pair_of(record)
-        given = messages[:len(messages) - len(chosen)]
-        found = [(given, chosen), (given, rejected)]
+        if not chat.answers:
+            raise ValueError(f"no pair: it has {shortened(chat.record)}, not chosen and rejected")
+        given = chat.messages[:-len(chat.answers[0])]
+        found = [(given, answer) for answer in chat.answers]
     for given, learned in found:
         roles = [message["role"] for message in (*given, *learned)]
         if "system" in roles[1:]:
@@ -2800,15 +2840,17 @@ def lessons(record, messages, pairs):
 
 def fitted(taught, tokenizer, T):
     """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation that
-    is longer than a window, T + 1 tokens, is cut after the last answer that fits. If none does there is
-    nothing, nor of a pair that is longer: half an answer is neither better nor worse."""
+    is longer than a window, T + 1 tokens, is cut after the last answer to a question that fits. If none does
+    there is nothing, nor of a pair that is longer: half an answer is neither better nor worse."""
     found = []
+    user, end = (tokenizer.specials[name] for name in ("<|user|>", "<|end|>"))
     longest = 0
     for given, learned in taught:
         (before, _), (ids, targets) = chat_ids(given, tokenizer), chat_ids(learned, tokenizer)
         longest = max(longest, len(before) + len(ids) + 1)
         if longest > T + 1:
-            ends = np.flatnonzero(targets[:T] & (ids[:T] == tokenizer.specials["<|end|>"]))
+            asked = np.logical_or.accumulate(ids[:T] == user)    # it may begin with a greeting
+            ends = np.flatnonzero(targets[:T] & (ids[:T] == end) & asked)
             if len(taught) > 1 or not len(ends):
                 continue
             ids = ids[:ends[-1] + 1]
@@ -2871,41 +2913,39 @@ def packed(units, T, pack, eot):
 
 
 def pack_chats(name, path, config, tokenizer, T, pack):
-    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them, characters of both,
-    how many there are), and print what became of them. The hash of the prompt decides the side, so that no
-    question is on both: the lowest 5%, or one of these, are validation. Duplicates are left out."""
-    groups = defaultdict(list)                                   # hash → units
-    sizes = Counter()
+    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them, bytes of text of both,
+    how many there are, a line about what became of them). `side_key` decides the side: the lowest 5%, or one
+    of these, are validation. Duplicates are left out. All are held in memory: some 15 bytes a token."""
+    groups = defaultdict(list)                                   # key of the side → units
+    sizes = Counter()                                            # bytes of text
     counts = Counter()
     seen = set()
     shortest = math.inf
-    check = functools.partial(lessons, pairs=pack == 2)
-    for chat in conversations(name, path, config, check, "data.skip_bad"):
-        taught = check(chat.record, chat.messages)
+    take = lambda chat: (chat, lessons(chat, pack == 2))
+    for chat, taught in conversations(name, path, config, take, "data.skip_bad"):
         unit, longest = fitted(taught, tokenizer, T)
-        text = json.dumps(taught)
-        key = digest64(text)
         if unit is None:
             counts["left out, longer than a window"] += 1
             shortest = min(shortest, longest)
-        elif key in seen:
+            continue
+        key = sha256(*(ids for ids, _ in unit))[:16]             # of what is kept
+        if key in seen:
             counts["left out as a duplicate"] += 1
-        else:
-            counts["cut after an answer, to fit into a window"] += longest > T + 1
-            first = [message["role"] for message in chat.messages].index("assistant")
-            together = str(chat.record.get("split_with", ""))
-            if not re.fullmatch("[0-9a-f]{16}", together):
-                together = sha256(json.dumps(taught[0][0] or chat.messages[:first]))
-            groups[together].append(unit)
-            sizes[together] += len(text)
+            continue
         seen.add(key)
+        counts["cut after an answer, to fit into a window"] += longest > T + 1
+        together = str(chat.record.get("split_with", ""))
+        if not re.fullmatch("[0-9a-f]{16}", together):
+            together = side_key(chat.messages)
+        groups[together].append(unit)
+        sizes[together] += sum(int(tokenizer.token_bytes[ids].sum()) for ids, _ in unit)
     if not groups:
         raise ValueError(f"files: {name}={path}: the shortest conversation takes {shortest} tokens, and a "
                          f"window has {T + 1}: --model.context={shortest - 1} or more")
 
-    # The two sides: a prompt that has more than a tenth of the text is held out only if all others have more.
+    # The two sides: a question with more than a tenth of the text is held out only if all others have more.
     if len(groups) == 1:
-        raise ValueError(f"files: {name}={path} has one prompt; validation needs another one")
+        raise ValueError(f"files: {name}={path} has one question; validation needs another one")
     held_out = set()
     held, total = 0, sum(sizes.values())
     for hashed in sorted(groups):
@@ -2922,28 +2962,26 @@ def pack_chats(name, path, config, tokenizer, T, pack):
     windows = sum(map(len, shards))
     targets = sum(int((shard[:, 1] != 0).sum()) for shard in shards)
     more = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
-    print(f"{name}={path}: {tokens:,} tokens in {several(windows, 'window')} of {T + 1}, which they fill to "
-          f"{tokens / windows / (T + 1):.1%}; {targets / tokens:.1%} are targets{more}")
-    return shards, [total - held, held], sum(map(len, units))
+    said = (f"{name}: {tokens:,} tokens in {several(windows, 'window')} of {T + 1}, which they fill to "
+            f"{tokens / windows / (T + 1):.1%}; {targets / tokens:.1%} are targets{more}")
+    return shards, [total - held, held], sum(map(len, units)), said
 
 
 def cached_packs(folder, name, key, tokenizer, build, verified):
-    """The Domain of packed conversations, loaded from the cache or built: see cached_domain."""
-    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
-    paths = [Path(folder, f"{stem}-{side}.bin") for side in ("train", "val")]
-    about = Path(folder, f"{stem}.json")
-    dtype = np.dtype("<i4")
-    facts = intact(about, paths, dtype, verified, ["width"])
-    if not facts:
-        shards, sizes, documents = build()
+    """The Domain of packed conversations: see cached_shards. build(): what pack_chats returns."""
+    def write(about, paths):
+        shards, sizes, documents, said = build()
         for path, shard in zip(paths, shards):
             write_atomically(path, shard)
-        facts = dict(tokens=[shard.size for shard in shards], bytes=sizes, documents=documents,
+        facts = dict(tokens=[shard.size for shard in shards], bytes=sizes, documents=documents, said=said,
                      sha256=[sha256(shard) for shard in shards], width=shards[0].shape[2])
         write_atomically(about, json.dumps(facts).encode())
-    verified.update({path.name: stamp(path) for path in paths})
-    train, val = (np.memmap(path, dtype, "r").reshape(-1, 2, facts["width"]) for path in paths)
-    return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+        return facts
+
+    more = "width", "said"
+    shards, facts = cached_shards(folder, name, key, tokenizer, np.dtype("<i4"), write, verified, more)
+    shards = [shard.reshape(-1, 2, facts["width"]) for shard in shards]
+    return Domain(*shards, *facts["bytes"], facts["documents"], facts["sha256"], facts["said"])
 
 
 def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
@@ -2951,10 +2989,11 @@ def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
     domains hold them as `packed` makes them. Raises ValueError, saying what to correct."""
     # What they are, and the tokenizer, which comes from the run that learns them.
     names, start, end, paths = parse_domains(config)
+    what = "pairs" if pairs else "chat"
     for name in names:
         if name not in paths:
-            raise ValueError(f"domain {name!r} has no conversations: --data.files=chat=PATH names a file or "
-                             "folder of .jsonl, .json or .parquet")
+            raise ValueError(f"name the conversations: --data.files={name if paths else what}=PATH, a file "
+                             "or a folder of .jsonl, .json or .parquet")
     if config.clean:
         raise ValueError("clean: only for text; conversations are cleaned by what writes them")
     if config.tokenizer == "bpe":
@@ -2968,19 +3007,19 @@ def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
     if vocab_size < tokenizer.n_vocab:
         raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
 
-    # The cache's key stands for the files and for the code that reads and packs them.
+    # The cache's key stands for the files and for the code that reads and packs them. Each domain has a
+    # folder with a lock of its own: while it is packed, only those wait that need it.
     pack = 2 if pairs else 1
-    steps = (conversations, chat_records, records, convention_of, turns, messages_of, pair_of, chat_ids,
-             lessons, fitted, best_fit, packed, pack_chats)
+    steps = (conversations, chat_records, records, convention_of, turns, messages_of, instruction_of, pair_of,
+             first_question, side_key, chat_ids, lessons, fitted, best_fit, packed, pack_chats, is_validation)
+    steps = str((T, pack, CONVENTIONS, ROLES)), *map(inspect.getsource, steps)
     domains = {}
-    with remembered(config.cache, launch) as (record, verified):
-        for name in names:
-            source, _ = find_source(name, paths[name], config)
-            with reading(name):
-                digests = [digest(Path(file), record) for file in source.files]
-            key = sha256(how_read(source, config), str((T, pack)), *digests, *map(inspect.getsource, steps))
+    for name in names:
+        folder = Path(config.cache, f"{name}-{what}")
+        with remembered(folder, launch) as (record, verified):
+            key = files_key(record, name, paths[name], config, *steps)
             build = functools.partial(pack_chats, name, paths[name], config, tokenizer, T, pack)
-            domains[name] = cached_packs(config.cache, name, key, tokenizer, build, verified)
+            domains[name] = cached_packs(folder, name, key, tokenizer, build, verified)
     return corpus_of(tokenizer, domains, start, end, pack)
 
 
@@ -3277,8 +3316,9 @@ def read_documents(name, path, config, what):
         file = os.fsencode(file).decode(errors="replace")        # a name may be any bytes
         text = as_text(row.messages) if as_chat else row.text
         together = row.record.get("split_with") if as_chat else row.split_with
-        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
-                       together or sha256(text)[:16])
+        if not together:
+            together = side_key(row.messages) if as_chat else sha256(text)[:16]
+        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [], together)
 
 
 def groups(documents):
@@ -3494,11 +3534,6 @@ def why_not_worthy(row, result):
 
 # ---- recipes: conversations from conversations -------------------------------------------------------------
 
-def request_of(document):
-    """The first request of a conversation."""
-    return next(message["content"] for message in document.messages if message["role"] == "user")
-
-
 def conversation(documents, result, id, messages, **fields):
     """A row of the output with a conversation; also as text, which a run can read."""
     return made(documents, result, id, messages=messages, text=as_text(messages), **fields)
@@ -3513,7 +3548,7 @@ def evolve(documents, o, asking):
     one whose answer asks back, stalls or refuses is dropped for good."""
     methods = []
     for group in groups(documents):
-        now = [request_of(document) for document in group]
+        now = [first_question(document.messages) for document in group]
         for way in () if methods else ("depth", "breadth"):
             tried = in_order_of(str(o.seed), dict.fromkeys(now))[:o.dev]
             methods.append(better(load_prompt(f"evolve-{way}"), tried, asking))
@@ -3545,7 +3580,7 @@ def evolve(documents, o, asking):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
-                                   evolved_from=request_of(group[i]), evolution=rounds[i])
+                                   evolved_from=first_question(group[i].messages), evolution=rounds[i])
 
 
 def better(method, requests, asking):

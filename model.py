@@ -29,6 +29,7 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 import zlib
 from contextlib import closing, suppress
@@ -1091,11 +1092,14 @@ class Transformer(nn.Module):
 
     Parameter names do not depend on the range; neither do initial values, since each parameter is drawn
     from a random stream seeded with its name. The same holds for `experts`, the range of experts held here
-    (all by default); with fewer, ops.exchange has to bring them their tokens."""
+    (all by default); with fewer, ops.exchange has to bring them their tokens.
 
-    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None, last=None):
+    restart: whether learned positions begin at 0 in each document, as after pre-training."""
+
+    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None, last=None, restart=False):
         super().__init__()
         self.config = config
+        self.restart = restart
         self.width = config.d_model
 
         # The part of the model that is held here
@@ -1215,10 +1219,10 @@ class Transformer(nn.Module):
         if self.first:
             x = F.embedding(x, self.embed)
             if self.config.position == "learned":
-                if doc_start is None:
-                    x = x + self.position[past:past + T]
+                if doc_start is not None and self.restart:
+                    x = x + self.position[torch.arange(T, device=x.device) - doc_start]
                 else:
-                    x = x + self.position[torch.arange(T, device=x.device) - doc_start]    # from 0 in each
+                    x = x + self.position[past:past + T]
             if dtype is not None:
                 x = x.to(dtype)
 
@@ -1543,8 +1547,9 @@ def sample(args):
 class Chat:
     """A conversation with a model, in the template of data.chat_ids.
 
-    turns: the tokens of each message: a system message or none, then questions and answers in turn. The cache
-    holds the first `cache.length` of them, so that a turn computes its own tokens only.
+    turns: the tokens of each message: a system message or none, then questions and answers in turn. Each ends
+    with <|end|>, also an answer to which tokens are still added before it. The cache holds the first
+    `cache.length` tokens, so that a turn computes its own only. Ctrl-C may come between any two lines.
     limit: tokens of an answer, at most."""
 
     def __init__(self, model, tokenizer, system="", limit=200, temperature=1.0, top_p=1.0, seed=0):
@@ -1564,8 +1569,8 @@ class Chat:
 
     def reset(self):
         """Forget everything but the system message."""
-        self.turns = [*self.system]
         self.cache = Cache(self.context)
+        self.turns = [*self.system]
 
     def size(self):
         """Tokens of the conversation."""
@@ -1575,19 +1580,21 @@ class Chat:
         """Drop the oldest questions and their answers until `room` tokens are free, but never the last → how
         many questions went. What stays has other positions, so it is computed again."""
         first = len(self.system)
-        before = len(self.turns)
-        while self.size() + room > self.context and len(self.turns) > first + 2:
-            del self.turns[first:first + 2]
-        if len(self.turns) < before:
-            self.cache = Cache(self.context)
-        return (before - len(self.turns)) // 2
+        kept = [*self.turns]
+        while sum(map(len, kept)) - 1 + room > self.context and len(kept) > first + 2:
+            del kept[first:first + 2]
+        gone = (len(self.turns) - len(kept)) // 2
+        if gone:
+            self.cache = Cache(self.context)                   # first: Ctrl-C may come in between
+            self.turns = kept
+        return gone
 
     def answer(self, question):
         """Yield the answer as text, piece by piece, and lines in brackets about the window. An answer that is
         left early, by close() or Ctrl-C, stays in the conversation as far as it got."""
         specials = self.tokenizer.specials
         asked = self.message("user", question)
-        given = [specials["<|assistant|>"]]
+        given = [specials["<|assistant|>"], specials["<|end|>"]]
         most = self.context - sum(map(len, self.system)) - 2   # for the answer: its first two tokens
         if len(asked) > most:
             yield f"[{len(asked)} tokens, but the window has room for {most}: not read]"
@@ -1595,34 +1602,31 @@ class Chat:
 
         # Room for an answer: half the window, or as much as the question leaves
         self.turns += [asked, given]
-        try:
-            gone = self.forget(min(self.limit, self.context // 2))
-            if gone:
-                yield f"[the window of {self.context} tokens is full: the oldest questions and their " \
-                      f"answers, {gone} of each, are forgotten]\n"
+        gone = self.forget(min(self.limit, self.context // 2))
+        if gone:
+            yield f"[the window of {self.context} tokens is full: the oldest questions and their answers, " \
+                  f"{gone} of each, are forgotten]\n"
 
-            # One token at a time; a character of several tokens waits until it is complete
-            utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-            cut = ""
-            while not cut:
-                if len(given) > self.limit:
-                    cut = f" [--tokens={self.limit}: cut]"
-                elif self.size() > self.context:
-                    cut = f" [the window of {self.context} tokens is full: cut]"
-                else:
-                    token = self.next()
-                    if token in specials.values():
-                        break
-                    given.append(token)
-                    yield utf8.decode(self.tokenizer.bytes_of([token]))
-            yield utf8.decode(b"", True) + cut
-        finally:
-            given.append(specials["<|end|>"])
+        # One token at a time; a character of several tokens waits until it is complete
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        cut = ""
+        while not cut:
+            if len(given) - 1 > self.limit:
+                cut = f" [--tokens={self.limit}: cut]"
+            elif self.size() - 1 > self.context:
+                cut = f" [the window of {self.context} tokens is full: cut]"
+            else:
+                token = self.next()
+                if token in specials.values():
+                    break
+                given.insert(-1, token)
+                yield utf8.decode(self.tokenizer.bytes_of([token]))
+        yield utf8.decode(b"", True) + cut
 
     @torch.no_grad()
     def next(self):
-        """The next token of the conversation. Computes what the cache lacks."""
-        new = [token for turn in self.turns for token in turn][self.cache.length:]
+        """The next token of the conversation, before the <|end|>. Computes what the cache lacks."""
+        new = [token for turn in self.turns for token in turn][self.cache.length:-1]
         return self.pick(self.model(torch.tensor([new]), cache=self.cache)[:, -1]).item()
 
 
@@ -1663,9 +1667,12 @@ def chat(args):
             continue
         if not sys.stdin.isatty():
             print(question)
-        if question == "/reset":
+        word = question.strip()
+        if word == "/reset":
             told.reset()
-        elif question.strip():
+        elif re.fullmatch(r"/\w+", word):
+            print(f"there is no {word}, only /reset")
+        elif word:
             try:
                 with closing(told.answer(question)) as pieces:
                     for piece in pieces:

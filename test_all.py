@@ -1885,7 +1885,7 @@ def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
     assert sorted(seen[:W]) == sorted(expected) != seen[:W]
     parts = [batches(7, rank, 2).x for rank in range(2)]
     assert torch.equal(torch.cat(parts), batches(7).x)
-    x, y, _ = batches.val("mine")
+    x, y, *_ = batches.val("mine")
     assert len(x) == sum(max(0, (n - 1) // T) for n in domain.val.counts)
     whole = np.concatenate([domain.train.arrays[i] for i in range(4)])
     assert all(domain.train[:n].tolist() == whole[:n].tolist() for n in (0, 9, 5555, len(whole), 10 ** 9))
@@ -2355,7 +2355,7 @@ def test_batches_of_the_embedded_corpus(corpus):
     batches = data.Batches(corpus, data.DataConfig(horizon=10 ** 7, doc_mask=True), 0, 16, 128)
     b = batches(40)
     assert b.doc_start.shape == b.x.shape == (16, 128) and (b.doc_start <= torch.arange(128)).all()
-    x, y, _ = batches.val("math")
+    x, y, *_ = batches.val("math")
     ids = corpus.domains["math"].val
     assert x.flatten().tolist() == ids[:x.numel()].tolist()
     assert y.flatten().tolist() == ids[1:x.numel() + 1].tolist()
@@ -2371,7 +2371,7 @@ def test_validation_windows_are_spread_over_the_text(tmp_path):
     total = (len(ids) - 1) // 8
     assert total > 30
     for limit, n in ((7, 7), (0, total), (total + 9, total)):
-        x, y, _ = batches.val("a", limit)
+        x, y, *_ = batches.val("a", limit)
         starts = [i * total // n * 8 for i in range(n)]
         assert x.tolist() == [ids[at:at + 8].tolist() for at in starts]
         assert y.tolist() == [ids[at + 1:at + 9].tolist() for at in starts]
@@ -3793,10 +3793,11 @@ def read_jsonl(path):
 
 def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
     for record, convention, messages in CHATS:
-        assert data.messages_of(record) == (convention, messages), record
+        assert data.messages_of(record)[:2] == (convention, messages), record
     for record, *expected in PAIRS:
         assert list(data.pair_of(record)) == expected, record
-        assert data.messages_of(record) == ("prompt/chosen/rejected", expected[0] + expected[1])
+        whole = expected[0] + expected[1]
+        assert data.messages_of(record) == ("prompt/chosen/rejected", whole, (*expected[1:],))
 
     # From files, with their row, and a line that says what they are.
     write_jsonl(tmp_path / "a.jsonl", [record for record, *_ in CHATS])
@@ -4224,8 +4225,9 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     (dict(prompt=[SYSTEM], chosen=[USER, ANSWER], rejected=[USER, OTHER]), [SYSTEM, USER, ANSWER]),
     (dict(prompt="Why?", chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
      [SYSTEM, USER, ANSWER])])
-def test_the_dirt_of_chat_sets_is_read(record, expected):
-    assert data.messages_of(record)[1] == expected
+def test_the_dirt_of_chat_sets_is_read(record, expected, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [record])
+    assert [chat.messages for chat in data.conversations("a", source, data.DataConfig())] == [expected]
 
 
 def test_files_of_any_name_can_be_read(tmp_path):
@@ -4322,19 +4324,16 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [
         dict(prompt=f"What of matter{i}?", completion=f"It depends on alpha{i} and on beta{i}.")
         for i in range(400)])
-    whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
+    asked = {f"in.jsonl#{talk.number}": data.side_key(talk.messages)
              for talk in data.conversations("c", source, data.DataConfig())}
     with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
         rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
-    held_out = {*data.split_documents([*whole.values()])[1]}
     together = {row["text"]: row["split_with"] for row in rows}
     fused_out = {*data.split_documents([*together], together=together)[1]}
     sides = Counter()
     for row in rows:
-        texts = [whole[parent] for parent in row["parent"].split(" + ")]
-        assert {text in held_out for text in texts} == {row["text"] in fused_out}
-        streamed = {data.is_validation(hashed) for hashed in (*map(data.sha256, texts), row["split_with"])}
-        assert len(streamed) == 1
+        parents = [asked[parent] for parent in row["parent"].split(" + ")]
+        assert {data.is_validation(key) for key in (*parents, row["split_with"])} == {row["text"] in fused_out}
         sides[row["text"] in fused_out] += 1
     assert min(sides.values()) > 3 and len(sides) == 2
 
@@ -4496,9 +4495,7 @@ def test_top_p_keeps_the_smallest_set_of_that_mass():
 
 @each_variant
 def test_documents_in_one_window_do_not_see_each_other(config, float64):
-    if config.position == "learned":
-        config = replace(config, position="rope")                  # the second document does not start at 0
-    network, x = lively(config), tokens(1, 20)
+    network, x = lively(config, restart=True), tokens(1, 20)       # learned positions: from 0 in each
     starts = torch.where(torch.arange(20) < 8, 0, 8)[None]
     packed = network(x, doc_start=starts)
     torch.testing.assert_close(packed[:, :8], network(x[:, :8]))
@@ -6097,6 +6094,44 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_got():
     assert "".join(chat.answer("r")) == "on" and sum(chat.model.given) == chat.cache.length
 
 
+class Remembering(Scripted):
+    """Checks that its cache holds the beginning of the conversation."""
+    def forward(self, x, cache):
+        cache.fed = getattr(cache, "fed", []) + x[0].tolist()
+        assert cache.fed == [token for turn in self.chat.turns for token in turn][:-1]
+        return super().forward(x, cache)
+
+
+def test_ctrl_c_before_any_line_leaves_a_conversation_whole():
+    """Also while the oldest questions are forgotten: every turn has its end, and the cache agrees."""
+    for line in itertools.count():
+        model = Remembering(*[b"abcdefg", [END]] * 9, context=40)
+        model.chat = chat = net.Chat(model, BYTES, "S", 9, temperature=0)
+        for _ in range(2):
+            list(chat.answer("q" * 5))
+        left = [line]
+
+        def trace(frame, event, _):
+            if frame.f_globals is vars(net) and frame.f_code.co_name in ("answer", "forget", "next", "size"):
+                left[0] -= event == "line"
+                if left[0] < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+        before = sys.gettrace()
+        sys.settrace(trace)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(chat.answer("r" * 9)) as pieces:
+            list(pieces)
+        sys.settrace(before)
+        assert all(turn[-1] == END and END not in turn[:-1] for turn in chat.turns)
+        assert [turn[0] for turn in chat.turns[1:]] == [USER, ASSISTANT] * (len(chat.turns) // 2)
+        model.script = [*b"on", END]
+        assert "".join(chat.answer("s")).endswith("on")
+        if left[0] >= 0:
+            break
+    assert line > 50
+
+
 class Typed(io.StringIO):
     """What is typed, with ^C as a line of its own."""
     def readline(self, *_):
@@ -6113,13 +6148,13 @@ def test_a_conversation_through_a_pipe_reads_as_a_transcript(finished, tmp_path,
     scripted = Scripted(b"Hi!", [END], b"Yes", [KeyboardInterrupt], b"Hi?", [END], context=32)
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_run", lambda *_: (scripted, BYTES))
-        patch.setattr(sys, "stdin", Typed("hello\n\nok?\n^C\n/reset\nhello\n"))
+        patch.setattr(sys, "stdin", Typed("hello\n\nok?\n^C\n/reset \n/help\nhello\n"))
         code, said, error = run_model(capsys, "--chat", run, "--tokens=5")
     lines = said.splitlines()
     assert not code and not error and lines[0].startswith(f"{run}: Ctrl-C stops an answer, /reset begins")
     assert "has seen no conversations" in lines[1] and f"sft --init={run}" in lines[1]
-    assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> ", "> /reset", "> hello", "Hi?",
-                         "> "]
+    assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> ", "> /reset ", "> /help",
+                         "there is no /help, only /reset", "> hello", "Hi?", "> "]
     assert scripted.given == [8, 1, 1, 1, 7, 1, 1, 1, 8, 1, 1, 1], "/reset began anew"
     asked = dict(input="a\nü\n".encode() + b"\xff\n", capture_output=True)
     command = [sys.executable, HERE / "model.py", "--chat", run, "--tokens=4", "--system=s"]
@@ -6162,12 +6197,15 @@ def test_a_run_tuned_on_conversations_says_what_it_learned(tmp_path, capsys, mon
         for letter in string.ascii_letters:
             said = "ping " + letter, "pong ü", "who?", "me", "bye", "€"
             turns = zip(("user", "assistant") * 3, said)
-            print(json.dumps(dict(messages=[dict(role=role, content=text) for role, text in turns])), file=file)
-    files = data.DataConfig(files=f"chat={path}", domains="chat:1:1", tokenizer="bytes", cache=str(tmp_path / "c"))
+            messages = [dict(role=role, content=text) for role, text in turns]
+            print(json.dumps(dict(messages=messages)), file=file)
+    files = data.DataConfig(files=f"chat={path}", domains="chat:1:1", tokenizer="bytes",
+                            cache=str(tmp_path / "c"))
     model = replace(K2, vocab_size=261, context=48, tie=False, init_std=0.1)
     run = str(tmp_path / "run")
     train.train(train.Config(objective="sft", model=model, data=files, batch=4, micro=4, tokens=60 * 4 * 48,
-                             optim=muonclip.OptimConfig(lr=2e-2, floor=0.0), save_every=99, out=run), quiet=True)
+                             optim=muonclip.OptimConfig(lr=2e-2, floor=0.0), save_every=99, out=run),
+                quiet=True)
     net.main(["--sample", run, "--export", str(tmp_path / "hf")])
     capsys.readouterr()
     for folder in run, tmp_path / "hf":
@@ -8322,8 +8360,7 @@ def plain_forward(c, weights, x, y, doc_start=None):
     """→ nats of each token (B, T), balance loss, {layer: largest logits (H,)}, {layer: load (E,)}"""
     t, h, balance, peaks, loads = torch.arange(x.shape[1]), weights["embed"][x], 0.0, {}, {}
     mask = t[:, None] >= t if doc_start is None else (t[:, None] >= t) & (t >= doc_start[..., None])
-    if c.position == "learned":
-        h = h + weights["position"][t if doc_start is None else t - doc_start]
+    h = h + weights["position"][t] if c.position == "learned" else h
     for i in range(c.n_layer):
         attention, ffn = inside(weights, f"layers.{i}.attention."), inside(weights, f"layers.{i}.ffn.")
         change, peaks[i] = plain_attention(c, i, attention, plain_norm(c, h, attention["norm.weight"]), mask)
@@ -8451,7 +8488,7 @@ def follow_the_definition(config, rank=0):
     norms, clipped = ([row[key] for row in history[1:]] for key in ("grad_norm", "clipped"))
     assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not everywhere"
     for name in "ab":
-        nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5))
+        nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5)[:3])
         assert history[-1][f"val_{name}"] == pytest.approx(nll.mean().item(), rel=1e-9)
 
 
@@ -8486,7 +8523,7 @@ def test_bits_are_counted_per_byte_and_nats_per_token(text):
     config = tiny_run(text, data=own, model=model, steps=1, eval_windows=6)
     history, network = train.train(config, quiet=True)
     corpus = data.prepare(own, 300)
-    x, y, _ = data.Batches(corpus, own, 0, 8, 32).val("mine", 6)
+    x, y, *_ = data.Batches(corpus, own, 0, 8, 32).val("mine", 6)
     with torch.no_grad():
         nats = network.eval()(x, y)[1].sum().item()
     size = len(corpus.tokenizer.decode(y.flatten().tolist()).encode())
@@ -9129,7 +9166,6 @@ def test_nothing_executes_code_it_was_given():
 
 # ---- conversations: packed, learned, compared --------------------------------------------------------------
 
-BYTES = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
 CHAT = 48                                                          # tokens of a window
 CHAT_EXPERTS = replace(faults.EXPERTS, n_layer=2, n_expert=4, n_group=1, top_group=1, context=CHAT)
 
@@ -9139,7 +9175,7 @@ def turn(role, content):
 
 
 @pytest.fixture(scope="session")
-def chats(tmp_path_factory):
+def chat_sets(tmp_path_factory):
     """A folder with conversations in all conventions, and with pairs; some are longer than half a window."""
     folder, rng = tmp_path_factory.mktemp("chats"), random.Random(0)
     chat, pairs = [], []
@@ -9232,14 +9268,14 @@ def test_best_fit_leaves_no_window_too_full_and_no_pair_apart(pairs):
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_packed_windows_hold_every_conversation_once_and_whole(chats, objective):
+def test_packed_windows_hold_every_conversation_once_and_whole(chat_sets, objective):
     """Read back from the windows: the same ids, targets and pairs; what is left of a window is eots."""
-    config = chat_run(chats, objective)
+    config = chat_run(chat_sets, objective)
     pack = 2 if objective == "dpo" else 1
     expected = Counter()
-    path = str(chats / ("pairs.jsonl" if pack == 2 else "chat.jsonl"))
+    path = str(chat_sets / ("pairs.jsonl" if pack == 2 else "chat.jsonl"))
     for chat in data.conversations("x", path, config.data):
-        pieces, _ = data.fitted(data.lessons(chat.record, chat.messages, pack == 2), BYTES, CHAT)
+        pieces, _ = data.fitted(data.lessons(chat, pack == 2), BYTES, CHAT)
         pieces = [(ids[:-1].tolist(), targets[:-1].astype(int).tolist()) for ids, targets in pieces]
         expected[tuple((*ids, *targets) for ids, targets in pieces)] += 1
     found, (domain,) = Counter(), train.corpus_of(config).domains.values()
@@ -9269,19 +9305,19 @@ def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(
     rng = random.Random(2)
     talk = lambda i: [turn("user", f"{i}?"), turn("assistant", "y" * rng.randint(3, 30))]
     long = talk(0) + [turn("user", "z" * 20), turn("assistant", "x" * 20)]
-    rows = [dict(messages=talk(i // 2)) for i in range(2, 800)] + [dict(messages=long), dict(messages=long)]
+    other = long[:2] + [turn("user", "w" * 30), turn("assistant", "v")]            # the same before the cut
+    rows = [dict(messages=talk(i // 2)) for i in range(2, 800)] + [dict(messages=long), dict(messages=other)]
     rows += [dict(prompt="a", completion="b" * 90)]
     sides = []
     for name, some in (("a", rows), ("b", rows[::3])):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(map(json.dumps, some)))
-        shards, *_ = data.pack_chats(name, str(path), data.DataConfig(), BYTES, CHAT, 1)
+        shards, _, _, said = data.pack_chats(name, str(path), data.DataConfig(), BYTES, CHAT, 1)
         sides.append([{tuple(ids[1:4]) for row in shard.tolist() for ids, _ in documents_in(*row)}
                       for shard in shards])
-        said = capsys.readouterr().out
         assert float(re.search(r"fill to ([\d.]+)%", said)[1]) > 94, "packing efficiency"
         if name == "a":
-            twice = len(rows) - len(set(map(json.dumps, rows)))
+            twice = len(rows) - len(set(map(json.dumps, rows))) + 1
             for what in ("1 cut after an", "1 left out, longer than", f"{twice} left out as a duplicate"):
                 assert what in said
             assert not any(ids.count(ord("z")) for shard in shards for ids, _ in shard.tolist())
@@ -9289,6 +9325,66 @@ def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(
     assert not sides[0][0] & sides[0][1]
     unit, longest = data.fitted([([], long), ([], talk(0))], BYTES, CHAT)
     assert unit is None and longest > CHAT + 1
+    greeted = [turn("assistant", "Hi"), *long[:2], turn("user", "z" * 40), turn("assistant", "x")]
+    (unit,), _ = data.fitted([([], greeted)], BYTES, CHAT)
+    assert unit[0][:-1].tolist() == data.chat_ids(greeted[:3], BYTES)[0].tolist()
+    assert data.fitted([([], [greeted[0], *greeted[3:]])], BYTES, CHAT)[0] is None, "a greeting alone"
+
+
+def test_a_question_is_on_one_side_whoever_asks_it_and_whatever_follows(tmp_path):
+    """Pairs after the first and the second answer, another system message, a greeting, another domain; SFT
+    and DPO on the same files; what a recipe makes of it."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
+    rows = dict(a=[], b=[])
+    for i in range(150):
+        said = [turn("user", f"{i}?"), turn("assistant", "A"), turn("user", "why"), turn("assistant", "B")]
+        rows["a"] += [dict(prompt=f"{i}?", chosen="A", rejected="C"),
+                      dict(chosen=said, rejected=[*said[:3], turn("assistant", "D")])]
+        rows["b"] += [dict(prompt=[turn("system", f"S{i}"), said[0]], chosen="A", rejected="C"),
+                      dict(prompt=[turn("assistant", "Hi"), said[0]], chosen="E", rejected="C")]
+    for name, path in files.items():
+        write_jsonl(path, rows[name])
+    config = data.DataConfig(files=f"a={files['a']},b={files['b']}", tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    train_side, held_out = set(), set()
+    for pairs in (False, True):
+        for domain in data.prepare_chats(config, 261, 64, pairs).domains.values():
+            for found, shard in ((train_side, domain.train), (held_out, domain.val)):
+                found |= {*re.findall(r"\d+\?", BYTES.decode(shard[:, 0].flatten().tolist()))}
+    assert len(train_side | held_out) == 150 and not train_side & held_out and len(held_out) > 2
+    for chat, document in zip(rows["b"], data.read_documents("b", str(files["b"]), config, "conversations")):
+        assert (chat["prompt"][1]["content"] in held_out) == data.is_validation(document.split_with)
+
+
+def test_packing_anew_is_left_to_changed_files_and_code(tmp_path, monkeypatch):
+    """The key of the cache stands for every function that packs, and for how a file is read. Packing needs
+    the lock of its own domain alone, and what it said is said again."""
+    path = write_jsonl(tmp_path / "a.jsonl", [dict(prompt=f"{i}?", completion="b") for i in range(40)])
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    packed = []
+
+    def prepared(path=path):
+        before = len(list(tmp_path.glob("cache/a-chat/a-*.json")))
+        corpus = data.prepare_chats(replace(config, files=f"a={path}"), 261, CHAT)
+        packed.append(len(list(tmp_path.glob("cache/a-chat/a-*.json"))) > before)
+        return corpus.domains["a"].said
+    with data.locked(config.cache):                                # of the whole cache
+        other = threading.Thread(target=prepared, daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    assert "which they fill to" in prepared() and packed == [True, False]
+    for name in ("instruction_of", "pair_of", "is_validation", "side_key", "first_question", "fitted"):
+        with monkeypatch.context() as patch:
+            whole = getattr(data, name)
+            patch.setattr(data, name, lambda *args, **more: whole(*args, **more))
+            prepared()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "ROLES", data.ROLES | dict(someone="user"))
+        prepared()
+    shutil.copy(path, tmp_path / "a.json")
+    prepared(tmp_path / "a.json")                                  # the same bytes, read in another way
+    assert packed == [True, False] + [True] * 8
 
 
 BAD_CHATS = [
@@ -9301,6 +9397,7 @@ BAD_CHATS = [
     (dict(prompt="a", chosen="b", rejected="b"), "the chosen and the rejected answer are equal"),
     (dict(prompt="a", chosen="b", rejected=""), "message 1, of 'assistant', is empty"),
     (dict(prompt="a", completion="b"), "no pair: it has prompt, completion"),
+    (dict(prompt="a", completion="b", chosen=None, rejected=None), "no pair: it has prompt, completion, not"),
 ]
 
 
@@ -9316,7 +9413,8 @@ def test_bad_conversations_are_refused_with_file_and_row_or_counted(record, mess
     said = str(error.value)
     assert f"{path}, row 2: {message}" in said and said.endswith("--data.skip_bad=true") and "\n" not in said
     corpus = data.prepare_chats(replace(config, skip_bad=True), 261, CHAT, pairs)
-    assert corpus.domains["a"].documents == 40 and "1 row bad" in capsys.readouterr().out
+    why = re.sub("^message .", "a message", message)[:20]
+    assert corpus.domains["a"].documents == 40 and f"1 row bad (1 × {why}" in capsys.readouterr().out
 
 
 def test_conversations_need_a_tokenizer_with_turns_room_and_two_prompts(tmp_path):
@@ -9329,8 +9427,8 @@ def test_conversations_need_a_tokenizer_with_turns_room_and_two_prompts(tmp_path
     foreign.specials = {"</s>": 0}
     for changes, T, message in (
             (dict(), 8, "the shortest conversation takes 14 tokens, and a window has 9: --model.context=13"),
-            (dict(), CHAT, "has one prompt"), (dict(tokenizer="bpe"), CHAT, "--init=RUN"),
-            (dict(files=""), CHAT, "domain 'prose' has no conversations: --data.files=chat=PATH"),
+            (dict(), CHAT, "has one question"), (dict(tokenizer="bpe"), CHAT, "--init=RUN"),
+            (dict(files=""), CHAT, "name the conversations: --data.files=chat=PATH, a file"),
             (dict(clean=True), CHAT, "clean: only for text"),
             (dict(tokenizer=str(plain)), CHAT, "has no <|system|>, <|user|>, <|assistant|>, <|end|>, which")):
         with mock.patch.object(data, "load_tokenizer", lambda path: foreign):
@@ -9344,10 +9442,10 @@ def test_conversations_need_a_tokenizer_with_turns_room_and_two_prompts(tmp_path
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_batches_of_conversations_are_pure_and_their_weights_are_those_of_a_mean(chats, objective, float64):
+def test_batches_of_conversations_are_pure_and_weights_are_those_of_a_mean(chat_sets, objective, float64):
     """The ranks' slices make up the global batch; each pack once an epoch; weights sum to the mean over the
     global batch's targets, or to its pairs' means, whatever the number of ranks."""
-    config = chat_run(chats, objective)
+    config = chat_run(chat_sets, objective)
     batches, pack = chat_batches(config), 2 if objective == "dpo" else 1
     for step in range(3):
         whole = batches(step)
@@ -9404,7 +9502,7 @@ def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
         batch = batch._replace(weight=batch.weight.index_fill(0, torch.tensor([0, 3]), 0.0),
                                label=batch.label.index_fill(0, torch.tensor([0, 3]), 0))
         batch = batch._replace(weight=batch.label.sign() / (batch.label != 0).sum())
-    policy, frozen = lively(c, 1), lively(c, 2)
+    policy, frozen = (lively(c, seed, restart=True) for seed in (1, 2))
 
     # The definition.
     windows = torch.cat([batch.x[:, :1], batch.y], 1), F.pad(batch.label, (1, 0))
@@ -9447,16 +9545,21 @@ def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11, msg=lambda text: f"{name}: {text}")
 
 
-def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tmp_path, undrawn):
+def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chat_sets, tmp_path, monkeypatch):
     """Step 1 has margin 0, and the evaluation is that of one pair after another."""
-    config = chat_run(chats, "dpo", out=str(tmp_path / "run"))
+    units = []
+    monkeypatch.setattr(_figure, "draw", lambda *args: units.append(args[3]))
+    config = replace(chat_run(chat_sets, "dpo", out=str(tmp_path / "run")), eval_windows=0)
     history, network = train.train(config, quiet=True)
     first, last = history[1], history[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["rewards/margins"]) < 1e-5
     assert history[0]["val_pairs"] == pytest.approx(math.log(2), abs=1e-6) and "kl" not in history[0]
     rewards = [last[f"rewards/{side}"] for side in ("chosen", "rejected")]
     assert last["rewards/margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-9)
-    assert set(train.LOGGED_PAIRS) <= set(log_of(tmp_path / "run")[1])
+    assert set(train.LOGGED_PAIRS) <= set(log_of(tmp_path / "run")[1]) and set(units) == {"nats/pair"}
+    labels = torch.tensor([[1, -1], [0, 0]])
+    nats, equal = torch.ones(2, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    assert train.compare_pairs(labels, nats, equal, 0.5)[0].accuracy.tolist() == [0.5]
 
     # The evaluation of one pair after another.
     reference = weights_of(tmp_path / "run")["reference/val"]
@@ -9468,15 +9571,16 @@ def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chats, tm
                 ratio = logp.item() - reference[abs(label) - 1, int(label < 0)].item()
                 found.setdefault(abs(label), {})[label > 0] = ratio
     margins = torch.tensor([0.5 * (both[True] - both[False]) for both in found.values()])
-    everything = replace(config, eval_windows=0)
     batches, mesh = chat_batches(config), parallel.Mesh()
-    held = train.evaluate({0: network}, batches, everything, mesh, reference=reference)["pairs"]
+    held = train.evaluate({0: network}, batches, config, mesh, reference=reference)["pairs"]
     assert held == pytest.approx([-F.logsigmoid(margins).mean().item(), (margins > 0).double().mean().item(),
                                   margins.mean().item()], rel=1e-4)
 
 
-def test_held_out_conversations_are_measured_on_their_answers_alone(chats, float64):
-    config = replace(chat_run(chats, "sft"), eval_windows=0)
+def test_held_out_conversations_are_measured_on_their_answers_alone(chat_sets, float64):
+    config = replace(chat_run(chat_sets, "sft"), eval_windows=0)
+    for objective, restart in (("pretrain", False), ("sft", True), ("dpo", True)):
+        assert train.build(replace(config, objective=objective), parallel.Mesh())[0].restart == restart
     batches, network = chat_batches(config), lively(config.model).eval()
     found = train.evaluate({0: network}, batches, config, parallel.Mesh())["chat"]
     rows = batches.sides["val"][0].tolist()
@@ -9488,15 +9592,15 @@ def test_held_out_conversations_are_measured_on_their_answers_alone(chats, float
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_run_on_conversations_resumes_to_the_bit(objective, chats, tmp_path, monkeypatch, undrawn):
-    config = chat_run(chats, objective)
+def test_a_run_on_conversations_resumes_to_the_bit(objective, chat_sets, tmp_path, monkeypatch, undrawn):
+    config = chat_run(chat_sets, objective)
     train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
     train.train(replace(config, out=str(tmp_path / "part"), steps=2), quiet=True)
     monkeypatch.setattr(train, "take_reference", lambda run: 1 / 0)
     train.train(replace(config, out=str(tmp_path / "part")), resume=True, quiet=True)
     assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
     for name, t in weights_of(tmp_path / "whole").items():
-        assert torch.equal(weights_of(tmp_path / "part")[name], t), name
+        assert torch.equal(weights_of(tmp_path / "part")[name].nan_to_num(9), t.nan_to_num(9)), name
 
 
 CHAT_MESHES = [(1, 8, {}), (1, 1, {}), (4, 2, {}), (4, 2, dict(pp=2, ep=2)),         # ranks, micro, mesh
@@ -9520,12 +9624,12 @@ def chat_meshes(rank, folder, out):
                                  out=f"{out}/dpo-0"), resume=True, quiet=True)
 
 
-def test_conversations_train_alike_on_every_mesh_and_in_every_micro_batch(chats, tmp_path):
+def test_conversations_train_alike_on_every_mesh_and_in_every_micro_batch(chat_sets, tmp_path):
     """In float64: losses, rewards, evaluations and the reference of 1 and 4 ranks, of stages and divided
     experts, match one process. Two stages go on from the reference that one rank has taken."""
     for objective in ("sft", "dpo"):
-        train.corpus_of(chat_run(chats, objective))
-    spawn(4, chat_meshes, str(chats), str(tmp_path))
+        train.corpus_of(chat_run(chat_sets, objective))
+    spawn(4, chat_meshes, str(chat_sets), str(tmp_path))
     for objective in ("sft", "dpo"):
         one = log_of(tmp_path / f"{objective}-0")[:3]
         for i in range(1, 4 if objective == "sft" else len(CHAT_MESHES)):
@@ -9537,11 +9641,13 @@ def test_conversations_train_alike_on_every_mesh_and_in_every_micro_batch(chats,
     kept = [weights_of(tmp_path / f"dpo-{i}") for i in range(len(CHAT_MESHES))]
     for side in ("train", "val"):
         for weights in kept:
-            torch.testing.assert_close(weights[f"reference/{side}"], kept[1][f"reference/{side}"])
+            torch.testing.assert_close(weights[f"reference/{side}"], kept[1][f"reference/{side}"],
+                                       equal_nan=True)
     assert len(log_of(tmp_path / "dpo-0")) == 4
 
 
-def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chats, tmp_path, capsys, undrawn):
+def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chat_sets, tmp_path, capsys,
+                                                                   undrawn):
     """`train.py sft --init=RUN`, `train.py dpo --init=SFT_RUN`; a second dpo run goes on with the moments."""
     base = tmp_path / "base"
     model = replace(tiny_run(text).model, context=CHAT)
@@ -9549,25 +9655,44 @@ def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chats,
     for recipe, before, name in (("sft", "base", "chat"), ("dpo", "sft", "pairs"), ("fine", "dpo", "pairs")):
         words = ["sft" if recipe == "sft" else "dpo", f"--init={tmp_path / before}",
                  f"--out={tmp_path / recipe}", f"--tokens={3 * 8 * CHAT}",
-                 f"--data.files={name}={chats / name}.jsonl", f"--data.cache={chats / 'cache'}"]
+                 f"--data.files={name}={chat_sets / name}.jsonl", f"--data.cache={chat_sets / 'cache'}"]
         train.main(words)
         said = capsys.readouterr().out
         assert f"weights{' and moments' * (recipe == 'fine')} of {tmp_path / before} at step" in said
         assert "held out, after" in said and ("accuracy" in said) == (recipe != "sft")
+        assert train.parse(["laptop", f"--objective={words[0]}", words[1]])[0].model == model
         train.main([words[0], words[2], "--resume"])
+        assert "which they fill to" in capsys.readouterr().out
     model, tokenizer = train.load_run(tmp_path / "fine")
     assert model.config.context == CHAT and tokenizer.fingerprint == BYTES.fingerprint
     with pytest.raises(SystemExit, match="was begun with beta=0.1, not 0.2"):
         train.main([*words, "--resume", "--beta=0.2"])
 
 
-def test_a_stop_while_the_reference_is_taken_begins_again(chats, tmp_path, monkeypatch, undrawn):
-    config = chat_run(chats, "dpo", out=str(tmp_path / "run"))
+def test_the_reference_is_of_the_pairs_that_the_run_compares_alone(chat_sets, tmp_path, undrawn, capsys):
+    config = chat_run(chat_sets, "dpo", out=str(tmp_path / "run"))
+    config = replace(config, tokens=2 * 8 * CHAT, eval_windows=2)
+    train.train(config)
+    batches = chat_batches(config)
+    used = dict(train=[batches(step) for step in (0, 1)], val=[batches.val("pairs", 2)])
+    for side, parts in used.items():
+        kept = weights_of(tmp_path / "run")[f"reference/{side}"]
+        known = torch.cat([part.label.abs().unique() for part in parts]).unique()[1:] - 1
+        assert torch.equal((~kept.isnan()).all(1).nonzero()[:, 0], known) and 0 < len(known) < len(kept)
+    windows = len({tuple(row) for part in used["train"] for row in part.x.tolist()}) + 2
+    assert f"reference: {windows} of {windows} windows\n" in capsys.readouterr().out
+
+
+def test_a_stop_while_the_reference_is_taken_begins_again(chat_sets, tmp_path, monkeypatch, undrawn, capsys):
+    config = chat_run(chat_sets, "dpo", out=str(tmp_path / "run"))
     with monkeypatch.context() as patched:
         patched.setattr(train.Stop, "asked", lambda self: True)
-        history, _ = train.train(config, quiet=True)
+        history, _ = train.train(config)
     assert history == [] and not train.checkpoints(tmp_path / "run")
-    history, _ = train.train(config, resume=True, quiet=True)
+    assert "the same command begins again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no checkpoint yet, which would say what run it is"):
+        train.parse([f"--out={tmp_path / 'run'}", "--resume"])
+    history, _ = train.train(config, quiet=True)
     assert history[-1]["step"] == 4 and history[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -756,7 +756,7 @@ def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False
     results = {}
     token_bytes = torch.as_tensor(batches.corpus.tokenizer.token_bytes)
     for name in batches.corpus.domains:
-        val = Batch(*batches.val(name, config.eval_windows))
+        val = batches.val(name, config.eval_windows)
         sums = torch.zeros(len(Pairs._fields) if config.objective == "dpo" else 3, dtype=torch.float64)
 
         # What every window adds; those past the end are dropped.
@@ -795,7 +795,8 @@ def in_turn(n, micro, mesh):
     """Which of n windows this rank evaluates: a few micro-batches at a time, (numbers, which are real).
 
     The ranks of a stage take micro-batches in turn, and all take equally many, because an all-to-all needs
-    every rank in a forward: the last one may be shorter, or past the end, where window 0 stands in."""
+    every rank in a forward: the last one may be shorter, or past the end, where window 0 stands in. Pairs of
+    answers need an even `micro`, so that the two windows of one are never in different micro-batches."""
     rounds = math.ceil(n / micro / mesh.dp.size)
     own = torch.arange(rounds * mesh.dp.size * micro).view(rounds, -1, micro)[:, mesh.dp.rank].flatten()
     inside = int((own < n).sum())
@@ -895,16 +896,20 @@ class Status:
     def __call__(self, row, config, left, end=False):
         """Show the row of a step, with `left` seconds to go. Rate-limited, except at the `end`."""
         self.logit = row.get("max_logit", self.logit)
+        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
+        self.show(f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  "
+                  f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
+                  f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  {known}"
+                  f"{clock(left)} left", end)
+
+    def show(self, text, end=False):
+        """Show the status line. Rate-limited, except at the `end`."""
         interval = 0.2 if self.live else 10
         if self.quiet or not end and time.monotonic() - self.last < interval:
             return
         self.last = time.monotonic()
 
         # One line; on a terminal the next one overwrites it.
-        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
-        text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  "
-                f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
-                f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  {known}{clock(left)} left")
         line_end = "\n"
         if self.live:
             text = f"\r{text}\033[K"
@@ -1062,6 +1067,9 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
                f"{config.total_steps} steps of {config.batch} × {config.model.context} tokens on "
                f"{mesh.world.size} × {mesh.device.type}")
+    for domain in corpus.domains.values():
+        if domain.said:
+            status.say(f"  {domain.said}")
     for line in (*describe(all_parameters(config.model).items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
     if mesh.pp.size > 1:
@@ -1198,7 +1206,7 @@ class Pairs(NamedTuple):
     count: torch.Tensor          # 1
     chosen: torch.Tensor         # reward of the chosen answer
     rejected: torch.Tensor
-    accuracy: torch.Tensor       # 1 if the chosen answer has the higher one
+    accuracy: torch.Tensor       # 1 if the chosen answer has the higher one, ½ if they are equal
     margin: torch.Tensor         # chosen - rejected                                                   (1) m
     logp_chosen: torch.Tensor    # log π(chosen), the sum over its tokens
     logp_rejected: torch.Tensor
@@ -1238,7 +1246,7 @@ def compare_pairs(label, nats, reference, beta):
     ratios = logps - reference[number]                                                     # (p, 2)
     rewards = beta * ratios
     margin = rewards[:, 0] - rewards[:, 1]
-    pairs = Pairs(-F.logsigmoid(margin), torch.ones_like(margin), *rewards.T, (margin > 0).double(), margin,
+    pairs = Pairs(-F.logsigmoid(margin), torch.ones_like(margin), *rewards.T, (1 + margin.sign()) / 2, margin,
                   *logps.T, -ratios.sum(1), tokens.sum(1))
     of_token = torch.zeros_like(nats)
     of_token[label != 0] = margin[at]
@@ -1265,26 +1273,29 @@ def weigh_pairs(run, batch):
 
 
 def take_reference(run):
-    """Set run.reference: log-probabilities of all answers under the weights that the run begins with, which
-    every checkpoint keeps. → False if a stop was requested meanwhile."""
-    mesh, batches = run.mesh, run.batches
-    total = {side: int(batches.pairs[side][-1]) for side in batches.pairs}
-    run.status.say(f"reference: log-probabilities of {sum(total.values()):,} pairs, {total['val']:,} of them "
-                   "held out")
+    """Set run.reference: log-probabilities of answers under the weights that the run begins with, which every
+    checkpoint keeps; of the answers that its steps draw and its evaluations use, NaN of others. → False if a
+    stop was requested meanwhile."""
+    config, mesh, batches = run.config, run.mesh, run.batches
+    used = batches.ever(config.total_steps, config.eval_windows)
+    done, total = 0, sum(len(window) for _, window in used.values())
     reference = {}
-    for side, shards in batches.sides.items():
-        sums = torch.zeros(total[side], 2, dtype=torch.float64)
-        for domain, shard in enumerate(shards):
-            for windows, real in in_turn(len(shard), run.config.micro, mesh):
-                if asked_anywhere(run.stop.asked, mesh):
-                    run.status.say("stopped before the reference was complete: with --resume it begins again")
-                    return False
-                batch = batches.cut(side, np.full(len(windows), domain), windows.numpy())
-                _, nats = forward(run.chunks, batch, run.config, mesh, run.dtype)
-                if mesh.pp.rank == mesh.pp.size - 1:
-                    number, logps, _, _ = log_probabilities(batch.label * real[:, None], nats)
-                    sums[number] += logps
-        reference[side] = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
+    for side, (domain, window) in used.items():
+        sums = torch.zeros(int(batches.pairs[side][-1]), 3, dtype=torch.float64)       # of both answers; 1
+        for at, real in in_turn(len(window), config.micro, mesh):
+            at = at.numpy()
+            if asked_anywhere(run.stop.asked, mesh):
+                run.status.say("stopped before the reference was complete: the same command begins again")
+                return False
+            batch = batches.cut(side, domain[at], window[at])
+            _, nats = forward(run.chunks, batch, config, mesh, run.dtype)
+            if mesh.pp.rank == mesh.pp.size - 1:
+                number, logps, _, _ = log_probabilities(batch.label * real[:, None], nats)
+                sums[number] += F.pad(logps, (0, 1), value=1.0)
+            done = min(done + len(at) * mesh.dp.size, total)
+            run.status.show(f"reference: {done:,} of {total:,} windows", done == total)
+        sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
+        reference[side] = sums[:, :2].where(sums[:, 2:] > 0, math.nan)
     run.reference = reference
     return True
 
@@ -1564,7 +1575,8 @@ def record(run, row):
     if f"val_{names[0]}" in row and row["step"]:
         try:
             from notes._figure import draw
-            draw(run.history, names, run.folder.path / "loss.png")
+            unit = "nats/pair" if config.objective == "dpo" else "nats/token"
+            draw(run.history, names, run.folder.path / "loss.png", unit)
         except Exception as error:
             run.status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
     return True
@@ -1673,7 +1685,8 @@ def build_chunk(config, i, ops=Ops(), experts=None):
     """Chunk i of the model."""
     ranges = chunk_ranges(config)
     last = i == len(ranges) - 1
-    return Transformer(config.model, ops, ranges[i], config.seed, experts, last)
+    return Transformer(config.model, ops, ranges[i], config.seed, experts, last,
+                       restart=config.objective != "pretrain")
 
 
 def owners_of(config, chunks, mesh):
@@ -2016,7 +2029,7 @@ def parse(argv):
 
     # Without a recipe, or after pre-training, the initial weights also choose the model.
     folder = options.get("init")
-    if folder and (not words or config.objective != "pretrain"):
+    if folder and (not words or options.get("objective", config.objective) != "pretrain"):
         if is_hf(folder):
             from notes.huggingface import hf_config
             config = replace(config, model=hf_config(folder))
@@ -2057,6 +2070,10 @@ def resumed(config, options, words, asked):
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
     kept = kept_config(run)
     if not kept:
+        # The folder does not say which run it is; a command that says nothing either means another one.
+        if asked and not words and "out" in options and len(options) == 1 and not checkpoints(run):
+            raise ValueError(f"--resume: {run} has no checkpoint yet, which would say what run it is: name "
+                             f"its recipe and options too, as in: laptop --out={run} --resume")
         return config
 
     # Data is read where the run had it, and must be unchanged. Where to write, and on which mesh, is up to

@@ -470,7 +470,7 @@ PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\
 
 
 # The template of data.chat_ids in Jinja. transformers reads a special that a message spells as that special,
-# unless it is called with sanitize_control_tokens=True
+# unless it is called with sanitize_control_tokens=True, which keeps it text, in slightly other tokens
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] "
