@@ -540,9 +540,9 @@ def read_hf_tokenizer(path, text):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read. If it
-    has the tokens of a conversation, then also their template, and in generation_config.json what ends an answer.
-    """
+    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read. If
+    it has the tokens of a conversation, then also their template, and in generation_config.json what ends an
+    answer."""
     folder, eot = Path(folder), tokenizer.pieces[tokenizer.eot].decode()
     about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eot, clean_up_tokenization_spaces=False)
     if tokenizer.specials.keys() >= set(SPECIALS[1:]):
