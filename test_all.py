@@ -6120,7 +6120,7 @@ def test_ctrl_c_before_any_line_leaves_a_conversation_whole():
                 return trace
         before = sys.gettrace()
         sys.settrace(trace)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(chat.answer("r" * 9)) as pieces:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(chat.answer("rr")) as pieces:
             list(pieces)
         sys.settrace(before)
         assert all(turn[-1] == END and END not in turn[:-1] for turn in chat.turns)
