@@ -17,6 +17,7 @@ Letters:  N windows  D domains  W windows of a domain  b windows of a rank's bat
 Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=bytes|bpe|gpt2] ...
           python data.py prepare [--workers=2] ...     make the token shards, and print how far it is
           python data.py clean IN OUT [--min_tokens=24] ...      IN: a file, a folder, or NAME=PATH
+          python data.py rephrase|learning-notes|exam|evolve|fuse|reject IN OUT.jsonl ...       see --help
           python data.py origin --at=TOKEN ...         file and row of a training token of each domain
           python data.py sources                       what is known of published sets, and what to download
 """
@@ -45,13 +46,15 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import regex
@@ -278,6 +281,7 @@ PIECE = 1_000_000                # bytes; a streamed text file of more than 16 p
 LONGEST_ROW = 16_000_000         # bytes of a record of streamed text
 PACKED = ".gz", ".zst", ".zstd"
 REPORT = "report.json"           # beside clean text
+CALLS = ".calls.jsonl"           # beside the output of a recipe
 KINDS = ".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"
 NO_MEMORY = "a worker was killed, probably for memory: fewer --workers"
 BAD_RECORD = ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError
@@ -290,6 +294,7 @@ class Row(NamedTuple):
     number: int                  # from 1: the line of a .jsonl, the record of a .json, the row of a table
     split_with: str = ""         # hexadecimal digits that decide its side in place of its hash: see `clean`
     times: int = 1               # how often it is in the training text: see DataConfig.rehydrate
+    parent: str = ""             # the document that it was made of, in the output of a recipe
 
 
 class Source(NamedTuple):
@@ -389,6 +394,8 @@ def own_files(name, path, kinds=KINDS):
                     left_out["hidden"].append(file)
                 elif filename == REPORT and "00000.jsonl" in filenames:
                     pass                                         # of `clean`, about the text here
+                elif filename.endswith(CALLS):
+                    left_out["answers of a recipe"].append(file)
                 elif not (bare(file).endswith(kinds) or file.name.lower().endswith(kinds)):
                     left_out["of another kind"].append(file)
                 elif not file.is_file():
@@ -428,6 +435,16 @@ def embedded():
 def datasets():
     """The module that knows published sets, conditions, and formats that need a package."""
     return from_notes("datasets", "published sets, tables, zstd and conditions need")
+
+
+def server():
+    """The module that asks a model server."""
+    return from_notes("endpoint", "a model server is asked by")
+
+
+def measures():
+    """The module that compares a rewrite with its source, or a fusion with its sources."""
+    return from_notes("measures", "what a model has written is judged by")
 
 
 # ---- sources: their rows -----------------------------------------------------------------------------------
@@ -565,7 +582,7 @@ def rows_of_file(source, file, counts):
                 together = str(record.get("split_with", ""))
                 together = together if re.fullmatch("[0-9a-f]{16}", together) else ""
                 times = datasets().repetitions(record[datasets().CLUSTER]) if source.rehydrate else 1
-                yield Row(text, file, number, together, times)
+                yield Row(text, file, number, together, times, str(record.get("parent") or ""))
 
         for field, names in check.missing.items() if check else ():
             if names:
@@ -2501,6 +2518,1064 @@ def bigram_bits(train, val, tokenizer):
     return float(-np.log2(p).sum() / tokenizer.token_bytes[b].sum())
 
 
+# ---- conversations -----------------------------------------------------------------------------------------
+
+CONVENTIONS = {"prompt/chosen/rejected": {"chosen", "rejected"}, "messages": {"messages"},
+               "conversations": {"conversations"}, "prompt/completion": {"prompt", "completion"},
+               "instruction/output": {"instruction", "output"}}  # the fields by which they are known
+ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
+             bot="assistant", system="system")
+
+
+class Conversation(NamedTuple):
+    """A record of a chat set, and where it lies."""
+    messages: list               # of {"role", "content"}; of a pair those with the chosen answer
+    record: dict
+    file: str
+    number: int                  # from 1, as in Row
+
+
+def convention_of(fields):
+    """The name of a record's convention, by the names of its fields; "" if it has none."""
+    return next((name for name, needs in CONVENTIONS.items() if needs <= set(fields)), "")
+
+
+def turns(value, role):
+    """A field of a record → messages: of a string one with this role, or of a list of {"role", "content"} or
+    {"from", "value"}. A content may be a list of parts, {"text"} each, which are joined. Two messages in a
+    row may have the same role, and stay two. Raises ValueError, saying what is wrong."""
+    if isinstance(value, str):
+        value = [dict(role=role, content=value)]
+    if not isinstance(value, list) or not value:
+        raise ValueError("there is no list of messages")
+    found = []
+    for i, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"message {i} is no object with a role and a content")
+        said = turn.get("from") if turn.get("role") is None else turn["role"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
+        if not isinstance(said, str) or said.lower() not in ROLES:
+            raise ValueError(f"message {i} has the unknown role {said!r}; known: {', '.join(ROLES)}")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+                raise ValueError(f"message {i}, of {said!r}, has a part that is no text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {i}, of {said!r}, is empty")
+        content.encode()                                         # JSON may hold a lone surrogate
+        found.append(dict(role=ROLES[said.lower()], content=content))
+    return found
+
+
+def messages_of(record):
+    """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
+    record = {name: value for name, value in record.items() if value is not None}
+    convention = convention_of(record)
+    found = []
+    if not convention:
+        raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
+    if isinstance(record.get("system"), str) and record["system"].strip():
+        found += turns(record["system"], "system")
+    if convention == "prompt/chosen/rejected":
+        prompt, chosen, _ = pair_of(record)
+        found += prompt + chosen
+    elif convention == "prompt/completion":
+        found += turns(record["prompt"], "user") + turns(record["completion"], "assistant")
+    elif convention == "instruction/output":
+        for asked, answered in record.get("history") or []:
+            found += turns(asked, "user") + turns(answered, "assistant")
+        found += turns(instruction_of(record), "user") + turns(record["output"], "assistant")
+    else:
+        found += turns(record[convention], "user")
+    if found[0]["role"] == "system" and found[:1] == found[1:2]:
+        del found[0]                                             # in a field of its own, too
+    if not any(message["role"] == "user" for message in found):
+        raise ValueError("no message is a user's")
+    return convention, found
+
+
+def instruction_of(record):
+    """The instruction of a record, with its input; None if it has none."""
+    asked, more = record.get("instruction"), record.get("input")
+    return asked + "\n\n" + more if asked and more else asked
+
+
+def pair_of(record):
+    """A record with a chosen and a rejected answer → (prompt, chosen, rejected), lists of messages.
+
+    Some sets repeat the conversation in both answers, from its beginning or from the last message of the
+    prompt on; what they have in common belongs to the prompt. Raises ValueError, saying what is wrong."""
+    chosen, rejected = turns(record["chosen"], "assistant"), turns(record["rejected"], "assistant")
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    common = chosen[:n]
+
+    # Unless they repeat it from the beginning on, they go on from the prompt, or from within it.
+    given = record.get("prompt") or instruction_of(record)
+    given = turns(given, "user") if given else []
+    k = next(k for k in range(min(len(given), n), -1, -1) if given[len(given) - k:] == common[:k])
+    if not given and (not n or chosen[0]["role"] == "assistant"):
+        raise ValueError("the two answers have no beginning in common, and there is no prompt")
+    on = not n or chosen[0]["role"] == "assistant" or given and given[-1]["role"] == "system"
+    prompt = given + common[k:] if k or on else common
+    if n == min(len(chosen), len(rejected)):
+        raise ValueError("the chosen and the rejected answer are equal, or one is the beginning of the other")
+    if not chosen[n]["role"] == rejected[n]["role"] == "assistant":
+        raise ValueError("the chosen and the rejected conversation differ before an answer")
+    return prompt, chosen[n:], rejected[n:]
+
+
+def conversations(name, path, config):
+    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and
+    `skip_bad` as in `rows`. Prints how many there were, and of which convention."""
+    source, left_out = find_source(name, path, config)
+    left, of_bytes = parse_budget(config.budget)
+    found, counts = Counter(), Counter()
+    for file, number, record in chat_records(source, counts):
+        try:
+            convention, messages = messages_of(record)
+        except BAD_RECORD as error:
+            if not source.skip_bad:
+                why = error if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
+                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --skip_bad=true") from None
+            counts["bad"] += 1
+            continue
+        found[convention] += 1
+        left -= len(as_text(messages).encode()) if of_bytes else 1
+        yield Conversation(messages, record, file, number)
+        if left <= 0:
+            break
+    if not found:
+        raise ValueError(f"files: {name}={path} has no conversations{reasons({}, counts)}")
+    said = ", ".join(f"{several(n, 'conversation')} as {convention}" for convention, n in found.items())
+    print(f"{name}={path}: {said}{reasons(left_out, counts)}")
+
+
+def chat_records(source, counts):
+    """(file, number, record) of the records of a source that meet its conditions. Bad JSON gives {}."""
+    for file in source.files:
+        with reading(source.name):
+            kind = "parquet" if packing_of(file) == "parquet" else kind_of(file)
+            if kind in ("text", "csv"):
+                raise ValueError(f"files: {file} holds no conversations: give .jsonl, .json or .parquet")
+            read = datasets().parquet_rows(file) if kind == "parquet" else records(source, file, kind, counts)
+            check = datasets().Check(source, file, kind) if source.where else None
+            for number, record in read:
+                if isinstance(record, bytes):
+                    try:
+                        record = json.loads(record)
+                    except (ValueError, RecursionError):
+                        record = {}
+                failed = check and isinstance(record, dict) and check.failed(record)
+                if failed:
+                    counts[f"not {failed}"] += 1
+                else:
+                    yield file, number, record if isinstance(record, dict) else {}
+
+
+def as_text(messages):
+    """A conversation as plain text, for a run that reads text."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
+
+
+# ---- generation: one function, any endpoint ----------------------------------------------------------------
+
+LOOK_AHEAD = 32                  # rows for each thread that may be begun before an earlier one is done
+USUAL_WINDOWS = {2 ** n for n in range(11, 18)}                  # tokens of prompt and answer together
+REFUSAL = re.compile(r"(?i)(unfortunately, |i['’]m |i am )?((really |very )?sorry,? (but|i)|i( am|['’]m) "
+                     r"(unable|not able) to|i (cannot|can['’]t|won['’]t) (help|assist|provide|comply|fulfil|"
+                     r"create|generate|rewrite|answer|write|continue|complete|process|do|access))\b")
+AS_MACHINE = re.compile(r"(?i)\bas an? (large |ai )*(ai|language model|assistant)\b")
+PREAMBLE = re.compile(r"(?i)(sure|certainly|of course|okay)[,.!:]|here(['’]s| is| are)\b[^.\n]{0,150}:")
+LEAK = re.compile(r"(?m)<\|[\w▁｜ -]{1,40}\|>|</?think>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|^</?s>"
+                  r"|</s>$|^### (Instruction|Response|Input):")
+
+
+class Refused(Exception):
+    """An answer that is not taken; its text is the short reason, by which it is counted."""
+
+
+class Hopeless(Refused):
+    """No answer to this prompt would be taken."""
+
+
+class Prompt(NamedTuple):
+    name: str
+    text: str
+    sha256: str                  # of the file
+
+
+def load_prompt(name):
+    """The Prompt in notes/prompts/NAME.txt."""
+    file = Path(__file__).parent / "notes" / "prompts" / f"{name}.txt"
+    return Prompt(name, file.read_text("utf-8"), file_digest(file))
+
+
+def fill(prompt, row):
+    """The text of a prompt with {field} replaced by the row's; braces around anything else stay."""
+    return re.sub(r"\{(\w+)\}", lambda found: str(row.get(found[1], found[0])), prompt.text)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    endpoint: str = "offline"    # or the address of a server with OpenAI's interface: http://HOST/v1
+    model: str = ""              # the model's name there
+    key_env: str = "OPENAI_API_KEY"      # the environment variable that holds the key, if one is needed
+    extra: str = ""              # a JSON object of further fields of a request; null leaves a field out
+    temperature: float = -1.0    # below 0: the server's own
+    max_tokens: int = 2048       # of an answer
+    window: int = 0              # tokens of prompt and answer that the server holds; 0: not known
+    threads: int = 8             # calls at a time
+    attempts: int = 3            # answers for a row, each with its own seed, before it is refused for good
+    retries: int = 7             # further tries of a call that brings no answer
+    ask_again: bool = False      # ask again what the server refused in earlier runs, if it is mended
+    timeout: float = 300.0       # seconds for a try
+    calls: int = 0               # budget of OUT over all runs; 0: none
+    tokens: int = 0              # budget of prompts and answers, which calls in flight may pass; 0: none
+    seed: int = 1                # of all answers: another one asks anew
+
+    def __post_init__(self):
+        if self.endpoint != "offline" and not (is_address(self.endpoint) and self.model):
+            shown = re.sub("//.*@", "//[user]@", self.endpoint)  # a password, maybe
+            raise ValueError(f"endpoint: {shown!r} is not \"offline\", nor is it http://HOST/v1 (without "
+                             "a user) with a model: the server's name for it, under which answers are kept")
+        if not 0 <= self.retries <= 50:
+            raise ValueError(f"retries: {self.retries} is not from 0 to 50")
+        for name in ("max_tokens", "threads", "attempts", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
+        if not re.fullmatch("[!-~]*", self.key()):
+            raise ValueError(f"the variable {self.key_env} has characters that no key has")
+        try:
+            self.request("", 0)
+        except (ValueError, TypeError):
+            raise ValueError(f"extra: {self.extra!r} is no JSON object of fields, or has one that is ours: "
+                             "messages, model, stream, n") from None
+
+    def key(self):
+        """The API key. It goes into requests and nowhere else."""
+        return os.environ.get(self.key_env, "").strip()
+
+    def request(self, text, seed):
+        """The fields of a request. They are few, since some servers refuse those that they do not know."""
+        body = dict(max_tokens=self.max_tokens, seed=seed)
+        if self.temperature >= 0:
+            body["temperature"] = self.temperature
+        body = body | json.loads(self.extra or "{}")
+        ours = dict(model=self.model or "offline", messages=[dict(role="user", content=text)], stream=False)
+        if body.keys() & {*ours, "n"}:
+            raise ValueError
+        return {name: value for name, value in body.items() if value is not None} | ours
+
+
+def is_address(text):
+    """Whether a text is the address of a server, without a user's name or password."""
+    try:
+        parts = urlsplit(text)
+        named = "@" not in parts.netloc and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):                         # no port, a label that is empty; no host
+        return False
+    return bool(named and re.fullmatch("https?://[!-\"$-~]+", text))
+
+
+def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
+    """Have an answer to the prompt for each row → (row, result) in the order of rows.
+
+    rows: dicts with "id" and what the prompt needs. parse(row, answer) → result, a dict; accept(row, result)
+    → "" or why it is not taken. Both run in threads; parse may raise Refused. The result is False for a row
+    that is refused for good, and None for one that is missing: no answer could be had in this run. chat: an
+    answer may begin as one to a person does, "Sure" or "I cannot".
+
+    Answers differ by the text of the prompt and by the row's "k", if it has one: rows that are equal in both
+    share their calls, whatever their ids and places are."""
+    rows = iter(rows)
+    ahead = deque()                                              # (row, what it asks, its future), in order
+    latest = {}                                                  # what is asked → its last future in `ahead`
+    pool = ThreadPoolExecutor(endpoint.threads)
+    try:
+        while True:
+            for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
+                asked = fill(prompt, row), row.get("k", 0)
+                future = pool.submit(result_of, row, asked, prompt, parse, accept, endpoint, journal, chat,
+                                     latest.get(asked))
+                latest[asked] = future
+                ahead.append((row, asked, future))
+            if not ahead:
+                return
+            row, asked, future = ahead.popleft()
+            while not wait([future], 1).done:
+                journal.progress()
+            journal.progress()
+            if latest[asked] is future:
+                del latest[asked]
+            yield row, future.result()
+    except (Exception, KeyboardInterrupt):
+        journal.stop("interrupted")
+        raise
+    finally:
+        # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
+        pool.shutdown(cancel_futures=True)
+
+
+def result_of(row, asked, prompt, parse, accept, endpoint, journal, chat, twin):
+    """The result for a row, False or None: up to `attempts` answers, from the journal if they are there.
+
+    asked: the text of the prompt, and the row's k. twin: the future of an earlier row that asks the same."""
+    if twin:
+        wait([twin])
+    text, k = asked
+    again = (lambda call: refused_by_server(call, text)) if endpoint.ask_again else None
+    for attempt in range(endpoint.attempts):
+        # The seed is hashed beside the request as well, because `extra` may leave it out.
+        seed = digest64(json.dumps([endpoint.seed, text, k, attempt])) >> 33
+        request = endpoint.request(text, seed)
+        key = sha256(json.dumps(request, sort_keys=True), str(seed))
+        call = journal.find(key, again)
+        new = call is None
+        if new and journal.may_call(text):
+            if endpoint.endpoint == "offline" or journal.dry_run:
+                call = dict(answer=offline_answer(prompt.name, row, seed), finish="stop", usage=None)
+            else:
+                call = server().ask(endpoint, request, key, journal)
+            call = journal.add(text, call, key=key, id=row["id"], prompt=prompt.name, attempt=attempt)
+        if call is None:
+            return journal.count("rows", "missing")
+
+        # The journal has answers as they came; whether one is taken is decided anew in each run. A dry run
+        # takes what stands for an answer, so that it comes to all later calls.
+        pretended = new and journal.dry_run
+        try:
+            answer = (call["answer"].strip() if pretended else
+                      answer_in(call, text, prompt, endpoint.window, chat))
+            result = parse(row, answer)
+            why = "" if pretended else accept(row, result)
+            if why:
+                raise Refused(why)
+        except Refused as error:
+            why, hopeless = str(error), isinstance(error, Hopeless)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            why, hopeless = f"it cannot be read: {type(error).__name__}", False
+        else:
+            journal.count("rows", "taken")
+            return result | dict(id=row["id"], recipe=row.get("recipe", prompt.name), prompt=prompt.name,
+                                 prompt_sha256=prompt.sha256, model=request["model"], seed=seed,
+                                 parent=row.get("parent", ""))
+        journal.count("answers refused", why, new and hopeless)
+        if hopeless:
+            journal.count("rows that the server refused; --ask_again=true asks again", why)
+        if hopeless or pretended:
+            break
+    journal.count("rows", "refused for good")
+    return False
+
+
+def refused_by_server(call, text):
+    """Why a server does not answer this text, until it is set up in another way; "" if it does.
+
+    Some servers cut a prompt that is too long, and say nothing. A token holds one word at most, so fewer
+    tokens than words mean a cut."""
+    if "error" in call:
+        return call["why"]
+    return "prompt cut by the server" if call["usage"] and 0 < call["usage"][0] < len(text.split()) else ""
+
+
+def answer_in(call, text, prompt, window, chat):
+    """The answer of a call, without its thinking. text: what was asked. Raises Refused."""
+    why = refused_by_server(call, text)
+    if why:
+        raise Hopeless(why)
+    if call["finish"] != "stop":
+        raise Refused(f"finish_reason {call['finish']}")
+
+    # Where a prompt was cut, it and the answer tend to fill the window exactly. Without `window` that is only
+    # a suspicion, but another answer would hardly be as long by chance.
+    length = sum(call["usage"] or (0, 0))
+    if length >= window if window else length in USUAL_WINDOWS:
+        raise Refused("fills the window")
+
+    if call["answer"] is None:
+        raise Refused("null content")
+    answer = without_thinking(call["answer"], text)
+    if not answer or answer.startswith("<think>"):
+        raise Refused("empty content")
+    if re.search("[\ud800-\udfff]", answer):
+        raise Refused("no text in UTF-8")
+
+    # Marks of a chat template and lines of the prompt, unless the document itself has them.
+    if any(found[0] not in text for found in LEAK.finditer(answer)):
+        raise Refused("template leak")
+    for line in prompt.text.splitlines():
+        if len(line) >= 50 and line in answer and text.count(line) == 1:
+            raise Refused("repeats the prompt")
+    if not chat and REFUSAL.match(answer) or any(m[0] not in text for m in AS_MACHINE.finditer(answer[:300])):
+        raise Refused("refusal")
+    if not chat and PREAMBLE.match(answer):
+        raise Refused("preamble")
+    return answer
+
+
+def without_thinking(answer, text):
+    """An answer after its thinking, which comes first, at times without the tag that opens it. Where the
+    prompt has the tag that closes it, so may an answer that did not think."""
+    before, closed, after = answer.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    if closed and "<think>" not in before.lstrip()[1:] and (opened or "</think>" not in text):
+        answer = after
+    return answer.strip()
+
+
+def estimated_tokens(text):
+    """Some four bytes of English text are a token."""
+    return len((text or "").encode(errors="replace")) // 4 + 1
+
+
+# ---- generation: without a server --------------------------------------------------------------------------
+
+def offline_answer(name, row, seed):
+    """The endpoint "offline" answers a prompt by rules from the fields of the row, the same for the same
+    seed, so that every recipe runs without a server.
+
+    It does not understand what it rewrites. It keeps every number, date and name, exchanges some general
+    words, moves clauses, and puts sentences in order into the form that is asked for: it paraphrases little,
+    and the reader makes no difference to it. What it evolves, answers, scores or fuses makes as much sense as
+    its templates; of arithmetic it works out + - * / of two whole numbers. Its output shows how a recipe
+    works; to train on it teaches little more than its source."""
+    return from_notes("offline", "the endpoint \"offline\" is in").answer(name, row, seed)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------
+
+# A recipe is a function of documents, its options `o`, and `asking(rows, prompt, parse, accept)`, which is
+# `generate` at the chosen endpoint. It yields the rows of the output in the order of the documents. Where one
+# call needs the answer of another, calls are made in waves over some documents at a time.
+
+TOGETHER = 1000                  # documents; it bounds the memory
+
+
+class Document(NamedTuple):
+    """What a recipe reads."""
+    id: str                      # FILE#ROW
+    text: str
+    messages: list               # of a conversation, otherwise empty
+    split_with: str              # decides its side of the split, and that of all that is made of it
+
+
+def read_documents(name, path, config, what):
+    """The Documents of a source in order. what: "conversations", or "text", which may be the text of
+    conversations if there is nothing else."""
+    source, _ = find_source(name, path, config)
+    there = fields_there(source, source.files[0]) if what == "text" else []
+    as_chat = what == "conversations" or config.column not in there and convention_of(there)
+    for row in (conversations if as_chat else rows)(name, path, config):
+        file = Path(row.file).name if row.file == source.root else os.path.relpath(row.file, source.root)
+        file = os.fsencode(file).decode(errors="replace")        # a name may be any bytes
+        text = as_text(row.messages) if as_chat else row.text
+        together = row.record.get("split_with") if as_chat else row.split_with
+        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
+                       together or sha256(text)[:16])
+
+
+def groups(documents):
+    documents = iter(documents)
+    return iter(lambda: list(itertools.islice(documents, TOGETHER)), [])
+
+
+def in_order_of(key, items):
+    """The items in an order that the key and their values decide."""
+    return sorted(items, key=lambda item: sha256(key, str(item)))
+
+
+def made(documents, result, id, **fields):
+    """A row of the output: its fields, then where it comes from."""
+    return dict(fields, id=id, parent=" + ".join(document.id for document in documents),
+                recipe=result["recipe"], prompt_name=result["prompt"], prompt_sha256=result["prompt_sha256"],
+                model=result["model"], seed=result["seed"],
+                split_with=min(document.split_with for document in documents))
+
+
+def as_it_is(row, answer):
+    return dict(text=answer)
+
+
+BYTES = 4                        # of a token, as in `estimated_tokens`
+SENTENCE = re.compile(r".+?(?:[.!?][\"')\]]*(?=\s)|[。！？]|\n|\Z)\s*", re.S)
+
+
+def cut(text, most):
+    """A text in parts of about equal size and at most `most` tokens, by an estimate. They end with a sentence
+    or a line where these are not longer than that; none is blank. Joined, they are the text."""
+    size = estimated_tokens(text)
+    size /= math.ceil(size / most)
+    parts, length, total = [""], 0, 0
+    for sentence in SENTENCE.findall(text):
+        whole = len(sentence.encode()) <= most * BYTES
+        for piece in [sentence] if whole else re.findall(r"\S{1,64}\s*|\s+", sentence):
+            n = len(piece.encode()) / BYTES
+            if parts[-1].strip() and (length + n > most or total + n / 2 > len(parts) * size):
+                parts.append("")
+                length = 0
+            parts[-1] += piece
+            length += n
+            total += n
+    return parts
+
+
+def last_tokens(text, most):
+    """The end of a text, from the beginning of a word on, unless there is none nearby."""
+    end = text.encode()[-most * BYTES:].decode(errors="ignore")
+    return text if len(end) == len(text) else re.sub(r"\A\S{0,64}\s+", "", end)
+
+
+# ---- recipes: text from documents --------------------------------------------------------------------------
+
+@dataclass
+class Rewrite:
+    """A rewrite in progress."""
+    document: Document
+    asked: dict                  # what the prompt gets beside the text
+    parts: list                  # of the document
+    written: list = field(default_factory=list)                  # the results so far
+    context: str = ""            # the end of their text
+
+
+def rewritten(rewrites, prompt, accept, o, asking):
+    """Rewrite part after part, each with the end of what was written so far as its context → a row of the
+    output for each rewrite of which every part was accepted."""
+    for j in range(max(len(rewrite.parts) for rewrite in rewrites)):
+        live = [rewrite for rewrite in rewrites if len(rewrite.parts) > j == len(rewrite.written)]
+        asked = [dict(rewrite.asked, id=f"{rewrite.asked['id']}/{j}", text=rewrite.parts[j].strip(),
+                      context=rewrite.context) for rewrite in live]
+        for (_, result), rewrite in zip(asking(asked, prompt, accept=accept), live):
+            if result:
+                rewrite.written.append(result)
+                so_far = f"{rewrite.context}\n\n{result['text']}".strip()
+                rewrite.context = last_tokens(so_far, o.context)
+    for rewrite in rewrites:
+        if len(rewrite.written) == len(rewrite.parts):
+            text = "\n\n".join(result["text"] for result in rewrite.written)
+            way = {name: rewrite.asked[name] for name in ("form", "reader") if name in rewrite.asked}
+            yield made([rewrite.document], rewrite.written[0], rewrite.asked["id"], text=text, **way)
+
+
+def rephrase(documents, o, asking):
+    """Rewrites every document n times, each time in another form (questions and answers, a table, a tutorial,
+    a dialogue, ...) or for another reader. A long document is rewritten part by part, each with what was
+    written before it as context. A part that loses or adds a number, a date or a name, or is a copy, is
+    refused, and with it that rewrite of the document."""
+    prompt = load_prompt("rephrase")
+    forms, readers = choices("rephrase-forms", o.forms), choices("rephrase-readers", o.readers)
+    if o.n > len(forms) * len(readers):
+        raise ValueError(f"rephrase: n={o.n} is more than {len(forms)} forms × {len(readers)} readers")
+    for group in groups(documents):
+        rewrites = []
+        for document in group:
+            parts = cut(document.text, o.chunk)
+            key = sha256(str(o.seed), document.text)
+            for k in range(o.n):
+                form = in_order_of(key, forms)[k % len(forms)]
+                reader = in_order_of(key + form, readers)[k // len(forms)]
+                asked = dict(id=f"{document.id}/{form}/{reader}", form=form, reader=reader,
+                             form_is=forms[form], reader_is=readers[reader])
+                rewrites.append(Rewrite(document, asked, parts))
+        yield from rewritten(rewrites, prompt, why_not_faithful, o, asking)
+
+
+def choices(name, chosen):
+    """The lines NAME: DESCRIPTION of a prompt file as a dict; of those in `chosen` if it names any."""
+    known = dict(line.split(": ", 1) for line in load_prompt(name).text.splitlines() if ": " in line)
+    chosen = chosen.split(",") if chosen else list(known)
+    for word in chosen:
+        if word not in known:
+            raise ValueError(f"{name}: {word!r} is unknown; known: {', '.join(known)}")
+    return {word: known[word] for word in chosen}
+
+
+def why_not_faithful(row, result):
+    """"" or why a rewritten part is not taken. What its context says may be said again."""
+    fidelity, unfaithful = measures().fidelity, measures().unfaithful
+    m = fidelity(row["text"], result["text"])
+    if unfaithful(m) and row["context"]:
+        whole = fidelity(f"{row['context']}\n\n{row['text']}", result["text"])
+        m = m._replace(numbers_added=whole.numbers_added, dates_added=whole.dates_added,
+                       names_added=whole.names_added, supported=whole.supported)
+    return unfaithful(m)
+
+
+def learning_notes(documents, o, asking):
+    """Rewrites documents as notes for learning: what is about the page and not about its matter is left out,
+    missing steps are put in, and all is worked step by step, as SwallowMath does. Notes with a false
+    statement of arithmetic, with less than half of the numbers or with a new name are refused."""
+    prompt = load_prompt("learning-notes")
+    for group in groups(documents):
+        rewrites = [Rewrite(document, dict(id=document.id), cut(document.text, o.chunk))
+                    for document in group]
+        yield from rewritten(rewrites, prompt, why_not_instructive, o, asking)
+
+
+def why_not_instructive(row, result):
+    """"" or why learning notes are not taken. Steps may bring numbers, and what is left out may have some."""
+    m = measures().fidelity(row["text"], result["text"])
+    if m.numbers < 0.5:
+        return "numbers are lost"
+    if m.names_added:
+        return "a name is new"
+    if m.copied > measures().COPIED and m.length < 1.1:
+        return "copied"
+    return false_arithmetic(result["text"])
+
+
+def false_arithmetic(text):
+    return "false arithmetic" if from_notes("corpus", "arithmetic is checked by").false(text) else ""
+
+
+EXAM = re.compile(r"Question: *(\S.*)\nCorrect: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\nWrong: *(\S.*)\n"
+                  r"Reasoning: *(\S[\s\S]*)")
+
+
+def exam(documents, o, asking):
+    """Makes n examination questions of every document, about one part of it after another, with four options
+    and the reasoning that leads to the answer. The place of the right option is balanced. A question with
+    options that are alike, one that needs the text at hand, or whose answer is not in it, is refused."""
+    prompt = load_prompt("exam")
+    count = 0
+    for group in groups(documents):
+        asked, of = [], []
+        for document in group:
+            parts = in_order_of(sha256(str(o.seed), document.text), cut(document.text, o.chunk))
+            asked += [dict(id=f"{document.id}/{k}", k=k // len(parts), text=parts[k % len(parts)].strip())
+                      for k in range(o.n)]
+            of += [document] * o.n
+        known = set()
+        for (row, result), document in zip(asking(asked, prompt, exam_question, why_not_worthy), of):
+            if not result or (document.id, result["question"]) in known:
+                continue
+            known.add((document.id, result["question"]))
+
+            # Of four questions in a row each has the right answer at another place.
+            place = in_order_of(f"{o.seed} {count // 4}", range(4))[count % 4]
+            count += 1
+            options = in_order_of(row["id"], result["wrong"])
+            options.insert(place, result["correct"])
+            question = "\n".join([result["question"], *map("{}. {}".format, "ABCD", options)])
+            answer = f"{result['reasoning']}\n\nThe answer is {'ABCD'[place]}."
+            yield made([document], result, row["id"], text=f"{question}\n\n{answer}\n", answer="ABCD"[place],
+                       messages=turns(question, "user") + turns(answer, "assistant"))
+
+
+def exam_question(row, answer):
+    """An answer of exactly the form that the prompt asks for → its fields. Raises Refused at any other."""
+    match = EXAM.fullmatch(answer)
+    if not match:
+        raise Refused("not in the form of a question")
+    question, correct, *wrong, reasoning = match.groups()
+    if len({folded(option).strip(".") for option in (correct, *wrong)}) < 4:
+        raise Refused("options are alike")
+    return dict(question=question, correct=correct, wrong=wrong, reasoning=reasoning)
+
+
+def why_not_worthy(row, result):
+    """"" or why a question is not taken."""
+    if re.search(r"\b(the|this) (text|passage|document|author|excerpt)\b", result["question"].lower()):
+        return "it needs the text at hand"
+    words_of, content = measures().words_of, measures().content
+    words = {word for word in words_of(result["correct"]) if word.isdigit() or content(word)}
+    if 2 * len(words & set(words_of(row["text"]))) < max(1, len(words)):
+        return "the text does not have the answer"
+    if not words & set(words_of(result["reasoning"])):
+        return "the reasoning does not reach the answer"
+    return false_arithmetic(result["reasoning"])
+
+
+# ---- recipes: conversations from conversations -------------------------------------------------------------
+
+def request_of(document):
+    """The first request of a conversation."""
+    return next(message["content"] for message in document.messages if message["role"] == "user")
+
+
+def conversation(documents, result, id, messages, **fields):
+    """A row of the output with a conversation; also as text, which a run can read."""
+    return made(documents, result, id, messages=messages, text=as_text(messages), **fields)
+
+
+def evolve(documents, o, asking):
+    """Makes the first request of every conversation harder (depth), or puts a rarer one of the same field in
+    its place (breadth), in several rounds, and has the last one answered. The prompts that say how are tried
+    first, on some of the requests: a model writes a better one from what went wrong, and the one that fails
+    less often is used; its text is the answer with that sha256 in OUT.calls.jsonl. A request that gained
+    nothing, says nothing or repeats the prompt is dropped, and its parent has another try in the next round;
+    one whose answer asks back, stalls or refuses is dropped for good."""
+    methods = []
+    for group in groups(documents):
+        now = [request_of(document) for document in group]
+        for way in () if methods else ("depth", "breadth"):
+            tried = in_order_of(str(o.seed), dict.fromkeys(now))[:o.dev]
+            methods.append(better(load_prompt(f"evolve-{way}"), tried, asking))
+            if not methods[-1]:
+                print("evolve: the trial of its prompts is not complete, and nothing evolves before it is")
+                return
+
+        # After a missing answer no more is asked about that conversation: with another parent its calls would
+        # not be those that are made when the answer is there.
+        rounds = [[] for _ in group]                             # by which a request gained
+        missing = set()
+        for turn in range(o.rounds):
+            broad = [digest64(f"{o.seed} {turn} {document.text}") % 100 < o.breadth for document in group]
+            for which, method in enumerate(methods):
+                live = [i for i in range(len(group)) if broad[i] == which and i not in missing]
+                asked = [dict(id=f"{group[i].id}/{turn}", k=turn, instruction=now[i]) for i in live]
+                for (_, result), i in zip(asking(asked, method, accept=why_not_gained), live):
+                    if result:
+                        now[i] = result["text"]
+                        rounds[i].append(dict(prompt_name=result["prompt"], seed=result["seed"],
+                                              prompt_sha256=result["prompt_sha256"]))
+                    elif result is None:
+                        missing.add(i)
+
+        live = [i for i in range(len(group)) if rounds[i] and i not in missing]
+        asked = [dict(id=f"{group[i].id}/answer", instruction=now[i]) for i in live]
+        answers = asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True)
+        for (_, result), i in zip(answers, live):
+            if result:
+                messages = turns(now[i], "user") + turns(result["text"], "assistant")
+                yield conversation([group[i]], result, group[i].id, messages,
+                                   evolved_from=request_of(group[i]), evolution=rounds[i])
+
+
+def better(method, requests, asking):
+    """The prompt, or a model's new version of it if that fails on fewer requests [Auto Evol-Instruct]. None
+    if an answer is missing."""
+    failures = trial(method, requests, asking)
+    if not failures:
+        return None if failures is None else method
+    asked = dict(id=f"{method.name}/better", method=method.text, failures="\n".join(failures))
+    (_, result), = asking([asked], load_prompt("evolve-improve"), accept=why_not_usable)
+    if not result:
+        return None if result is None else method
+    text = result["text"]
+    new = Prompt(method.name, text, hashlib.sha256(text.encode()).hexdigest())
+    again = trial(new, requests, asking)
+    if again is None:
+        return None
+    print(f"{method.name}: {len(failures)} of {len(requests)} failed, of a new version {len(again)}")
+    return new if len(again) < len(failures) else method
+
+
+def why_not_usable(row, result):
+    return "" if result["text"].count("{instruction}") == 1 else "no place for the instruction"
+
+
+def trial(method, requests, asking):
+    """A line for each request that a prompt cannot evolve, or whose answer fails, with the reason. None if an
+    answer is missing."""
+    asked = [dict(id=f"{method.sha256[:8]}/{i}", instruction=request) for i, request in enumerate(requests)]
+    failures, missing = [], 0
+    for prompt, accept, chat in ((method, why_not_gained, False),
+                                 (load_prompt("answer"), why_not_answered, True)):
+        passed = []
+        for row, result in asking(asked, prompt, chat=chat):
+            missing += result is None
+            why = accept(row, result) if result else "no usable answer"
+            if why:
+                failures.append(f"- {why}: {row['instruction']}")
+            else:
+                passed.append(dict(id=f"{row['id']}/answer", instruction=result["text"]))
+        asked = passed
+    return None if missing else failures
+
+
+def why_not_gained(row, result):
+    """"" or why an evolved request is eliminated."""
+    old, new = set(measures().content(row["instruction"])), set(measures().content(result["text"]))
+    if len(new) < 2:
+        return "it says nothing"
+    if re.search(r"\b(given|original|evolved|rewritten|new|created) (prompt|request|instruction)s?\b",
+                 result["text"].lower()):
+        return "it repeats the prompt"
+    return "no gain" if len(new - old) < 2 else ""
+
+
+FAILURES = {
+    "it asks back": r"\b(could|can|would) you (please )?(provide|clarify|share|specify|tell)|"
+                    r"please (provide|share|specify|clarify)|need (some )?more (information|details|context)|"
+                    r"what do you mean",
+    "it only agrees": r"\A(understood|sure|certainly|of course|thanks?|got it|i understand)\b[^.]*\?\s*\Z",
+    "it refuses": r"\A(?=[\s\S]*\bsorry\b)[\s\S]{0,500}\Z"}
+
+
+def why_not_answered(row, result):
+    """"" or why an answer fails, and with it the request, by rules in the manner of EvolKit's."""
+    text = result["text"].lower()
+    if not measures().content(text) and not re.search(r"\d", text):
+        return "it says nothing"
+    return next((why for why, pattern in FAILURES.items() if re.search(pattern, text)), "")
+
+
+def fuse(documents, o, asking):
+    """Makes one conversation of k, in a single call. Which ones come together is chosen by the words that
+    they share: similar, unlike, or random; less than k that are left over, of every 1,000, are not used. Only
+    conversations on one side of the split between training and validation come together. A result that puts
+    one after the other, or their sentences in turn, or leaves one out, is refused."""
+    if o.select not in ("similar", "unlike", "random") or not 2 <= o.k <= 8:
+        raise ValueError(f"fuse: select={o.select} k={o.k}: similar, unlike or random, and 2 to 8")
+    prompt = load_prompt("fuse")
+    for group in groups(documents):
+        asked, members = [], []
+        for side in False, True:
+            there = [document for document in group if is_validation(document.split_with) == side]
+            for chosen in selected([document.text for document in there], o.k, o.select, o.seed):
+                members.append([there[i] for i in chosen])
+                said = [f"Conversation {n}\n{document.text}" for n, document in enumerate(members[-1], 1)]
+                asked.append(dict(id=" + ".join(document.id for document in members[-1]),
+                                  conversations="\n".join(said), sources=[d.text for d in members[-1]]))
+        fused = asking(asked, prompt, conversation_in, why_not_integrated)
+        for (row, result), together in zip(fused, members):
+            if result:
+                yield conversation(together, result, row["id"], result["messages"], select=o.select)
+
+
+def selected(texts, k, select, seed):
+    """Lists of k indices. Each text is used once; fewer than k that are left over are not used.
+
+    Similar or unlike to the first of a list by the cosine of their words, which count less the more texts
+    have them. A list is begun by the first text that is not used, in an order that the seed decides."""
+    bags = np.zeros((len(texts), 4096), np.float32)
+    for bag, text in zip(bags, texts):
+        bag[[zlib.crc32(word.encode()) % 4096 for word in measures().content(text)]] = 1
+    bags *= np.log((1 + len(texts)) / (1 + bags.sum(0)))
+    bags /= np.maximum(1e-9, np.linalg.norm(bags, axis=1, keepdims=True))
+    rank = dict(similar=-1, unlike=1, random=0)[select] * bags @ bags.T                    # (N, N)
+    free = in_order_of(str(seed), range(len(texts)))
+    while len(free) >= k:
+        chosen = [free[0], *sorted(free[1:], key=lambda i: rank[free[0], i])[:k - 1]]
+        free = [i for i in free if i not in chosen]
+        yield chosen
+
+
+def conversation_in(row, answer):
+    """Turns that begin with "User:" and "Assistant:" → messages. Raises Refused at any other form."""
+    before, *parts = re.split(r"^(User|Assistant): *", answer, flags=re.M)
+    roles, said = parts[::2], [part.strip() for part in parts[1::2]]
+    if before or not roles or roles != ["User", "Assistant"] * (len(roles) // 2) or not all(said):
+        raise Refused("not in the form of a conversation")
+    return dict(messages=[dict(role=role.lower(), content=text) for role, text in zip(roles, said)])
+
+
+def why_not_integrated(row, result):
+    text = "\n\n".join(message["content"] for message in result["messages"])
+    return measures().concatenated(measures().integration(row["sources"], text))
+
+
+def reject(documents, o, asking):
+    """Has the last request of every conversation answered n times and keeps the best answer, if it reaches
+    the threshold. At score_endpoint a model gives each 0 to 10 points, which count as 0 to 1. Without it an
+    answer scores 1 if its arithmetic is right and its last number is that of the conversation's own answer,
+    else 0; conversations whose own answer has no number are left out. With pairs, a row has the best answer
+    and the worst, if only the best reaches the threshold."""
+    judge = dict(endpoint=o.score_endpoint, model=o.score_model, key_env=o.score_key_env, extra=o.score_extra)
+    if o.score_endpoint:
+        try:
+            asking([], load_prompt("score"), **judge)
+        except ValueError as error:
+            raise ValueError(f"reject: score_endpoint, score_model, score_key_env or score_extra: {error}")
+    kept = left_out = 0                                          # conversations
+    scored, below = 0, 0                                         # answers
+    for group in groups(documents):
+        if not o.score_endpoint:
+            there = [document for document in group if last_number(split_last(document)[1])]
+            left_out += len(group) - len(there)
+            group = there
+        kept += len(group)
+        if not kept:
+            raise ValueError("reject: no answer in IN has a number, by which new ones could be judged: give "
+                             "--score_endpoint=http://HOST/v1 --score_model=NAME")
+        asked = []
+        for document in group:
+            messages, _ = split_last(document)
+            request = messages[-1]["content"] if len(messages) == 1 else as_text(messages)
+            asked += [dict(id=f"{document.id}/{k}", k=k, instruction=request) for k in range(o.n)]
+        answers = enumerate(asking(asked, load_prompt("answer"), accept=why_not_answered, chat=True))
+        taken = [(i // o.n, row, result) for i, (row, result) in answers if result]
+
+        # A score for each, None if the model gave none.
+        if o.score_endpoint:
+            rows = [dict(row, id=f"{row['id']}/score", answer=result["text"]) for _, row, result in taken]
+            found = asking(rows, load_prompt("score"), points, **judge)
+            scores = [result["points"] / 10 if result else None for _, result in found]
+        else:
+            scores = [verified(result["text"], split_last(group[i])[1]) for i, _, result in taken]
+        scored += sum(score is not None for score in scores)
+        below += sum(score is not None and score < o.threshold for score in scores)
+        for i, document in enumerate(group):
+            yield from best_of(document, [(score, result) for (j, _, result), score in zip(taken, scores)
+                                          if j == i and score is not None], o)
+    if kept and not o.dry_run:
+        print(f"reject: {below:,} of {several(scored, 'answer')} scored below {o.threshold:g}; "
+              f"{several(left_out, 'conversation')} left out, whose own answer has no number")
+
+
+def split_last(document):
+    """A conversation → (the messages up to its last request, the answer to that, "" if there is none)."""
+    *messages, last = document.messages
+    return (messages, last["content"]) if last["role"] == "assistant" else (document.messages, "")
+
+
+def best_of(document, scored, o):
+    """The row of the output from [(score, result)] of the answers to a conversation, or none."""
+    scored = sorted(scored, key=lambda found: -found[0])         # equal ones stay in the order of their seeds
+    if not scored or scored[0][0] < o.threshold:
+        return
+    (score, best), (least, worst) = scored[0], scored[-1]
+    prompt, _ = split_last(document)
+    chosen, rejected = ([dict(role="assistant", content=result["text"])] for result in (best, worst))
+    about = dict(score=score, score_model=o.score_model or "arithmetic", answers=len(scored))
+    if not o.pairs:
+        yield conversation([document], best, document.id, prompt + chosen, **about)
+    elif least < o.threshold:
+        yield made([document], best, document.id, prompt=prompt, chosen=chosen, rejected=rejected,
+                   text=as_text(prompt + chosen), **about, rejected_score=least, rejected_seed=worst["seed"])
+
+
+def points(row, answer):
+    """A number from 0 to 10. Raises Refused at anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?: */ *10)?\.?", answer.strip("* \n"))
+    if not match or float(match[1]) > 10:
+        raise Refused("not a number from 0 to 10")
+    return dict(points=float(match[1]))
+
+
+def verified(answer, right):
+    """1 if an answer's arithmetic is right and its last number that of the right one, otherwise 0."""
+    return float(last_number(answer) == last_number(right) != "" and not false_arithmetic(answer))
+
+
+def last_number(text):
+    """The last number of a text, "" if it has none."""
+    return ["", *re.findall(r"-?\d+(?:\.\d+)?(?:/\d+)?", text.replace(",", ""))][-1]
+
+
+# ---- recipes: the command ----------------------------------------------------------------------------------
+
+class Recipe(NamedTuple):
+    run: object                  # its docstring is the help
+    reads: str                   # "text" | "conversations"
+    costs: str                   # in calls
+    options: dict                # name: (default, what it is)
+
+
+CONTEXT = 4096, "tokens of what was written before that a call sees at most [K2 Figure 4]"
+RECIPES = {
+    "rephrase": Recipe(rephrase, "text", "n for each part of a document", dict(
+        n=(2, "rewrites of a document; K2 made at most two [K2 §2.2]"),
+        forms=("", "names out of notes/prompts/rephrase-forms.txt, with commas; all"),
+        readers=("", "the same, out of rephrase-readers.txt"),
+        chunk=(256, "tokens of the document in a part [K2 Figure 4]"),
+        context=CONTEXT)),
+    "learning-notes": Recipe(learning_notes, "text", "1 for each part of a document", dict(
+        chunk=(1024, "tokens of the document in a part"), context=CONTEXT)),
+    "exam": Recipe(exam, "text", "n for each document", dict(
+        n=(1, "questions about a document"), chunk=(512, "tokens of the part that a question is about"))),
+    "evolve": Recipe(evolve, "conversations", "rounds + 1 for each; first, at most 8 dev + 2", dict(
+        rounds=(3, "times that a request evolves"), dev=(8, "requests that the prompts are tried on"),
+        breadth=(17, "percent of the steps that go into breadth; it is one of WizardLM's six kinds"))),
+    "fuse": Recipe(fuse, "conversations", "1 for every k conversations", dict(
+        k=(2, "conversations that become one"), select=("unlike", "similar | unlike | random"))),
+    "reject": Recipe(reject, "conversations", "n for each, and as many for scores with score_endpoint", dict(
+        n=(4, "answers to a request"), threshold=(0.7, "the least score that is kept"),
+        score_endpoint=("", "where a model scores answers: http://HOST/v1"),
+        score_model=("", "its name there"), score_key_env=("", "the environment variable with its key"),
+        score_extra=("", "a JSON object of further fields of a request to it"),
+        pairs=(False, "write prompt, chosen and rejected"))),
+}
+SHARED = dict(column=("text", "the field that holds the text"), where=("", "as --data.where of a run"),
+              budget=("", "100MB or 5000documents of IN"), skip_bad=(False, "count bad records and go on"),
+              dry_run=(False, "print how many calls and tokens it takes"))
+
+
+def help_of(name):
+    """What `python data.py NAME --help` prints."""
+    recipe = RECIPES[name]
+    options = [(option, default, what) for option, (default, what) in {**recipe.options, **SHARED}.items()]
+
+    # The endpoint's options, with the comments of its fields.
+    endpoint = Path(__file__).read_text("utf-8").partition("class Endpoint:\n")[2].partition("\n\n")[0]
+    found = re.findall(r'(?m)^    (\w+): \w+ = "?([^"\s]*)"? *(?:# (.*))?$', endpoint)
+    options, found = ("\n".join(f"  --{option}={default}".ljust(28) + what for option, default, what in some)
+                      for some in (options, found))
+    return f"""python data.py {name} IN OUT [--OPTION=VALUE ...]
+
+{inspect.cleandoc(recipe.run.__doc__)}
+
+IN is {recipe.reads}: a file, a folder or NAME=PATH. OUT is a .jsonl file. OUT.calls.jsonl keeps every
+answer, so that the same command goes on after a kill and pays for no call twice.
+Calls: {recipe.costs}; an answer that is refused is asked for again.
+
+{options}
+
+Options of the endpoint:
+
+{found}
+
+Without a server: {inspect.cleandoc(offline_answer.__doc__)}"""
+
+
+def recipe_options(name, words):
+    """Options --NAME=VALUE → (DataConfig, Endpoint, the recipe's own and dry_run). Raises SystemExit at an
+    unknown one, or at a value that it cannot have."""
+    own = {option: default for option, (default, _) in {**RECIPES[name].options, **SHARED}.items()}
+    given = {field.name: field.default for field in fields(Endpoint)} | own
+    for word in words:
+        option, _, value = word.removeprefix("--").partition("=")
+        option = option.replace("-", "_")
+        if option not in given:
+            raise SystemExit(f"{name}: unknown option {word!r}; known: --{'= --'.join(given)}=")
+        kind = type(given[option])
+        try:
+            given[option] = dict(true=True, false=False)[value or "true"] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise SystemExit(f"{name}: {word}: {value!r} is no {kind.__name__}") from None
+        if option in own and kind is int and given[option] < (option not in ("dev", "breadth")):
+            raise SystemExit(f"{name}: {word}: too small")
+    config = DataConfig(**{option: given[option] for option in ("column", "where", "budget", "skip_bad")})
+    endpoint = Endpoint(**{field.name: given[field.name] for field in fields(Endpoint)})
+    return config, endpoint, types.SimpleNamespace(**{option: given[option] for option in (*own, "seed")})
+
+
+def run_recipe(name, words):
+    """`python data.py NAME IN OUT [options]` → how many rows are missing."""
+    if len(words) < 2 or any(word.startswith("--") for word in words[:2]):
+        raise SystemExit(f"python data.py {name} IN OUT [options]; see python data.py {name} --help")
+    given, out, *words = words
+    config, endpoint, options = recipe_options(name, words)
+    source, path = named(given)
+    root = Path(find_source(source, path, config)[0].root).resolve()
+    if root in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ValueError(f"{name}: {out} is inside {path}, from where it would be read; write elsewhere")
+    if Path(out).is_dir() or not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"{name}: OUT is a new file in a folder that exists; {out} is not")
+    journal = None
+
+    def asking(rows, prompt, parse=as_it_is, accept=lambda row, result: "", chat=False, **other):
+        rows = (dict(row, recipe=name) for row in rows)
+        return generate(rows, prompt, parse, accept, replace(endpoint, **other), journal, chat)
+
+    list(RECIPES[name].run([], options, asking))                 # no documents: only its options are checked
+    calls = server().Journal(f"{out}{CALLS}", endpoint, options.dry_run)
+    with calls as journal, contextlib.ExitStack() as stack:
+        file = io.StringIO()
+        if not options.dry_run:
+            file = stack.enter_context(atomic(out, "w", alone=True, encoding="utf-8"))     # see the journal
+        count = 0
+        documents = read_documents(source, path, config, RECIPES[name].reads)
+        for row in RECIPES[name].run(documents, options, asking):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+        missing = server().summary(journal)
+    print(f"{out}: " + ("nothing is written" if options.dry_run else several(count, "row")))
+    return missing
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def stats(corpus):
@@ -2536,16 +3611,27 @@ def read_options(options, **numbers):
     return config, numbers
 
 
+def named(given):
+    """PATH or NAME=PATH → (name, path)."""
+    name, equals, path = given.partition("=")
+    if Path(given).exists() or not equals:
+        name, path = Path(given).name, given
+    return name, path
+
+
 def main(argv):
     """The command line. Raises SystemExit with one line for whatever the user has to correct."""
     if {"-h", "--help"} & set(argv):
+        if argv[0] in RECIPES:
+            return print(help_of(argv[0]))
         print(__doc__)
         return
     command, *options = argv or ["(none)"]
     if command == "work":
         return work_as_told()
-    if command not in ("stats", "prepare", "clean", "origin", "sources"):
-        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources")
+    if command not in ("stats", "prepare", "clean", "origin", "sources", *RECIPES):
+        raise SystemExit(f"unknown command {command!r}; known: stats, prepare, clean, origin, sources, "
+                         f"{', '.join(RECIPES)}")
     if command == "clean":
         if len(options) < 2 or any(option.startswith("--") for option in options[:2]):
             raise SystemExit("python data.py clean IN OUT [options]: IN is a file, a folder or NAME=PATH; "
@@ -2553,15 +3639,14 @@ def main(argv):
         source, out, *options = options
 
     # Report errors in the input as one line, without a traceback.
-    config, numbers = read_options(options, vocab=4096, workers=0, at=0)
+    config, numbers = read_options([] if command in RECIPES else options, vocab=4096, workers=0, at=0)
     try:
+        if command in RECIPES:
+            return 1 if run_recipe(command, options) else None
         if command == "sources":
             return datasets().show()
         if command == "clean":
-            name, _, path = ("", "", source) if Path(source).exists() else source.partition("=")
-            if not path:
-                name, path = path, name
-            return print_report(clean(name or Path(path).name, path, out, config, numbers["workers"]))
+            return print_report(clean(*named(source), out, config, numbers["workers"]))
         corpus = prepare(config, numbers["vocab"], workers=numbers["workers"])
         if command == "origin":
             for name in parse_domains(config)[3]:
@@ -2569,12 +3654,16 @@ def main(argv):
                     corpus, config, name, "train", min(numbers["at"], len(corpus.domains[name].train) - 1)))
         if command == "stats":
             stats(corpus)
+            measures().print_diversity(config)
         print(f"tokenizer {corpus.tokenizer.fingerprint[:16]}  data {corpus.fingerprint[:16]}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"data.py: {error}") from None
     except (MemoryError, BrokenExecutor):
         raise SystemExit(f"data.py: {NO_MEMORY}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.stdout.reconfigure(errors="backslashreplace")            # the name of a file may be any bytes
+    sys.exit(main(sys.argv[1:]))

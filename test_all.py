@@ -12,6 +12,8 @@ import csv
 import fcntl
 import functools
 import gzip
+import hashlib
+import http.server
 import importlib
 import inspect
 import io
@@ -53,8 +55,9 @@ import model as net
 import muonclip
 import parallel
 import train
-from notes import _figure, _note, datasets, faults, huggingface
+from notes import _figure, _note, datasets, faults, huggingface, measures
 from notes import corpus as embedded
+from notes import endpoint as asking
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
 HERE = Path(__file__).parent
@@ -2853,6 +2856,1576 @@ def test_near_duplicates_that_stay_are_on_one_side(large, tmp_path, monkeypatch)
     assert {*map(tuple, sides.values())} == {("train",), ("val",), ("train", "train"), ("val", "val")}
 
 
+# ---- data.py: generation -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def serving(reply):
+    """A chat endpoint on this machine → its address, and what has come: requests, and keys of those answered.
+
+    reply(request, times it came before) → (status, headers, body), or None to cut the connection."""
+    came, answered, lock = [], [], threading.Lock()
+    seen = Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                came.append(json.loads(raw) | dict(key=key_of(raw), auth=self.headers["Authorization"],
+                                                   at=time.monotonic()))
+                before = seen[raw]
+                seen[raw] += 1
+            found = reply(json.loads(raw), before)
+            if not found:
+                return
+            status, headers, body = found
+            sent = [json.dumps(body).encode()] if isinstance(body, dict | list) else body
+            sent = [sent] if isinstance(sent, bytes) else sent   # or an iterable of bytes
+            with contextlib.suppress(OSError):                   # the client may be gone
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for part in sent:
+                    self.wfile.write(part)
+                if isinstance(body, dict) and body.get("choices"):
+                    with lock:
+                        answered.append(key_of(raw))
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 64
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", came, answered
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def key_of(raw):
+    """The key of a request in the journal, from what is sent."""
+    request = json.loads(raw)
+    return data.sha256(json.dumps(request, sort_keys=True), str(request.get("seed")))
+
+
+def completed(content, finish="stop", usage=None):
+    choice = dict(message=dict(role="assistant", content=content), finish_reason=finish)
+    return 200, {}, dict(choices=[choice], usage=usage)
+
+
+def unruly(request, before):
+    """A reply as bad servers give it. By the request's hash, up to three tries bring no answer, for a reason
+    that differs each time; the answer itself, good or bad, depends on the request alone."""
+    dice = random.Random(request["messages"][0]["content"] + str(request["seed"]))
+    for _ in range(min(before, 3)):
+        dice.random()
+    bad = dict(wait=(429, {"Retry-After": "0.01"}, {}), ms=(429, {"retry-after-ms": "9"}, b"slow down"),
+               date=(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, dict(error="busy")),
+               broken=(500, {}, b"<html>"), late=(408, {}, b""), conflict=(409, {}, b""),
+               half=(200, {}, b'{"choices": [{"message": {"content": "a fine'), list=(200, {}, []),
+               short=(200, {"Content-Length": 999}, b'{"choices": [{"mess'), cut=None, stall=None,
+               inside=(200, {}, dict(error=dict(code=503, message="busy"))),
+               empty=(200, {}, dict(choices=[])))
+    if before < 3 and dice.random() < .3:
+        kind = list(bad)[int(dice.random() * len(bad))]
+        if kind == "stall" and request["seed"] % 3 == 0:         # the others are cut at once
+            time.sleep(2.1)
+        return bad[kind]
+    dice = random.Random(str(request["seed"]))
+    time.sleep(dice.random() * .02)                              # answers overtake each other
+    text = f"The text of {request['seed']} says: {request['messages'][0]['content'][:40]}"
+    return dice.choice([completed(text)] * 8 + [
+        completed("<think>hm</think>\n" + text), completed("so</think>" + text), completed(None),
+        completed(""), completed("<think>hm</think>"), completed(text, "length"), completed(text, "abort"),
+        completed("I'm sorry, but no"), completed("Sure! " + text), completed(text + "<|im_end|>"),
+        completed(text, usage=dict(prompt_tokens=4000, completion_tokens=96))])
+
+
+GENERATING = """
+import json, sys, data
+from notes import endpoint as asking
+url, out, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+asking.FIRST_WAIT = .002
+endpoint = data.Endpoint(url, "m", threads=threads, timeout=2)
+prompt = data.Prompt("say", "Say it again, in other words: {text}", "0")
+accept = lambda row, result: "short" if len(result["text"]) % 9 == 0 else ""
+rows = (dict(id=f"d{i}", text=f"word{i} " * (i % 7 + 1)) for i in range(n))
+with asking.Journal(out + ".calls.jsonl", endpoint) as journal:
+    with data.atomic(out, "w") as file:
+        for row, result in data.generate(rows, prompt, lambda row, answer: dict(text=answer), accept,
+                                         endpoint, journal):
+            file.write(json.dumps([row["id"], result]) + "\\n")
+    sys.exit(asking.summary(journal) > 0)
+"""
+
+
+def killed_and_resumed(folder, kills, n, threads=6):
+    """Generate from an unruly server, killed that many times → (calls paid again, what the
+    last run says)."""
+    with serving(unruly) as (url, came, answered):
+        def start(name):
+            return subprocess.Popen([sys.executable, "-c", GENERATING, url, str(folder / name), str(n),
+                                     str(threads)], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                                    env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+        # One run that nothing disturbs, beyond the server.
+        smooth = start("smooth")
+        said = smooth.communicate()[0]
+        assert smooth.returncode == 0, said
+        assert max(Counter(answered).values()) == 1              # retries repeat only what was not answered
+        calls = len(answered)
+        del came[:], answered[:]
+
+        # Another one, killed again and again after a random number of answers.
+        dice = random.Random(n)
+        journal = folder / "out.calls.jsonl"
+        kept = set()
+        for kill in range(kills + 1):
+            before, enough = len(came), len(answered) + dice.randrange(calls // (kills + 1))
+            process = start("out")
+            while kill < kills and len(answered) < enough and process.poll() is None:
+                time.sleep(.002)
+            if kill < kills:
+                time.sleep(dice.random() * .02)
+                process.kill()
+            said = process.communicate()[0]
+            assert process.returncode == (-signal.SIGKILL if kill < kills else 0), said
+
+            # What was written is not asked for again, nor harmed by a line that is cut short.
+            assert not kept & {request["key"] for request in came[before:]}
+            with open(journal, "ab") as file:
+                kept = {json.loads(line)["key"] for line in journal.read_bytes().split(b"\n")[:-1]}
+                file.write(b'{"key": "01234' * (kill < kills))
+
+        # Each document once, in order, to the byte as without kills. Only calls in flight were paid again.
+        assert (folder / "out").read_bytes() == (folder / "smooth").read_bytes()
+        ids = [json.loads(line)[0] for line in (folder / "out").read_text().splitlines()]
+        assert ids == [f"d{i}" for i in range(n)]
+        keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+        assert len(keys) == len({*keys}) == calls and {*keys} == {*answered}
+        assert len(answered) - calls <= kills * threads
+        return len(answered) - calls, said
+
+
+def test_killed_runs_lose_no_answer_and_pay_none_twice(tmp_path):
+    again, said = killed_and_resumed(tmp_path, kills=3, n=100)
+    for words in "taken", "refused for good", "null content", "finish_reason length", "half an answer", "429":
+        assert words in said, said
+
+
+SAY = data.Prompt("say", "Say it again in other words, and leave out nothing of what it says.\n{text}", "0")
+
+
+def generated(rows, path, reply=None, url="offline", accept=lambda row, result: "", dry_run=False, **options):
+    """The results of `generate`, its journal, what was printed, and what came to the server."""
+    options = dict(model="m", threads=1, timeout=5) | options
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.ExitStack() as stack:
+        came = []
+        if reply:
+            url, came, _ = stack.enter_context(serving(reply))
+        endpoint = data.Endpoint(url, **options)
+        with asking.Journal(path, endpoint, dry_run) as journal:
+            results = list(data.generate(rows, SAY, lambda row, answer: dict(text=answer), accept, endpoint,
+                                         journal))
+            asking.summary(journal)
+    assert [row for row, _ in results] == list(rows)
+    return [result for _, result in results], journal, out.getvalue(), came
+
+
+def rows_of(*texts):
+    return [dict(id=f"d{i}", text=text) for i, text in enumerate(texts)]
+
+
+def test_an_answer_is_taken_only_if_it_is_one():
+    """Each way in which an answer is none, and those that only look like it."""
+    text = data.fill(SAY, dict(text="A <|mark|> of 'as an AI', and <think>so</think>: " + "word " * 50))
+    takes = [("A fine text.",) * 2, ("\n<think>a\n\nb</think>\n A fine text.\n", "A fine text."),
+             ("The tag </think> ends a thought.",) * 2, ("It says <|mark|>.",) * 2,
+             ("They said <think>so</think>.",) * 2, ("Here is where he lived. At noon: rain.",) * 2,
+             ("I cannot recall the year.",) * 2, ("Sorry songs were sung.",) * 2, ("Great: a novel.",) * 2]
+    for answer, expected in takes:
+        call = dict(answer=answer, finish="stop", usage=None)
+        assert data.answer_in(call, text, SAY, 0, False) == expected, answer
+    refuses = {"null content": (None,),
+               "preamble": ("Here is a new version: A", "Here’s it, as asked:\nA", "Sure! A", "Okay, a"),
+               "empty content": ("", " \n", "<think>a</think>\n", "<think>a</think>", "<think>so"),
+               "refusal": ("I'm sorry, but I can’t do that.", "I cannot help with it", "I’m unable to say",
+                           "I am sorry, I must not", "Well, as a large language model I like it"),
+               "template leak": ("A text<|im_end|>", "[INST] A", "A text</s>", "<start_of_turn>a",
+                                 "a\n### Response:\nb", "<|eot_id|>"),
+               "repeats the prompt": (text,), "no text in UTF-8": ("a \ud800 text",)}
+    for why, answers in refuses.items():
+        for answer in answers:
+            with pytest.raises(data.Refused, match=why):
+                data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, False)
+    for answer, expected in ("so, then</think>A fine text.", "A fine text."), ("a</think>", "empty content"):
+        call = dict(answer=answer, finish="stop", usage=None)
+        with contextlib.suppress(data.Refused) if expected == "empty content" else contextlib.nullcontext():
+            assert data.answer_in(call, "A text without tags.", SAY, 0, False) == expected
+    for answer in "Sure! A", "I cannot help with it", "Here is one: A":
+        assert data.answer_in(dict(answer=answer, finish="stop", usage=None), text, SAY, 0, True) == answer
+
+    # How it ended, and what the server counted. The prompt has 72 words.
+    words = len(text.split())
+    for finish, usage, window, why in (
+            ("length", None, 0, "finish_reason length"), (None, None, 0, "finish_reason None"),
+            ("tool_calls", None, 0, "finish_reason tool_calls"), ("stop", [words - 1, 9], 0, "prompt cut"),
+            ("stop", [4000, 96], 0, "fills the window"), ("stop", [900, 100], 1000, "fills the window"),
+            ("stop", [words, 9], 0, ""), ("stop", [0, 9], 0, ""), ("stop", [4000, 97], 0, ""),
+            ("stop", [4000, 96], 5000, "")):
+        call = dict(answer="A fine text.", finish=finish, usage=usage)
+        with pytest.raises(data.Refused, match=why) if why else contextlib.nullcontext():
+            data.answer_in(call, text, SAY, window, False)
+
+
+def test_what_no_try_mends_is_told_from_what_passes():
+    """Statuses and bodies of servers in use, also errors inside a 200; waits in each form of a header."""
+    say = lambda **error: json.dumps(dict(error=error)).encode()
+    hopeless = [(400, b'{"object": "error", "message": "maximum context length is 4096"}'), (413, b""),
+                (500, say(type="exceed_context_size_error", n_ctx=4096)), (422, b'{"detail": "temperature"}'),
+                (403, say(message="Your input was flagged by moderation")), (403, b"Content filter: no"),
+                (200, say(code=400, type="exceed_context_size_error")), (200, say(code=400, message="no"))]
+    passing = [(n, b"") for n in (408, 409, 425, 429, 500, 502, 503, 504, 529)] + [
+        (504, b"the upstream took too long"), (429, b"context window of requests is full"), (200, b""),
+        (200, b"[]"), (200, b'{"choices": null}'), (200, b'{"choices": [{"message": null}]}'), (200, b"null"),
+        (200, say(message="overloaded")), (200, b'{"error": "busy"}'), (200, say(code="x", message="busy"))]
+    ending = [(n, b"<html>") for n in (301, 307, 401, 402, 403, 404, 405)] + [
+        (400, b'{"error": "model \\"llama\\" not found, try pulling it first"}'), (200, say(code=401)),
+        (403, say(message="Your account has no access")), (200, b" \n<!doctype html><title>Web UI</title>"),
+        (429, say(code="insufficient_quota")), (200, say(code=404, message="The model `x` does not exist"))]
+    for status, body in hopeless:
+        assert asking.completion(status, {}, body, "").keys() == {"error", "why"}, (status, body)
+    for cases, waits in ((passing, 0), (ending, math.inf)):
+        for status, body in cases:
+            with pytest.raises(asking.Unanswered) as caught:
+                asking.completion(status, {}, body, "")
+            assert caught.value.args[1] == waits, (status, body)
+    body = b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}'
+    assert asking.completion(200, {}, body, "") == dict(answer=None, finish="None", usage=None)
+    for usage, kept in ((b"3", None), (b'{"prompt_tokens": 3}', None), (b"null", None),
+                        (b'{"prompt_tokens": 3, "completion_tokens": 4}', [3, 4])):
+        body = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": ' + usage + b"}"
+        assert asking.completion(200, {}, body, "") == dict(answer=None, finish="stop", usage=kept)
+
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 90))
+    for headers, seconds in (({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5), ({"Retry-After": "9"}, 9),
+                             ({"Retry-After": "2.5"}, 2.5), ({"Retry-After": soon}, 89.5), ({}, 0),
+                             ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+                             *[({"Retry-After": odd}, 0) for odd in ("soon", "-5", "nan", "")]):
+        assert abs(asking.seconds_to_wait(headers) - seconds) < 1, headers
+
+
+def test_a_call_waits_as_long_as_it_is_told_and_longer_each_time(tmp_path, monkeypatch):
+    """Three tries by Retry-After, then by back-off alone: 0.75 to 1.25 times .05·2ᵏ s, as the hash says."""
+    monkeypatch.setattr(asking, "FIRST_WAIT", .05)
+    headers = [{"Retry-After": "0.3"}, {"retry-after-ms": "200"}, {"Retry-After": "0.1"}, {}]
+    reply = lambda request, before: (429, headers[before], {}) if before < 4 else completed("A fine text.")
+    results, journal, said, came = generated(rows_of("word"), tmp_path / "c", reply)
+    assert results[0]["text"] == "A fine text." and "calls tried again: 4 429\n" in said
+    waits = np.diff([request["at"] for request in came])
+    for wait, asked, backoff in zip(waits, (.3, .2, .1, 0), (.05, .1, .2, .4), strict=True):
+        assert asked + .75 * backoff <= wait < asked + 1.25 * backoff + 1, waits
+    assert len({request["key"] for request in came}) == 1
+
+    # A body that trickles in goes on for longer than a try may take, though each byte comes in time.
+    def trickle():
+        for _ in range(40):
+            time.sleep(.05)
+            yield b" "
+    reply = lambda request, before: completed("A fine text.") if before else (200, {}, trickle())
+    results, _, said, came = generated(rows_of("word"), tmp_path / "t", reply, timeout=.3)
+    assert results[0] and "calls tried again: 1 timeout\n" in said
+    assert .3 < came[1]["at"] - came[0]["at"] < 1.8
+
+    # A server that asks for more than ten minutes ends the run, which says so.
+    reply = lambda request, before: (429, {"Retry-After": "3600"}, {})
+    results, journal, said, came = generated(rows_of("a", "b"), tmp_path / "d", reply)
+    assert results == [None, None] and len(came) == 1 and "429 and to wait 3,600 s" in said
+    assert "2 missing" in said
+
+
+def test_a_server_that_is_wrong_or_down_ends_the_run_and_the_answers_stay(tmp_path, monkeypatch):
+    """A wrong key at once; a server that is down, after three calls; one that refuses everything, after 20
+    rows. The key, which the server repeats, is neither printed nor kept."""
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    rows = rows_of(*"abcdefghijklmnopqrstuvwxyz")
+
+    def wrong(request, before):
+        return completed("A fine text.") if request["messages"][0]["content"][-1] < "d" else (
+            401, {}, dict(error=dict(message="Incorrect API key: sk-secret")))
+    results, journal, said, came = generated(rows, tmp_path / "c", wrong, key_env="MY_KEY")
+    assert [bool(result) for result in results] == [True] * 3 + [False] * 23 and len(came) == 4
+    assert {request["auth"] for request in came} == {"Bearer sk-secret"}
+    assert "no more calls: the server says 401 " in said and "rows: 23 missing, 3 taken" in said
+    assert "sk-secret" not in said + (tmp_path / "c").read_text() and "[key]" in said
+
+    # Nobody listens; the answers of before are still used, wherever they came from.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    results, journal, said, _ = generated(rows, tmp_path / "c", url=url, retries=2)
+    assert sum(map(bool, results)) == 3 and "23 missing" in said
+    assert "no more calls: 3 calls without an answer in a row" in said and "ConnectionRefusedError" in said
+    assert journal.counts["calls tried again"].total() == 3 * 2
+
+    # Too long, one of them: only that row. All of them: the run.
+    full = dict(error=dict(message="This model's maximum context length is 4096 tokens"))
+    reply = lambda request, before: (400, {}, full) if "q" in request["messages"][0]["content"][-1:] else (
+        completed("A fine text."))
+    results, journal, said, came = generated(rows, tmp_path / "e", reply)
+    assert [i for i, result in enumerate(results) if not result] == [16] and len(came) == 26
+    assert "1 over the context window" in said
+    results, journal, said, came = generated(rows, tmp_path / "e", reply)
+    assert sum(map(bool, results)) == 25 and not came            # nor is it asked for again
+    reply = lambda *_: (400, {}, dict(error="no such field"))
+    results, journal, said, came = generated(rows, tmp_path / "f", reply)
+    assert len(came) == 20 and "20 rows that the server refuses (400) in a row" in said
+    assert "6 missing" in said
+
+
+def test_a_key_is_masked_only_in_what_is_shown():
+    """Errors are told apart by what the server said. A text with a short key in it is not shown at all."""
+    full = b'{"error": {"type": "exceed_context_size_error", "message": "sk-exceed is over"}}'
+    for key, said in (("x", "500 [a text with the key in it]"), ("zz", '500 {"type": "exceed_context_size'),
+                      ("sk-exceed", '500 {"type": "exceed_context_size_error", "message": "[key] is over"}'),
+                      ("exceed_context_size", '500 {"type": "[key]_error", ')):
+        found = asking.completion(500, {}, full, key)
+        assert found["why"] == "over the context window" and found["error"].startswith(said), found
+    with pytest.raises(asking.Unanswered, match=r"401 \[a text with the key in it\]") as caught:
+        asking.completion(401, {}, b"no such key: abc", "abc")
+    assert caught.value.args[1] == math.inf
+    with pytest.raises(asking.Unanswered) as caught:             # nor is the beginning of one that is cut off
+        asking.completion(401, {}, b"." * 290 + b"sk-0123456789abcdef", "sk-0123456789abcdef")
+    assert "sk-" not in caught.value.args[0]
+
+
+def test_an_address_is_checked_when_it_is_given(tmp_path, monkeypatch):
+    for good in ("http://localhost:8000/v1", "https://api.x.com/v1/", "http://[::1]:80/v1", "http://10.0.0.1",
+                 "https://x.azure.com/openai/deployments/d?api-version=2024-10-21"):
+        data.Endpoint(good, "m")
+    for bad in ("http://h:abc/v1", "http://h:0/v1", "http://.a/v1", "http:///v1", "http://[::1/v1",
+                "ftp://h/v1", "http://h/v 1", "http://h/v1#a", "http://h:99999/v1", "localhost:8000/v1"):
+        with pytest.raises(ValueError, match="^endpoint: .* is not \"offline\", nor is it http://HOST/v1"):
+            data.Endpoint(bad, "m")
+    with pytest.raises(ValueError, match="without a user") as caught:
+        data.Endpoint("https://me:secret@h/v1", "m")
+    assert "secret" not in str(caught.value)
+    for retries in -1, 51:
+        with pytest.raises(ValueError, match=f"retries: {retries} is not from 0 to 50"):
+            data.Endpoint(retries=retries)
+    data.Endpoint(retries=50)
+
+    # A name that no host has ends the run at once; when the name server is away, the call is made again.
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    for errno, says, tries in ((socket.EAI_NONAME, "calls: no server of that name: nowhere.invalid", 1),
+                               (socket.EAI_AGAIN, "3 calls without an answer in a row", 9)):
+        resolve = mock.Mock(side_effect=socket.gaierror(errno, "?"))
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        said = generated(rows_of(*"abcdef"), tmp_path / "c", url="http://nowhere.invalid/v1", retries=2)[2]
+        assert says in said and resolve.call_count == tries, said
+
+
+def test_a_query_stays_behind_the_path_and_a_flood_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    monkeypatch.setattr(asking, "LARGEST", 1 << 20)
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(40 if len(asked) == 1 else 0):
+                    self.wfile.write(b" " * (1 << 20))
+                self.wfile.write(json.dumps(completed("A fine text.")[2]).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a/b/?api-version=1"
+        results, _, said, _ = generated(rows_of("a"), tmp_path / "c", url=url)
+        server.shutdown()
+    assert results[0] and asked == ["/a/b/chat/completions?api-version=1"] * 2
+    assert "tried again: 1 an answer without end\n" in said
+
+
+def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monkeypatch):
+    """Status 130 and no traceback, wherever it comes. What was answered is in the journal."""
+    source = write_jsonl(tmp_path / "in.jsonl", [dict(text=f"{i} bridges are in Vienna.") for i in range(9)])
+    go = threading.Event()
+
+    def reply(request, before):
+        go.wait(20)
+        return completed("In Vienna is a bridge.")
+    for twice in False, True:
+        go.clear()
+        with serving(reply) as (url, came, _):
+            out = tmp_path / f"{twice}.jsonl"
+            process = subprocess.Popen(
+                [sys.executable, "-u", "data.py", "rephrase", f"{source}", out, "--n=1", "--model=m",
+                 f"--endpoint={url}", "--threads=2"], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,                        # background jobs ignore Ctrl-C unless told
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+            while len(came) < 2:
+                time.sleep(.01)
+            process.send_signal(signal.SIGINT)
+            process.stdout.readline()                            # what IN is
+            said = process.stdout.readline()
+            process.send_signal(signal.SIGINT) if twice else go.set()
+            said += process.communicate(timeout=20)[0]
+            assert process.returncode == 130 and said == (
+                "waiting for 2 answers in flight, paid for already; Ctrl-C again goes without\n"), said
+            go.set()
+        assert len(read_jsonl(f"{out}.calls.jsonl")) == (0 if twice else 2) and len(came) == 2
+        assert not out.exists()
+
+    # Between two rows, where `generate` does not see it.
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(KeyboardInterrupt), asking.Journal(tmp_path / "c", data.Endpoint()) as journal:
+        assert journal.may_call("a")
+        threading.Timer(.05, journal.add, ["a", dict(answer="b")], dict(key="ab" * 32)).start()
+        raise KeyboardInterrupt
+    assert read_jsonl(tmp_path / "c")[0]["answer"] == "b" and not journal.may_call("a")
+
+
+def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_path):
+    """Row d1 is never taken, d2 at its second attempt. A resume decides anew and pays nothing; a rule that
+    changes is applied to what is there; another seed, prompt text, model or field is another request."""
+    def reply(request, before):
+        return completed(f"Text {len(request['messages'][0]['content'].split())} {request['seed'] % 2}")
+
+    rows = rows_of("a", "b b", "c c c", "d d d d")
+    tries = Counter()
+
+    def accept(row, result):
+        tries[row["id"]] += 1
+        if row["id"] == "d1" or row["id"] == "d2" and tries["d2"] == 1:
+            return "not good"
+        return ""
+    results, journal, said, came = generated(rows, tmp_path / "c", reply, accept=accept, attempts=4)
+    assert [bool(result) for result in results] == [True, False, True, True] and len(came) == 1 + 4 + 2 + 1
+    assert len({request["seed"] for request in came}) == 8 and "5 not good" in said
+    assert "1 refused for good" in said and "missing" not in said
+    tries.clear()
+    again, journal, _, came = generated(rows, tmp_path / "c", reply, accept=accept, attempts=4)
+    assert again == results and not came and journal.calls == 8
+    first, _, _, came = generated(rows, tmp_path / "c", reply)
+    assert all(first) and not came
+    changes = dict(seed=2), dict(model="other"), dict(temperature=.5), dict(extra='{"top_p": 0.9}'), dict(
+        max_tokens=9)
+    for change in changes:
+        assert len(generated(rows, tmp_path / "c", reply, **change)[3]) == 4, change
+    no_seed = lambda *_: completed("A fine text.")
+    never = lambda row, result: "never good"
+    for calls in 4 * 3, 0:                                       # without a seed an attempt is a call, too
+        came = generated(rows, tmp_path / "c", no_seed, accept=never, extra='{"seed": null}')[3]
+        assert len(came) == calls and not any("seed" in request for request in came)
+
+    # What a result says of its origin; what a request holds.
+    assert results[2] == dict(text=results[2]["text"], id="d2", recipe="say", prompt="say", prompt_sha256="0",
+                              model="m", seed=results[2]["seed"], parent="")
+    fields = {"top_p": 0.9, "max_tokens": None, "max_completion_tokens": 7, "seed": None}
+    body = data.Endpoint("http://h/v1", "m", extra=json.dumps(fields), temperature=0.).request("hi", 3)
+    assert body == dict(model="m", messages=[dict(role="user", content="hi")], temperature=0., stream=False,
+                        top_p=.9, max_completion_tokens=7)
+    for bad in ("{", "[]", "3", '{"n": 2}', '{"stream": true}'):
+        with pytest.raises(ValueError, match="^extra: "):
+            data.Endpoint(extra=bad)
+    for bad in (dict(endpoint="localhost"), dict(endpoint="http://h/v1"), dict(threads=0), dict(attempts=0)):
+        with pytest.raises(ValueError, match="endpoint: .* is not|is not above 0"):
+            data.Endpoint(**bad)
+
+
+def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path):
+    """Calls are never more than allowed, over all runs and threads; tokens by calls in flight at most."""
+    rows = rows_of(*map(str, range(30)))
+    reply = lambda *_: completed("A fine text.", usage=dict(prompt_tokens=90, completion_tokens=10))
+    for calls, made in ((7, 7), (7, 0), (12, 5)):
+        results, journal, said, came = generated(rows, tmp_path / "c", reply, calls=calls, threads=5)
+        assert len(came) == journal.made == made and sum(map(bool, results)) == calls == journal.calls
+        assert f"no more calls: the budget of {calls} calls is spent" in said
+        assert f"{30 - calls} rows missing: the same command goes on from here" in said
+        assert asking.summary(journal) == 30 - calls               # what the command's exit code says
+    results, journal, said, came = generated(rows, tmp_path / "c", reply, tokens=1950)
+    assert journal.tokens == 2000 and len(came) == 8 and "budget of 1,950 tokens" in said
+    assert all(generated(rows, tmp_path / "c", reply)[0])
+
+
+def test_a_dry_run_counts_and_sends_nothing(tmp_path, monkeypatch):
+    """On top of a journal that has half of the answers, and which stays as it is."""
+    monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: "offline " * 40, raising=False)
+    rows = rows_of(*[f"some words of text {i}" for i in range(10)])
+    generated(rows[:5], tmp_path / "c", lambda *_: completed("A fine text."))
+    before = (tmp_path / "c").read_bytes()
+    refuse = lambda row, result: "refused"
+    results, journal, said, _ = generated(rows, tmp_path / "c", url="http://127.0.0.1:9/v1", dry_run=True,
+                                          accept=refuse, max_tokens=100)
+    prompt = data.fill(SAY, rows[0])
+    assert journal.made == 10 and (tmp_path / "c").read_bytes() == before      # 5 rows: their next attempt
+    assert f"10 calls, some {10 * (len(prompt) // 4 + 1)} tokens of prompts and 1,000 of answers" in said
+    assert f"The first prompt:\n{prompt}\n" in said
+    results, journal, said, _ = generated(rows, tmp_path / "new", url="http://127.0.0.1:9/v1", dry_run=True)
+    assert journal.made == 10 and not (tmp_path / "new").exists() and results[9]["text"].endswith("offline")
+    results, journal, said, _ = generated(rows, tmp_path / "offline")
+    assert all(results) and results[0]["model"] == "m" and journal.calls == 10
+
+
+def test_a_journal_is_one_process_own_and_its_damage_is_named(tmp_path):
+    rows = rows_of("a", "b", "c")
+    reply = lambda *_: completed("A fine text.")
+    generated(rows, tmp_path / "c", reply)
+    endpoint = data.Endpoint()
+    with asking.Journal(tmp_path / "c", endpoint):
+        with pytest.raises(ValueError, match="c: another process writes it; give another OUT"):
+            asking.Journal(tmp_path / "c", endpoint)
+    whole = (tmp_path / "c").read_bytes()
+    assert "sk-" not in whole.decode() and whole.count(b"\n") == 3
+    (tmp_path / "c").write_bytes(whole[:-9])                     # killed in the midst of a line
+    results, journal, _, came = generated(rows, tmp_path / "c", reply)
+    assert len(came) == 1 and (tmp_path / "c").read_bytes() == whole and all(results)
+    lines = whole.splitlines(True)
+    for damaged in (b"{}\n", b"\0\0\n", b'{"key": "x"}\n', b"[]\n"):
+        (tmp_path / "c").write_bytes(lines[0] + damaged + lines[2])
+        with pytest.raises(ValueError, match="c, line 2 is damaged: remove the line"):
+            asking.Journal(tmp_path / "c", endpoint)
+
+
+def test_rows_stream_through_in_their_order(tmp_path, monkeypatch):
+    """The first of 500 rows is answered last of the first 2·32: no row beyond these is begun before. Rows of
+    one id and text are one call; a progress line tells how far it is."""
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    begun, most = [], 0
+
+    def reply(request, before):
+        if request["messages"][0]["content"].endswith("\nt0"):
+            time.sleep(.4)
+        return completed("A text " + request["messages"][0]["content"][-3:])
+
+    def rows():
+        for i in range(200):
+            begun.append(i)
+            yield dict(id=f"d{i // 2}", text=f"t{i // 2}")
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "c", endpoint := data.Endpoint(
+            url, "m", threads=2)) as journal, contextlib.redirect_stdout(io.StringIO()) as out:
+        journal.said -= 4.8                                      # a line is due in the wait for the first row
+        for i, (row, result) in enumerate(data.generate(rows(), SAY, lambda row, answer: dict(text=answer),
+                                                        lambda row, result: "", endpoint, journal)):
+            assert row["id"] == result["id"] == f"d{i // 2}" and result["text"].endswith(row["text"])
+            assert len(begun) <= i + 64
+    assert i == 199 and len(came) == 100
+    assert re.search(r"\d+ answers taken, 0 refused for good; \d+ calls, [\d.]+ a second; "
+                     r"\d+ tokens in all\n", out.getvalue())
+
+    # Who leaves early leaves rows that are not begun, and can go on.
+    take = lambda row, answer: dict(text=answer)
+    with serving(reply) as (url, came, _), asking.Journal(tmp_path / "d", endpoint) as journal:
+        for n in 1, 100:
+            found = data.generate(rows(), SAY, take, lambda row, result: "", replace(endpoint, endpoint=url),
+                                  journal)
+            assert all(result for _, result in itertools.islice(found, n))
+            found.close()
+            assert not journal.stopped and len(came) <= n + 64
+
+    # A mistake in a recipe's own function ends the run; what was answered stays.
+    def parse(row, answer):
+        return dict(text=row["tekst"])
+    with asking.Journal(tmp_path / "c", endpoint) as journal, pytest.raises(KeyError, match="tekst"):
+        list(data.generate(rows(), SAY, parse, lambda row, result: "", endpoint, journal))
+    assert asking.Journal(tmp_path / "c", endpoint).calls == 100
+
+
+def test_a_prompt_takes_the_fields_of_its_row_and_nothing_else(tmp_path, monkeypatch):
+    prompt = data.Prompt("p", "{style}: {text} as {json: {}} {other}", "0")
+    assert data.fill(prompt, dict(text="a {style} {other}", style="plain", n=3)) == (
+        "plain: a {style} {other} as {json: {}} {other}")
+    (tmp_path / "notes/prompts").mkdir(parents=True)
+    (tmp_path / "notes/prompts/mine.txt").write_text("Rewrite: {text}\n", "utf-8")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    found = data.load_prompt("mine")
+    assert found[:2] == ("mine", "Rewrite: {text}\n")
+    assert found.sha256 == hashlib.sha256(b"Rewrite: {text}\n").hexdigest()
+    with pytest.raises(OSError, match="notes/prompts/yours.txt"):
+        data.load_prompt("yours")
+
+
+# ---- data.py: measures of rewrites, fusions and sets -------------------------------------------------------
+
+LIFE = """Ada Marsh was born on 3 May 1897 in Lisbon, where her father Tomas Marsh repaired church clocks.
+She learned the trade from him and did not attend any university. In 1921 the harbour office ordered 1,200
+pressure gauges from Marsh, and 35% of them were still in use forty years later. Her letters to Elena Brandt
+describe a new alloy of copper. The workshop burned down on 17 November 1934, and nobody rebuilt it."""
+
+HONEST = {
+    "prose": """The harbour office ordered 1200 pressure gauges from Marsh in 1921; forty years later 35
+        percent were in use still. Ada Marsh, whose father Tomas Marsh repaired church clocks, was born in
+        Lisbon on May 3, 1897. From him she learned the trade, and she never attended a university. A new
+        alloy of copper is described in her letters to Elena Brandt. On 1934-11-17 the workshop burned
+        down. Nobody rebuilt it.""",
+    "questions": """Q: When was Ada Marsh born?\nA: On May 3rd, 1897, in Lisbon. Her father Tomas Marsh
+        repaired clocks of the church.\nQ: Did she attend a university?\nA: No. She learned the trade from
+        her father and did not attend any.\nQ: What was ordered?\nA: In 1921 the harbour office ordered
+        1,200 pressure gauges, of which 35% were in use forty years later.\nQ: What about the letters?\nA:
+        The letters to Elena Brandt describe an alloy of copper.\n Q: What happened on November 17,
+        1934?\nA: The workshop burned down and nobody rebuilt it.""",
+    "steps": """## The life of Ada Marsh\n\n1. Ada Marsh is born on 3 May 1897 in Lisbon; her father,
+        Tomas Marsh, repairs church clocks.\n2. She learns the trade and does not attend any
+        university.\n3) The harbour office orders 1,200 pressure gauges in 1921; 35% of them are in use
+        forty years later.\n- **Step 4:** Letters to Elena Brandt describe a new alloy of copper.\n- Step
+        5. The workshop burns on 17 November 1934. Nobody rebuilt it.""",
+    "table": """| what | which |\n|---|---|\n| born | 3 May 1897, Lisbon |\n| father | Tomas Marsh, who
+        repaired church clocks | | learned | the trade, from him; she did not attend any university |\n|
+        ordered by the harbour office | 1,200 pressure gauges in 1921, 35% in use forty years later |\n|
+        letters to Elena Brandt | a new alloy of copper | | workshop | burned down on 17 November 1934,
+        nobody rebuilt it: Ada Marsh |"""}
+
+DAMAGE = (("1200", "1500", "a number is lost"), ("35 percent", "35", "a number is lost"),
+          ("in 1921", "then", "a number is lost"),
+          ("forty years later", "after 40 years, in 1961,", "a number is new"),
+          ("May 3, 1897", "May 8, 1897", "a date is lost"), ("1934-11-17", "1934", "a date is lost"),
+          ("Nobody rebuilt", "By 2 June 1936 nobody rebuilt", "a date is new"),
+          ("Tomas", "her", "a name is lost"), ("church clocks", "Swiss clocks", "a name is new"),
+          ("never attended", "attended", "a negation has changed"),
+          ("office ordered", "office never ordered", "a negation has changed"),
+          ("From him she learned the trade, and she never attended a university.", "", "a sentence is lost"),
+          ("Nobody rebuilt it.", "Nobody rebuilt it. Several museums exhibit similar instruments today.",
+           "a sentence is new"))
+
+
+def test_an_honest_rewrite_is_taken_in_any_form():
+    for form, text in HONEST.items():
+        measured = measures.fidelity(LIFE, text)
+        assert measures.unfaithful(measured) == "", (form, measured)
+        assert measured.numbers == measured.dates == measured.names == 1, (form, measured)
+
+
+@pytest.mark.parametrize("old, new, reason", DAMAGE, ids=[row[2] + ": " + row[1][:16] for row in DAMAGE])
+def test_a_damaged_rewrite_is_refused_for_its_damage(old, new, reason):
+    text = " ".join(HONEST["prose"].split())
+    assert text.count(old) == 1
+    assert measures.unfaithful(measures.fidelity(LIFE, text.replace(old, new))) == reason
+
+
+def test_a_copy_a_scrap_and_a_flood_are_no_rewrites():
+    text = HONEST["prose"]
+    assert measures.unfaithful(measures.fidelity(LIFE, LIFE)) == "copied"
+    loud = LIFE.upper().replace(",", " -")
+    assert measures.fidelity(LIFE, loud).copied == 1, "case and commas hide no copy"
+    assert measures.unfaithful(measures.fidelity(LIFE, "")) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, text[:99])) == "too short"
+    assert measures.unfaithful(measures.fidelity(LIFE, 4 * text)) == "too long"
+    assert measures.fidelity("", "") and measures.fidelity("", text).numbers == 1
+    words = [f"w{i}" for i in range(40)]
+    for kept in range(8, 40):                              # runs of 8 in the first `kept` words, of 33 in all
+        mixed = words[:kept] + [f"v{i}" for i in range(40 - kept)]
+        assert measures.fidelity(" ".join(words), " ".join(mixed)).copied == pytest.approx((kept - 7) / 33)
+
+
+def test_numbers_are_the_same_in_other_spellings():
+    same = (("1,000", "1000"), ("one thousand", "1000"), ("1 thousand", "1,000.0"), ("5%", "5 percent"),
+            ("5 per cent", "five percent"), ("twelve", "12"), ("2.5 million", "2,500,000"), ("-3", "−3"),
+            ("１２", "12"), (".5", "0.50"), ("3.11.2", "3.11.2"), ("7th", "7"), ("1\u202f000", "1000"))
+    for a, b in same:
+        one, two = (set.union(*measures.numbers_of(f"about {x} of them")) for x in (a, b))
+        assert one == two and len(one) == 1, (a, b, one, two)
+    others = (("5%", "5"), ("1,000", "1,00"), ("-3", "3"), ("3.11.2", "3.11"), ("1000", "1001"),
+              ("5 million", "5"), ("9780131103627", "9780131103629"), ("0.1234567890123", "0.1234567890124"),
+              ("9" * 5000, "9" * 4999 + "8"))
+    for a, b in others:
+        assert measures.numbers_of(f"about {a} of them") != measures.numbers_of(f"about {b} of them"), (a, b)
+    listed = "1. with x2 and utf8\n 2) in v1.2\n- Step 3: from 4-5 to 6\nQ 7: none\n\nIt took 8."
+    numbers, _ = measures.numbers_of(measures.flowing(listed))
+    assert numbers == {"4", "5", "6", "8"}, "no labels, no parts of words"
+
+
+def test_dates_are_the_same_in_other_spellings():
+    for text in ("3 May 1897", "3rd of May, 1897", "May 3, 1897", "May 3rd 1897", "1897-05-03", "1897/05/03",
+                 "1897年5月3日", "1897년 5월 3일"):
+        assert measures.dates_of(f"It was ({text}) then.")[0] == {(1897, 5, 3)}, text
+    dates, _ = measures.dates_of("In Sept. 1901, on 4 July, and 10/11 or 2 men may 3")
+    assert dates == {(1901, 9, 0), (0, 7, 4)}
+    source = "The bridge was opened on 3 May 1897 by the mayor of the town."
+    for text, dates, added, numbers in (("It dates from May 1897.", 0, 0, 0), ("Opened in 1897.", 0, 0, 0),
+                                        ("On 3 May it was opened.", 0, 0, 0), ("On 4 May 1897.", 0, 1, 0),
+                                        ("In 1898.", 0, 0, 1), ("On 1897-05-03.", 1, 0, 0)):
+        m = measures.fidelity(source, text)
+        assert (m.dates, m.dates_added, m.numbers_added) == (dates, added, numbers), text
+    assert measures.fidelity("It was May 1897.", "It was 9 May 1897.").dates == 1
+
+
+def test_names_are_learned_from_the_text():
+    names = lambda text: measures.names_of(text)
+    assert names("The Danube passes Vienna. Later it meets Tisza's water, and (said NASA) more.") == \
+        {"danube", "vienna", "tisza"} | {"nasa"}
+    assert names("Rivers meet. Bridges stand.\nTHE STORY OF RIVER TOWNS\nA History of River Towns\n") == set()
+    assert names("the Value is there: return the value, or a value") == set(), "more often small"
+    assert names("Der Fluss und die Stadt, das Haus und der Berg, ein Wort: das ist die Regel.") == set()
+    assert names("다뉴브 강은 빈을 지난다. 多瑙河流经维也纳。") == set()
+    m = measures.fidelity("In spring the river Danube passes Vienna.",
+                      "Vienna: the DANUBE is there, and later on the danube's water comes to Linz.")
+    assert m.names == 1 and m.names_added == 1
+
+
+def test_negations_are_compared_between_sentences_that_answer_to_each_other():
+    def turned(source, text):
+        return measures.fidelity(source, text).negations
+    valve = "The valve is not opened before the pressure falls."
+    assert turned(valve, "Before the pressure falls, nobody opens the valve.") == 0
+    assert turned(valve, "The valve is opened before the pressure falls.") == 1
+    assert turned("The valve is opened before the pressure falls.", valve) == 1
+    assert turned(valve, "Is the valve opened before the pressure falls?") == 0, "a question states nothing"
+    assert turned(valve, "The valve is unable to open before the pressure falls.") == 0
+    assert turned(valve, "The tower has no windows facing the northern street.") == 0, "another matter"
+    assert turned(valve, "The pressure on the tower bends its northern windows.") == 0, "one word of it"
+    tank = "The tank holds river water"
+    both = valve + " The tank is full of water from the river."
+    assert turned(both, "The tank is full of water from the river and the valve is not opened before the "
+                        "pressure falls.") == 0, "joined"
+    assert turned(f"{tank}, and the valve is not opened before the pressure falls.", f"{tank}. {valve}") == 0
+    assert turned(both, "The tank is not full of water from the river.") == 1
+
+
+def test_long_texts_are_measured_in_a_time_that_grows_with_them():
+    """A second each, though some took minutes: numbers without a statement, what is said over and over, many
+    sentences that are negated, a flood."""
+    rng = random.Random(0)
+    words = [f"{a}{b}{c}word" for a in "bcdfg" for b in "aeiou" for c in "klmnprst"]
+    said = "".join(f"The {' '.join(rng.choices(words, k=8))} is not there. " for _ in range(600))
+    again = "Not all of the words here are new, and some never come back. " * 1500
+    begun = time.process_time()
+    for line in ("1 " * 10_000, "1 1 = " * 4000, "= 1 1" * 4000, "3 + 4 = 7 " * 2000,
+                 "1 = 1, " * 2000 + "1 = 2"):
+        assert bool(data.false_arithmetic(line)) == line.endswith("2")
+    for source, text in ((said, said), (again, again), ("A few words of text.", 99 * again)):
+        assert measures.fidelity(source, text).negations == 0
+    assert time.process_time() - begun < 4
+    assert measures.unfaithful(measures.fidelity("A few words of text.", 9 * again)) == "too long"
+
+
+def test_measures_do_not_depend_on_the_order_of_words_in_sets():
+    """Which differs between processes: the sums have to be exact, or an answer is taken in one run only."""
+    weight = {f"s{i}": 1 / (i % 9 + 1) for i in range(60)}
+    sentences = [frozenset(list(weight)[:k]) for k in range(3, 60)]
+    order = lambda some, seed: dict.fromkeys(random.Random(seed).sample(sorted(some), len(some))).keys()
+    orders = [[order(some, seed) for some in sentences] for seed in range(8)]
+    with mock.patch.object(measures, "weights", lambda _: weight):
+        there = set(list(weight)[::3])
+        assert len({tuple(measures.least([some], there) for some in found) for found in orders}) == 1
+
+
+def test_the_worst_sentence_counts_and_of_many_a_twentieth_may_be_worse():
+    lines = [" ".join(f"{a}{i}word{chr(97 + i)}" for a in "pqrs") + "." for i in range(26)]
+    whole = " ".join(f"X{line}" for line in lines[:19])
+    assert measures.fidelity(whole, whole).covered == 1
+    assert measures.fidelity(whole, whole.replace(f"X{lines[7]}", "")).covered == 0
+    longer = " ".join(f"X{line}" for line in lines[:20])
+    assert measures.fidelity(longer, longer.replace(f"X{lines[7]}", "")).covered == 1
+    shorter = longer.replace(f"X{lines[7]}", "").replace(f"X{lines[8]}", "")
+    assert measures.fidelity(longer, shorter).covered == 0
+    other = whole.replace(lines[7], "other sentence entirely different.")
+    assert measures.fidelity(whole, other).supported == 0
+    part = measures.fidelity("Common rare1 rare2 rare3. Common other1 other2.",
+                         "common rare1 rare2 other1 other2")
+    assert part.covered == pytest.approx(2.5 / 3.5), "a word that two sentences have weighs half"
+
+
+def test_best_cuts_equals_brute_force():
+    rng = np.random.default_rng(0)
+    for k, n in ((2, 0), (2, 1), (2, 9), (3, 8), (4, 7)):
+        labels = rng.integers(0, k, (3, n))
+        for row, found in zip(labels, measures.best_cuts(labels, k)):
+            best = 0
+            for cuts in itertools.combinations_with_replacement(range(n + 1), k - 1):
+                for order in itertools.permutations(range(k)):
+                    parts = zip((0, *cuts), (*cuts, n), order)
+                    best = max(best, sum((row[a:b] == label).sum() for a, b, label in parts))
+            assert found == best
+
+
+def test_fusion_is_told_from_concatenation():
+    bees = ["Bees store honey in wax cells.", "A queen lays thousands of eggs.",
+            "Workers dance to point at flowers.", "Drones leave the hive.", "Smoke calms a swarm quickly."]
+    ships = ["Ships carry grain across oceans.", "A captain signs every manifest.",
+             "Sailors coil ropes on deck.", "Cranes lift containers.", "Radar warns about icebergs."]
+    joined = " ".join(f"{a[:-1]}, while {b[0].lower()}{b[1:]}" for a, b in zip(bees, ships))
+    texts = {"": joined, "one source after the other": " ".join(bees + ships),
+             "sources in turn": " ".join(x for pair in zip(bees, ships) for x in pair),
+             "a source is missing": " ".join(bees) + " Ships also wait."}
+    sources = [" ".join(bees), " ".join(ships)]
+    for reason, text in texts.items():
+        measured = measures.integration(sources, text)
+        assert measures.concatenated(measured) == reason, measured
+        swapped = measures.integration(sources[::-1], text)
+        assert swapped.coverage == measured.coverage[::-1] and swapped.mixed == measured.mixed
+        assert swapped.purity == pytest.approx(measured.purity, abs=0.15), "random orders differ"
+    row = measures.integration(sources, texts["one source after the other"])
+    turn = measures.integration(sources, texts["sources in turn"])
+    assert row.purity == 1 and row.switches < 0.4 and row.mixed == 0 and row.coverage == (1, 1)
+    assert turn.switches > 1.5 and turn.purity < 0.5 and measures.integration(sources, joined).mixed == 1
+    assert measures.concatenated(measures.integration(sources, "Nothing of either.")) == "a source is missing"
+    assert measures.integration(sources * 2, joined).purity == 0, "nobody owns a word"
+
+
+def test_a_sentence_ends_where_it_does():
+    text = ("In St. Paul, Dr. J. Marsh said \"Go.\" Then he left… 5 came (i.e. Tom vs. Ann). No. It is "
+            "No. 5. 那是桥。很长。")
+    assert [part.strip() for part in measures.sentences_of(text)] == [
+        "In St. Paul, Dr. J. Marsh said \"Go.\"", "Then he left…", "5 came (i.e. Tom vs. Ann).", "No.",
+        "It is No. 5.", "那是桥。", "很长。"]
+
+
+def test_diversity_equals_its_definitions():
+    texts = ["The cat sat. The cat sat!", "the Cat sat down here now and then slept", "ein Hund",
+             "the cat sat down here now and then slept well"]
+    d = measures.diversity(texts, ["a", "b", "", "b"])
+    split = [["the", "cat", "sat", "the", "cat", "sat"], "the cat sat down here now and then slept".split(),
+             ["ein", "hund"], "the cat sat down here now and then slept well".split()]
+    threes = [[tuple(w[i:i + 3]) for i in range(max(1, len(w) - 2))] for w in split]
+    a, b = set(threes[1]), set(threes[3])
+    assert d.distance == pytest.approx(1 - len(a & b) / len(a | b))
+    assert d.distinct == len({run for some in threes for run in some}) / sum(map(len, threes))
+    assert d.repeated == 4 / 7, "runs of 8: 1, 2, 1 and 3, of which two are in two documents"
+    assert d.openings == 2 / 4 and d.documents == 4
+    raw = "\n".join(texts).encode()
+    assert d.compression == len(raw) / len(data.zlib.compress(raw))
+    assert math.isnan(measures.diversity(texts).distance)
+    assert math.isnan(measures.diversity(texts, ["a", "b", "", "c"]).distance)
+    halves = measures.diversity(["one two", "three four five"])
+    assert halves.distinct == 1, "no run crosses documents"
+
+
+def test_stats_compares_domains_at_equal_bytes(tmp_path, capsys):
+    rng = random.Random(0)
+    words = [f"w{i}x" for i in range(400)]
+    raw = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
+    again = [dict(text=f"{text} {i}", parent=str(j)) for j, text in enumerate(raw[:30]) for i in range(3)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in raw))
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
+    data.main(["stats", "--tokenizer=bytes", "--vocab=261", f"--cache={tmp_path}/cache",
+               f"--files=raw={tmp_path}/raw.jsonl,again={tmp_path}/again.jsonl"])
+    out = capsys.readouterr().out
+    size = sum(map(len, raw))
+    assert f"diversity of the first {size:,} bytes" in out
+    table = {name: line.split() for name in ("raw", "again")
+             for line in out.splitlines() if re.match(rf"{name} .*\d\.\d+ +\S+$", line) and "→" not in line}
+    kept = [row["text"] for row in again[:int(table["again"][1])]]
+    kept[-1] = kept[-1][:size - sum(map(len, kept[:-1]))]
+    expected = measures.diversity(kept, [row["parent"] for row in again])
+    assert table["again"][2:] == [f"{value:.3f}" for value in expected[1:]]
+    assert table["raw"][1] == "40" and table["raw"][-1] == "nan" and float(table["again"][-1]) < 0.1
+    assert float(table["raw"][2]) < float(table["again"][2]), "rewrites that repeat compress better"
+
+
+def test_thresholds_of_the_measures_are_those_that_the_notes_choose():
+    from notes import fidelity, fusion
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fidelity.csv")]
+    ours = dict(kept=measures.LEAST, added=measures.ADDED, found=measures.FOUND)
+    assert fidelity.chosen(rows, fidelity.HALVES[0]) == ours
+    rows = [row | dict(seed=int(row["seed"])) for row in _note.read(HERE / "notes/fusion.csv")]
+    assert dict(apart=measures.APART, mixed=measures.MIXED, missing=measures.MISSING) in fusion.best(rows)
+
+
+def test_the_doubt_of_a_note_is_that_of_data():
+    from notes import fidelity, fusion
+    rng = random.Random(0)
+    for _ in range(300):
+        pick = lambda *some: rng.choice(some)
+        m = measures.Fidelity(1, 0, pick(.85, .9, 1), 1, 1, pick(0, 1), 0, 0, pick(0, 0, 1),
+                              pick(.19, .2, .9), 1)
+        row = dict(kept=min(m[2:5]), added=sum(m[5:8]), negations=m.negations, found=min(m[9:]))
+        assert (fidelity.doubt(row) > 1 + 1e-9) == bool(measures.unfaithful(m)), m
+        m = measures.Integration(pick(.1, .7, .71, 1), 1, pick(0, .19, .2, 1), (pick(0., .19, .21, 1), 1))
+        row = dict(purity=m.purity, mixed=m.mixed, least=min(m.coverage))
+        assert (fusion.doubt(row) > 1 + 1e-9) == bool(measures.concatenated(m)), m
+
+
+# ---- data.py: conversations and recipes --------------------------------------------------------------------
+
+USER, ANSWER = dict(role="user", content="Why?"), dict(role="assistant", content="So.")
+SYSTEM, OTHER = dict(role="system", content="Be brief."), dict(role="assistant", content="Thus.")
+CHATS = [                        # a record, its convention, its messages
+    (dict(messages=[SYSTEM, USER, ANSWER]), "messages", [SYSTEM, USER, ANSWER]),
+    (dict(conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]),
+     "conversations", [USER, ANSWER]),
+    (dict(conversations=[dict(role="USER", content="Why?"), dict(role="model", content="So.")],
+          system="Be brief."), "conversations", [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", completion="So."), "prompt/completion", [USER, ANSWER]),
+    (dict(prompt=[SYSTEM, USER], completion=[ANSWER]), "prompt/completion", [SYSTEM, USER, ANSWER]),
+    (dict(instruction="Why?", input="", output="So."), "instruction/output", [USER, ANSWER]),
+    (dict(instruction="Say it.", input="Now.", output="So.", system="Be brief.", history=[["Why?", "Thus."]]),
+     "instruction/output",
+     [SYSTEM, USER, OTHER, dict(role="user", content="Say it.\n\nNow."), ANSWER]),
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), "prompt/chosen/rejected", [USER, ANSWER])]
+PAIRS = [                        # a record, its prompt, its chosen, its rejected messages
+    (dict(prompt="Why?", chosen="So.", rejected="Thus."), [USER], [ANSWER], [OTHER]),
+    (dict(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # As in Tulu and Magpie: both repeat the conversation, and the prompt its first message.
+    (dict(prompt="Why?", chosen=[USER, ANSWER], rejected=[USER, OTHER]), [USER], [ANSWER], [OTHER]),
+    (dict(instruction="Why?", chosen=[USER, ANSWER, USER, ANSWER], rejected=[USER, ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER]),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]), [SYSTEM, USER], [ANSWER], [OTHER]),
+    # They go on from the prompt and share an answer.
+    (dict(prompt="Why?", chosen=[ANSWER, USER, ANSWER], rejected=[ANSWER, USER, OTHER]),
+     [USER, ANSWER, USER], [ANSWER], [OTHER])]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
+    for record, convention, messages in CHATS:
+        assert data.messages_of(record) == (convention, messages), record
+    for record, *expected in PAIRS:
+        assert list(data.pair_of(record)) == expected, record
+        assert data.messages_of(record) == ("prompt/chosen/rejected", expected[0] + expected[1])
+
+    # From files, with their row, and a line that says what they are.
+    write_jsonl(tmp_path / "a.jsonl", [record for record, *_ in CHATS])
+    (tmp_path / "b.json").write_text(json.dumps([record for record, *_ in PAIRS]))
+    found = list(data.conversations("chat", str(tmp_path), data.DataConfig()))
+    assert [talk.messages for talk in found[:8]] == [messages for *_, messages in CHATS]
+    assert [(Path(talk.file).name, talk.number) for talk in found[7:9]] == [("a.jsonl", 8), ("b.json", 1)]
+    assert ("1 conversation as messages, 2 conversations as conversations, 2 conversations as "
+            "prompt/completion, 2 conversations as instruction/output, 7 conversations as "
+            "prompt/chosen/rejected") in capsys.readouterr().out
+    some = data.DataConfig(budget="3documents", where="system=Be brief.")
+    few = list(data.conversations("chat", str(tmp_path / "a.jsonl"), some))
+    assert [talk.number for talk in few] == [3, 7]
+
+
+@pytest.mark.parametrize("record, says", [
+    (dict(messages=[dict(role="alien", content="x")]), "message 1 has the unknown role 'alien'; known: user"),
+    (dict(messages=[USER, dict(role="assistant", content=" ")]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, dict(role="assistant", content=None)]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[USER, "So."]), "message 2 is no object"),
+    (dict(messages=[]), "no list of messages"),
+    (dict(messages=[ANSWER]), "no message is a user's"),
+    (dict(text="Why?", title="x"), "no conversation: it has text, title; known are prompt/chosen"),
+    (dict(instruction=3, input="x", output="y"), "a field of the wrong type"),
+    (dict(messages=[dict(role="user", content="\ud800")]), "or no UTF-8"),
+    (dict(prompt="Why?", chosen="So.", rejected="So."), "are equal"),
+    (dict(prompt="Why?", chosen=[ANSWER], rejected=[ANSWER, USER, OTHER]), "is the beginning of the other"),
+    (dict(chosen=[ANSWER], rejected=[OTHER]), "there is no prompt"),
+    (dict(chosen=[USER, ANSWER], rejected=[dict(USER, content="How?"), OTHER]), "there is no|differ before"),
+    (dict(chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, ANSWER]), "differ before an answer"),
+    ("{half", "no conversation")])
+def test_a_conversation_that_is_none_is_named_and_can_be_left_out(record, says, tmp_path, capsys):
+    bad = record if isinstance(record, str) else json.dumps(record)
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(CHATS[0][0])}\n{bad}\n")
+    read = lambda **how: list(data.conversations("c", str(tmp_path / "a.jsonl"), data.DataConfig(**how)))
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 2: .*({says})"):
+        read()
+    assert len(read(skip_bad=True)) == 1 and "left out: 1 row bad" in capsys.readouterr().out
+
+
+def test_conversations_of_a_parquet_file(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = importlib.import_module("pyarrow").Table.from_pylist([record for record, *_ in CHATS[:1]] * 250)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    found = list(data.conversations("c", str(tmp_path / "a.parquet"), data.DataConfig()))
+    assert [talk.number for talk in found] == list(range(1, 251))
+    assert all(talk.messages == [SYSTEM, USER, ANSWER] for talk in found)
+
+
+@pytest.mark.parametrize("most", [8, 40, 256])
+def test_parts_are_the_text_and_end_with_sentences(most):
+    """Of about equal size, too: no part is less than half of the longest, if sentences are short."""
+    rng = random.Random(most)
+    sentences = [" ".join(["wörd"] * rng.randint(2, 4)) + rng.choice(". ! ?".split()) for _ in range(300)]
+    text = "".join(sentence + rng.choice([" ", "\n", "\n\n"]) for sentence in sentences)
+    parts = data.cut(text, most)
+    sizes = [len(part.encode()) / 4 for part in parts]
+    assert "".join(parts) == text and max(sizes) <= most and min(sizes) >= max(sizes) / 3
+    assert all(part.rstrip()[-1] in ".!?" for part in parts)
+    assert len(data.cut("A short one. And another.", 256)) == 1
+    assert all(part.strip() for part in data.cut("A short one. " * 40 + "\n" * 200, most))
+
+    # What has no sentences is cut between words, what has no words anywhere.
+    for text in ("word " * 500, "x" * 3000, "字" * 900):
+        parts = data.cut(text, most)
+        assert "".join(parts) == text and max(len(part.encode()) for part in parts) <= max(4 * most, 192)
+
+
+def recipe(name, source, out, *options):
+    """The rows of a recipe's output, made by its command."""
+    assert not data.main([name, str(source), str(out), *options])
+    return read_jsonl(out)
+
+
+BRENNER = ("{0} Brenner was born in Lisbon in 18{1}. She moved to Vienna in 1894 and worked there as a "
+           "chemist. In 1902, she described a method to separate erbium from yttrium. Her brother Otto built "
+           "3 of the furnaces. The family lived near Graz, where {0} wrote {1} letters about crystals.")
+
+
+@pytest.fixture
+def lives(tmp_path):
+    names = "Ada Berta Clara Dora Edith Frieda Greta Hanna".split()
+    return write_jsonl(tmp_path / "lives.jsonl",
+                       [dict(text=BRENNER.format(name, 60 + i)) for i, name in enumerate(names)])
+
+
+def test_rewrites_come_in_order_with_what_they_are_made_of(lives, tmp_path, capsys):
+    """Each form once, then other readers; the same for a document whatever else is there. A second run makes
+    no call and the same bytes. A run reads rewrites as text, on the side of the split of their source."""
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in range(1, 9) for _ in range(7)]
+    assert len({row["id"] for row in rows}) == len(rows) == 56 and len({row["text"] for row in rows}) > 50
+    first = [row["form"] for row in rows[:7]]
+    assert len(set(first[:6])) == 6 and first[6] == first[0] and rows[6]["reader"] != rows[0]["reader"]
+    prompt = (HERE / "notes/prompts/rephrase.txt").read_bytes()
+    for row in rows:
+        assert (row["recipe"], row["prompt_name"], row["model"]) == ("rephrase", "rephrase", "offline")
+        assert row["prompt_sha256"] == hashlib.sha256(prompt).hexdigest() and type(row["seed"]) is int
+    alone = write_jsonl(tmp_path / "alone.jsonl", read_jsonl(lives)[3:4])
+    kind = lambda row: (row["form"], row["reader"])
+    two = recipe("rephrase", alone, tmp_path / "b.jsonl")
+    assert [kind(row) for row in two] == [kind(row) for row in rows[21:23]]
+    only = recipe("rephrase", alone, tmp_path / "c.jsonl", "--n=1", "--forms=table", "--seed=5")
+    assert kind(only[0])[0] == "table" and only[0]["seed"] != rows[21]["seed"]
+
+    before = (tmp_path / "out.jsonl").read_bytes()
+    capsys.readouterr()
+    with mock.patch.object(data, "offline_answer", side_effect=AssertionError):
+        recipe("rephrase", lives, tmp_path / "out.jsonl", "--n=7")
+    assert (tmp_path / "out.jsonl").read_bytes() == before and "\n0 calls now" in capsys.readouterr().out
+    for row, text in zip(data.rows("x", str(tmp_path / "out.jsonl"), data.DataConfig()),
+                         [record["text"] for record in read_jsonl(lives) for _ in range(7)]):
+        assert row.split_with == data.sha256(text)[:16], "the raw text's own hash, for the same side"
+    (tmp_path / "alone.jsonl").rename(tmp_path / "alone.txt")
+    (tmp_path / "lives.jsonl").rename(tmp_path / "lives.txt")
+    folder = list(data.rows("x", str(tmp_path), data.DataConfig()))
+    assert len(folder) == 61 and "left out: 3 answers of a recipe (b.jsonl.calls.jsonl" in (
+        capsys.readouterr().out)
+
+
+def test_parts_are_rewritten_with_what_was_written_before_and_stitched(lives, tmp_path, monkeypatch):
+    """In order, each with the end of the rewrite so far. A part that is refused takes the rewrite along."""
+    seen = []
+
+    def echo(name, row, seed):
+        seen.append((row["id"], row["text"], row["context"]))
+        return "\n".join(f"It is so: {s}" for s in re.split(r"(?<=\.) ", row["text"]))
+
+    monkeypatch.setattr(data, "offline_answer", echo)
+    bad = lambda row: "Dora" in row["text"] or "Clara" in row["text"] and row["context"]
+    monkeypatch.setattr(data, "why_not_faithful", lambda row, result: "bad" if bad(row) else "")
+    options = "--n=1", "--chunk=28", "--context=20", "--threads=1"
+    rows = recipe("rephrase", lives, tmp_path / "out.jsonl", *options)
+    assert [row["parent"] for row in rows] == [f"lives.jsonl#{i}" for i in (1, 2, 5, 6, 7, 8)]
+    parts = data.cut(BRENNER.format("Ada", 60), 28)
+    assert len(parts) > 2
+    written = [echo("", dict(id="", text=part.strip(), context=""), 0) for part in parts]
+    assert rows[0]["text"] == "\n\n".join(written)
+    mine = sorted(item for item in seen if item[0].startswith("lives.jsonl#1/"))
+    assert [context for *_, context in mine] == [
+        data.last_tokens("\n\n".join(written[:k]), 20) for k in range(len(parts))]
+    assert mine[0][2] == "" and written[0].endswith(mine[1][2]) and 60 < len(mine[1][2]) <= 80
+    assert {name[-1] for name, *_ in seen if name.startswith("lives.jsonl#4/")} == {"0"}
+
+
+def test_what_the_context_says_may_be_said_again():
+    row = dict(text="She wrote 4 letters to the academy about the crystals.", context="")
+    again = dict(text="In Vienna she authored 4 letters about the crystals, which went to the academy.")
+    assert data.why_not_faithful(row, again) == "a name is new"
+    known = dict(row, context="Ada came to Vienna, and the letters were read.")
+    assert data.why_not_faithful(known, again) == ""
+    assert data.why_not_faithful(dict(row, context="Ada came to Graz."), again) == "a name is new"
+
+
+def test_offline_rewrites_keep_numbers_and_names():
+    """In every form, of the documentation of some modules. Nine of ten pass as rewrites; see Fidelity."""
+    texts = [inspect.getdoc(module)[:900] for module in (json, random, re, csv, gzip, os)]
+    passed = []
+    for i, text in enumerate([*texts, BRENNER.format("Ada", 60)]):
+        for form in ("faq", "table", "tutorial", "dialogue", "article", "outline"):
+            row = dict(text=text, form=form, context="")
+            out = data.offline_answer("rephrase", row, i)
+            assert out == data.offline_answer("rephrase", row, i)
+            assert not Counter(re.findall(r"\d+", text)) - Counter(re.findall(r"\d+", out)), (form, text)
+            passed.append(data.why_not_faithful(row, dict(text=out)) == "")
+    print(sum(passed), len(passed))
+    assert sum(passed) > 0.75 * len(passed)
+
+
+def test_statements_of_arithmetic_are_judged_where_they_are_whole():
+    """All of the default corpus is true. What is part of something longer is not judged."""
+    problems = data.documents("math")[:1500]
+    assert not any(data.false_arithmetic(problem) for problem in problems)
+    for text in ("So 3 * 4 = 13.", "We get 7 + 8 = 15, then 15 - 9 = 7.", "(2 + 3) * 4 = 21",
+                 "1/2 + 1/3 = 4/6"):
+        assert data.false_arithmetic(text) == "false arithmetic", text
+    for text in ("x + 3 = 4", "10 / 4 = 2.5", "3.5 + 2 = 5.5", "2x - 6 = 0", "20 / 3 = 6 remainder 2",
+                 "5 = 5", "50 * 2 = 1e2", "30 + 20 = 50%", "from 1939 - 1945", "y^2 = 9", "7 = (",
+                 "1 / 0 = 3"):
+        assert data.false_arithmetic(text) == "", text
+
+
+def test_learning_notes_lose_the_page_and_gain_steps(tmp_path):
+    text = "Home | Log in\nShop sums explained.\nA box holds 12 * 34 = 408 eggs.\n1,204 views, 3 comments\n"
+    source = write_jsonl(tmp_path / "in.jsonl", [dict(text=text)])
+    row, = recipe("learning-notes", source, tmp_path / "out.jsonl")
+    assert "12 * 30 = 360" in row["text"] and "48 + 360 = 408" in row["text"] and "views" not in row["text"]
+    asked = dict(text=text)
+    for notes, says in ((row["text"].replace("= 360", "= 350"), "false arithmetic"),
+                        ("Eggs are counted, and that is all.", "numbers are lost"), (text, "copied"),
+                        (row["text"] + "\nSo says Euler.", "a name is new")):
+        assert data.why_not_instructive(asked, dict(text=notes)) == says
+
+
+QUESTION = """Question: Where did Ada Brenner work as a chemist?
+Correct: in Vienna
+Wrong: in Graz
+Wrong: in Lisbon
+Wrong: in Rome
+Reasoning: She moved in 1894, and it was in Vienna that she worked. Nobody names the others."""
+
+
+def test_exam_questions_are_read_strictly():
+    row = dict(text=BRENNER.format("Ada", 60))
+    found = data.exam_question(row, QUESTION)
+    assert found["correct"] == "in Vienna" and found["wrong"] == ["in Graz", "in Lisbon", "in Rome"]
+    assert data.why_not_worthy(row, found) == ""
+    for old, new, says in (("Wrong: in Rome\n", "", "not in the form"), ("in Rome", "In  Graz.", "alike"),
+                           ("Correct", "Answer", "not in the form"),
+                           ("Question:", "Well. Question:", "not in the form")):
+        with pytest.raises(data.Refused, match=says):
+            data.exam_question(row, QUESTION.replace(old, new))
+    for old, new, says in (("Where did", "In the passage, where did", "it needs the text at hand"),
+                           ("in Vienna\n", "abroad, far away\n", "the text does not have the answer"),
+                           ("in Vienna that", "there that", "the reasoning does not reach the answer"),
+                           ("She moved", "As 1 + 1 = 3, she moved", "false arithmetic")):
+        assert data.why_not_worthy(row, data.exam_question(row, QUESTION.replace(old, new))) == says
+
+
+def test_the_right_options_of_exams_are_balanced(lives, tmp_path):
+    """Each place is right equally often, the letter in the answer is that of the option, and no question
+    comes twice for a document."""
+    rows = recipe("exam", lives, tmp_path / "out.jsonl", "--n=4")
+    letters = [row["answer"] for row in rows]
+    asked = {(row["parent"], row["messages"][0]["content"].split("\n")[0]) for row in rows}
+    assert len(asked) == len(rows) > 20
+    for i in range(0, len(rows) - 3, 4):
+        assert sorted(letters[i:i + 4]) == list("ABCD")
+    assert len({"".join(letters[i:i + 4]) for i in range(0, len(rows) - 3, 4)}) > 1
+    calls = {call["id"]: call["answer"] for call in read_jsonl(tmp_path / "out.jsonl.calls.jsonl")}
+    for row in rows:
+        question, answer = row["messages"]
+        option = re.search(rf"^{row['answer']}\. (.*)$", question["content"], re.M)[1]
+        assert f"\nCorrect: {option}\n" in calls[row["id"]]
+        assert answer["content"].endswith(f"is {row['answer']}.")
+        assert row["text"] == f"{question['content']}\n\n{answer['content']}\n"
+
+
+def test_requests_that_gained_nothing_or_whose_answers_fail_are_eliminated():
+    old = dict(instruction="How do bees find their hive?")
+    for text, says in (("How do the bees find their hive?", "no gain"), ("...", "it says nothing"),
+                       ("The rewritten prompt: how do bees navigate below clouds?", "it repeats the prompt"),
+                       ("How do bees find their hive below thick clouds?", "")):
+        assert data.why_not_gained(old, dict(text=text)) == says, text
+    for text, says in (("Could you please clarify which bees?", "it asks back"), ("...!", "it says nothing"),
+                       ("Understood, shall I begin?", "it only agrees"), ("42", ""),
+                       ("I am sorry, that is beyond me.", "it refuses"),
+                       ("They are sorry. " + "Bees fly. " * 90, ""),
+                       ("By the sun and by landmarks.", "")):
+        assert data.why_not_answered(old, dict(text=text)) == says, text
+
+
+@pytest.fixture
+def chats(tmp_path):
+    said = {"How do bees find their hive?": "Bees remember the sun. They compare landmarks near the hive.",
+            "Why does bread rise in ovens?": "Yeast turns sugar into gas. The gas stretches the gluten.",
+            "How do wasps find their nest?": "Wasps remember the sun. They learn landmarks near the nest.",
+            "Why does dough rise in bowls?": "Yeast turns sugar into bubbles. Bubbles stretch the gluten."}
+    return write_jsonl(tmp_path / "chats.jsonl", [dict(prompt=p, completion=c) for p, c in said.items()])
+
+
+def test_evolution_takes_the_prompt_that_fails_less_and_drops_what_does_not_gain(chats, tmp_path, monkeypatch,
+                                                                                 capsys):
+    """A request that never gains is not written. The new version of a prompt is taken if more gain by it."""
+    new = "Be bolder.\n\n{instruction}"
+
+    def answer(name, row, seed):
+        if name == "evolve-improve":
+            assert "- no gain: Why does bread rise in ovens?" in row["failures"].split("\n")
+            return new if "harder" in row["method"] else "No place for it."
+        if name == "answer":
+            return "By landmarks."
+        gains = (seen[-1] == new) == bold and "bread" not in row["instruction"]
+        return row["instruction"] + " extra words here" * gains
+
+    seen, fill = [], data.fill
+    monkeypatch.setattr(data, "fill", lambda prompt, row: seen.append(prompt.text) or fill(prompt, row))
+    monkeypatch.setattr(data, "offline_answer", answer)
+    bold = True
+    options = "--threads=1", "--breadth=0", "--rounds=2", "--attempts=1"
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", *options)
+    assert "evolve-depth: 4 of 4 failed, of a new version 1" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
+    assert rows[0]["messages"] == [dict(role="user", content="How do bees find their hive? extra words here"),
+                                   dict(role="assistant", content="By landmarks.")]
+    assert rows[0]["evolved_from"] == "How do bees find their hive?"
+    bold = False
+    rows = recipe("evolve", chats, tmp_path / "no.jsonl", *options)
+    assert "evolve-depth: 1 of 4 failed, of a new version 4" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in (1, 3, 4)]
+
+
+def test_offline_evolution_makes_requests_longer(chats, tmp_path):
+    rows = recipe("evolve", chats, tmp_path / "out.jsonl", "--breadth=0")
+    for row in rows:
+        assert row["messages"][0]["content"].startswith(row["evolved_from"]) and len(row["messages"]) == 2
+        assert len(row["messages"][0]["content"].split()) > len(row["evolved_from"].split()) + 8
+    broad = recipe("evolve", chats, tmp_path / "broad.jsonl", "--breadth=100", "--rounds=1")
+    assert len(rows) == len(broad) == 4
+    assert not any(row["messages"][0]["content"].startswith(row["evolved_from"]) for row in broad)
+
+
+def test_fusion_brings_together_what_is_asked_for(chats, tmp_path):
+    texts = [data.as_text(talk.messages) for talk in data.conversations("c", chats, data.DataConfig())]
+    sets = lambda select, k=2, seed=1: sorted(map(sorted, data.selected(texts, k, select, seed)))
+    assert sets("similar") == [[0, 2], [1, 3]]
+    assert all({i % 2 for i in chosen} == {0, 1} for chosen in sets("unlike"))
+    assert len({str(sets("random", seed=seed)) for seed in range(9)}) == 3
+    assert len(sets("random", 3)) == 1, "what is left over is not used"
+
+    rows = recipe("fuse", chats, tmp_path / "out.jsonl", "--select=unlike")
+    assert len(rows) == 2 and {len(row["parent"].split(" + ")) for row in rows} == {2}
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(word in row["text"].lower() for word in ("yeast", "landmarks"))
+    for answer in ("User: a\nAssistant: b\nUser: c", "Assistant: b", "Well.\nUser: a\nAssistant: b",
+                   "User:\nAssistant: b"):
+        with pytest.raises(data.Refused):
+            data.conversation_in({}, answer)
+    four = data.conversation_in({}, "User: a\nmore\n\nAssistant: b\nUser: c\nAssistant: d")["messages"]
+    assert [message["content"] for message in four] == ["a\nmore", "b", "c", "d"]
+
+    # A model that only concatenates is found out.
+    joined = "\n".join(texts[i].replace("\n\n", "\n") for i in (0, 1)).strip()
+    result = data.conversation_in({}, joined.replace("\n\n", "\n"))
+    assert data.why_not_integrated(dict(sources=[texts[0], texts[1]]), result) != ""
+
+
+def test_of_several_answers_the_best_is_kept(tmp_path, monkeypatch):
+    """By the verifier, and by a scoring endpoint; above a threshold; as pairs where one is below it."""
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [
+        dict(instruction=f"What is {a} * 17?", output=f"{a} * 17 = {17 * a}") for a in range(21, 41)])
+    rows = recipe("reject", tasks, tmp_path / "out.jsonl")
+    assert len(rows) >= 18 and {row["answers"] for row in rows} == {4}
+    for row in rows:
+        a = int(re.search(r"\d+", row["messages"][0]["content"])[0])
+        assert row["messages"][1]["content"].endswith(f"is {17 * a}.") and row["score"] == 1
+    pairs = recipe("reject", tasks, tmp_path / "pairs.jsonl", "--pairs")
+    assert 10 <= len(pairs) <= len(rows)
+    for row in pairs:
+        prompt, chosen, rejected = data.pair_of(row)
+        right = data.verified(chosen[0]["content"], str(17 * int(re.search(r"\d+", prompt[0]["content"])[0])))
+        assert right and not data.verified(rejected[0]["content"], chosen[0]["content"])
+    assert data.verified("2 + 2 = 5, so it is 7.", "7") == data.verified("no number", "none") == 0
+
+    # A model that likes long answers scores; what it says without a number is not a score.
+    endpoints, generate = [], data.generate
+
+    def watched(rows, prompt, parse, accept, endpoint, *more):
+        endpoints.append((prompt.name, endpoint.endpoint, endpoint.model))
+        return generate(rows, prompt, parse, accept, replace(endpoint, endpoint="offline"), *more)
+
+    monkeypatch.setattr(data, "generate", watched)
+    answers = dict(a="x" * 4, b="x" * 9, c="x" * 6)
+    monkeypatch.setattr(data, "offline_answer", lambda name, row, seed: (
+        answers["abc"[int(row["id"][-1]) % 3]] + " words" if name == "answer" else
+        "many" if row["id"].startswith("tasks.jsonl#1/") else str(len(row["answer"]) - 6)))
+    options = "--n=3", "--score_endpoint=http://judge/v1", "--score_model=j", "--threshold=0.9"
+    rows = recipe("reject", tasks, tmp_path / "scored.jsonl", *options)
+    assert [row["score"] for row in rows] == [0.9] * 19 and rows[0]["parent"] == "tasks.jsonl#2"
+    assert {row["messages"][1]["content"] for row in rows} == {"x" * 9 + " words"}
+    assert set(endpoints) == {("answer", "offline", ""), ("score", "http://judge/v1", "j")}
+
+
+def test_the_commands_say_what_they_do_and_refuse_what_would_harm(lives, tmp_path, capsys):
+    for name, recipe_ in data.RECIPES.items():
+        data.main([name, "--help"])
+        said = capsys.readouterr().out
+        assert all(f"--{option}=" in said for option in (*recipe_.options, *data.SHARED)), name
+        assert "--threads=8" in said and "does not understand" in said and recipe_.costs in said
+    out = str(tmp_path.parent / f"{tmp_path.name}.x")
+    for words, says in ((["rephrase", lives], "IN OUT"),
+                        (["rephrase", lives, out, "--n=two"], "'two' is no int"),
+                        (["rephrase", lives, out, "--chunk=0"], "--chunk=0: too small"),
+                        (["reject", lives, out, "--pairs=yes"], "'yes' is no bool"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1"], "with a model"),
+                        (["rephrase", lives, out, "--m=2"], "unknown option '--m=2'; known: --endpoint="),
+                        (["rephrase", lives, out, "--forms=ode"], "'ode' is unknown; known: faq"),
+                        (["rephrase", lives, out, "--n=31"], "more than 6 forms"),
+                        (["rephrase", str(tmp_path), str(tmp_path / "x")], "is inside"),
+                        (["rephrase", lives, lives], "is inside"),
+                        (["fuse", lives, out], "row 1: no conversation"),
+                        (["fuse", lives, out, "--select=alike"], "similar, unlike or random"),
+                        (["fuse", lives, out, "--k=9"], "and 2 to 8"),
+                        (["rephrase", lives, f"{tmp_path}.none/out"], "a folder that exists"),
+                        (["reject", lives, out, "--score_endpoint=http://j/v1", "--score_model=j",
+                          "--score_extra={"], "score_extra: extra: '{'"),
+                        (["rephrase", lives + "n", out], "No such file")):
+        with pytest.raises(SystemExit, match=re.escape(says)):
+            data.main(words)
+        opened = Path(f"{out}.calls.jsonl")
+        assert opened.exists() == ("row 1" in says), "options are checked before the journal is opened"
+        opened.unlink(missing_ok=True)
+    assert not Path(out).exists()
+
+    # A dry run writes nothing; a budget that ends too soon is no success, and the rest comes later.
+    out = tmp_path / "out.jsonl"
+    assert not data.main(["rephrase", lives, str(out), "--dry-run"]) and not out.exists()
+    assert "16 calls" in capsys.readouterr().out
+    assert data.main(["rephrase", lives, str(out), "--calls=5"]) == 1 and len(read_jsonl(out)) == 5
+    capsys.readouterr()
+    assert len(recipe("rephrase", lives, out)) == 16 and "11 calls now; 16 and" in capsys.readouterr().out
+
+
+def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
+    rows = recipe("rephrase", chats, tmp_path / "out.jsonl", "--n=1")
+    assert "4 conversations as prompt/completion" in capsys.readouterr().out
+    assert [row["parent"] for row in rows] == [f"chats.jsonl#{i}" for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("record, expected", [
+    # Fields that are null are not there, as a table has them that holds several conventions.
+    (dict(messages=None, conversations=[{"role": None, "content": None, "from": "human", "value": "Why?"},
+                                        {"from": "gpt", "value": "So."}]), [USER, ANSWER]),
+    (dict(prompt=None, instruction="Say it.", input="Now.", chosen="So.", rejected="Thus."),
+     [dict(USER, content="Say it.\n\nNow."), ANSWER]),
+    (dict(messages=[dict(USER, content=[dict(text="Wh"), dict(text="y?")]), ANSWER]), [USER, ANSWER]),
+    (dict(system="Be brief.", messages=[SYSTEM, USER, ANSWER]), [SYSTEM, USER, ANSWER]),
+    (dict(system=" ", messages=[USER, ANSWER]), [USER, ANSWER]),
+    (dict(messages=[USER, USER, ANSWER]), [USER, USER, ANSWER]),
+    (dict(chosen=[USER, ANSWER], rejected=[USER, OTHER], input="of something else"), [USER, ANSWER]),
+    # Both answers repeat the last message of the prompt, or all but its system message.
+    (dict(prompt=[SYSTEM, USER, OTHER, USER], chosen=[USER, ANSWER], rejected=[USER, OTHER]),
+     [SYSTEM, USER, OTHER, USER, ANSWER]),
+    (dict(prompt=[SYSTEM], chosen=[USER, ANSWER], rejected=[USER, OTHER]), [SYSTEM, USER, ANSWER]),
+    (dict(prompt="Why?", chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
+     [SYSTEM, USER, ANSWER])])
+def test_the_dirt_of_chat_sets_is_read(record, expected):
+    assert data.messages_of(record)[1] == expected
+
+
+def test_files_of_any_name_can_be_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/caf\xe9.jsonl")), [dict(text=BRENNER)])
+    rows = recipe("rephrase", tmp_path / "in", tmp_path / "out.jsonl", "--n=1")
+    assert [row["parent"] for row in rows] == ["caf�.jsonl#1"]
+    (tmp_path / "in" / "gone.jsonl.calls.jsonl").write_text('{"key": "0"}\n')
+    assert len(list(data.rows("x", str(tmp_path / "in"), data.DataConfig()))) == 1
+
+
+def test_context_is_kept_where_words_are_not_parted():
+    assert len(data.last_tokens("字" * 900, 30)) == 40
+    assert data.last_tokens("字字字。\n" * 90, 30) == "字字字。\n" * 9
+    assert data.last_tokens("one two three four", 2) == "four" and data.last_tokens("one two", 9) == "one two"
+
+
+def test_an_odd_answer_is_refused_and_does_not_end_the_recipe(tmp_path):
+    """Thousands of brackets or terms are no statement; if a check cannot read an answer, that is refused."""
+    for text in "(" * 5000 + "1 = 2", " + ".join(["1"] * 3000) + " = 3000", "1 + " + "-" * 5000 + "1 = 2":
+        assert data.false_arithmetic(text) in ("", "false arithmetic")
+    deep = lambda n: deep(n + 1)
+
+    def accept(row, result):
+        return {"d0": deep, "d1": lambda _: str(int("9" * 5000)), "d2": lambda _: ""}[row["id"]](0)
+    results, _, said, _ = generated(rows_of("a", "b", "c"), tmp_path / "c", lambda *_: completed("A text."),
+                                    accept=accept, attempts=2)
+    assert results[:2] == [False, False] and results[2]
+    assert "2 it cannot be read: RecursionError, 2 it cannot be read: ValueError" in said
+
+
+def test_what_a_server_refused_is_asked_again_when_it_is_mended(tmp_path):
+    full = dict(error=dict(message="maximum context length is 512"))
+    reply = lambda request, before: (400, {}, full) if request["messages"][0]["content"][-1] in "ab" else (
+        completed("A text.", usage=dict(prompt_tokens=3, completion_tokens=2))
+        if request["messages"][0]["content"][-1] == "c" else completed("A text."))
+    rows = rows_of(*"abcdefa")
+    results, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert [bool(result) for result in results] == [False] * 3 + [True] * 3 + [False] and len(came) == 6
+    assert "rows that the server refused; --ask_again=true asks again: 3 over the context" in said
+    _, _, said, came = generated(rows, tmp_path / "c", reply)
+    assert not came and "--ask_again=true asks again: 3" in said
+    mended = lambda *_: completed("Another text.")
+    results, journal, said, came = generated(rows, tmp_path / "c", mended, ask_again=True)
+    assert all(results) and len(came) == 3 and "asks again" not in said
+    assert [results[i]["text"] for i in (0, 3)] == ["Another text.", "A text."]
+    again, _, _, came = generated(rows, tmp_path / "c", mended)
+    assert again == results and not came, "the new answers are those of the journal"
+    _, _, _, came = generated(rows, tmp_path / "d", lambda *_: (400, {}, full), ask_again=True)
+    assert len(came) == 6, "in one run each is asked for once"
+
+
+def test_a_document_more_or_a_new_name_pays_for_nothing_again(lives, tmp_path, capsys):
+    """In recipes that ask about documents one by one. Equal documents share their calls, but not the several
+    answers to one request."""
+    (tmp_path / "new").mkdir()
+    more = [dict(text=BRENNER.format("Ida", 77)), *read_jsonl(lives), read_jsonl(lives)[0]]
+    renamed = write_jsonl(tmp_path / "new" / "other.jsonl", more)
+    chat = lambda source: write_jsonl(Path(f"{source}.chat.jsonl"), [
+        dict(instruction=f"What is {len(row['text'])} * 3? {row['text']}", output="3") for row in
+        read_jsonl(source)])
+    for name, old, new, calls in (("rephrase", lives, renamed, 2), ("exam", lives, renamed, 1),
+                                  ("reject", chat(lives), chat(renamed), 4)):
+        out = tmp_path / f"{name}.jsonl"
+        assert data.main([name, old, str(out), "--attempts=1"]) is None
+        before = read_jsonl(out)
+        capsys.readouterr()
+        assert data.main([name, new, str(out), "--attempts=1"]) is None
+        assert f"\n{calls} calls now" in capsys.readouterr().out, name
+        known = {row["text"] for row in read_jsonl(out)}
+        assert name == "exam" or {row["text"] for row in before} <= known      # places of options move on
+    assert len({call["answer"] for call in read_jsonl(f"{out}.calls.jsonl")[:4]}) > 1
+
+
+def test_a_dry_run_counts_every_wave(tmp_path, capsys):
+    """Parts of a document and rounds of evolution follow one another even if rules would refuse the answers
+    that stand for those of a model."""
+    text = " ".join(f"In {1900 + i} Otto saw river {i}." for i in range(90))
+    source = write_jsonl(tmp_path / "long.jsonl", [dict(text=text + str(i)) for i in range(3)])
+    parts = len(data.cut(text + "0", 64))
+    with mock.patch.object(data, "why_not_faithful", lambda row, result: "bad"), mock.patch.object(
+            data, "why_not_gained", lambda row, result: "bad"):
+        assert not data.main(["rephrase", source, str(tmp_path / "o"), "--n=2", "--chunk=64", "--dry-run"])
+        assert parts > 9 and f" {6 * parts} calls," in capsys.readouterr().out
+        chat = write_jsonl(tmp_path / "chat.jsonl", [dict(prompt=f"Why {i}?", completion="So.")
+                                                     for i in (1, 2)])
+        assert not data.main(["evolve", chat, str(tmp_path / "o"), "--dev=0", "--dry-run"])
+        assert " 8 calls," in capsys.readouterr().out
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
+    """Whether text is held in memory or streamed, a fused conversation is where all of its parents are."""
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"What of matter{i}?", completion=f"It depends on alpha{i} and on beta{i}.")
+        for i in range(400)])
+    whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
+             for talk in data.conversations("c", source, data.DataConfig())}
+    with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
+        rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
+    held_out = {*data.split_documents([*whole.values()])[1]}
+    together = {row["text"]: row["split_with"] for row in rows}
+    fused_out = {*data.split_documents([*together], together=together)[1]}
+    sides = Counter()
+    for row in rows:
+        texts = [whole[parent] for parent in row["parent"].split(" + ")]
+        assert {text in held_out for text in texts} == {row["text"] in fused_out}
+        streamed = {data.is_validation(hashed) for hashed in (*map(data.sha256, texts), row["split_with"])}
+        assert len(streamed) == 1
+        sides[row["text"] in fused_out] += 1
+    assert min(sides.values()) > 3 and len(sides) == 2
+
+
+def test_evolution_resumed_makes_the_calls_of_one_that_nothing_disturbed(tmp_path, monkeypatch, capsys):
+    """A server is down for one call, in the trial of the prompts, in a round, or for the answer: the run
+    ends without success, and asks no more about that conversation, or nothing at all after the trial. The
+    resume ends as if nothing had been. Rows name the prompt and seed of each round that brought a gain."""
+    monkeypatch.setattr(asking, "FIRST_WAIT", .001)
+    source = write_jsonl(tmp_path / "in.jsonl", [
+        dict(prompt=f"Explain the harvest of variety{i}.", completion="So.") for i in range(8)])
+    down, hit = "", []
+
+    def reply(request, before):
+        text = request["messages"][0]["content"]
+        method, said = text[:30], text.split('"""')[1].strip() if '"""' in text else text
+        if down and down in said and (len(said) > 60) == late and not hit:
+            hit.append(said)
+            return 503, {}, {}
+        if text.startswith("The instructions below"):
+            return completed(f"Bolder, {request['seed']}:\n\n\"\"\"\n{{instruction}}\n\"\"\"")
+        if '"""' not in text:
+            return completed("By hand, and in baskets.")
+        gains = "variety3" not in said and not ("variety6" in said and "variety6. R" not in said
+                                                and "Bolder" not in method)
+        return completed(said + f" Respect frost{len(said)} and soil{len(said)}." * gains)
+
+    def run(out):
+        with serving(reply) as (url, came, answered):
+            failed = data.main(["evolve", source, str(tmp_path / out), f"--endpoint={url}", "--model=m",
+                                "--retries=0", "--threads=1", "--dev=3", "--breadth=0"])
+        return failed, answered
+    failed, smooth = run("smooth")
+    assert not failed and len(smooth) == len({*smooth}) > 30
+    rows = read_jsonl(tmp_path / "smooth")
+    texts = {call.get("sha256"): call["answer"] for call in read_jsonl(tmp_path / "smooth.calls.jsonl")}
+    prompts = {hashlib.sha256((HERE / f"notes/prompts/evolve-{way}.txt").read_bytes()).hexdigest()
+               for way in ("depth", "breadth")}
+    for row in rows:
+        assert 1 <= len(row["evolution"]) <= 3
+        for step in row["evolution"]:
+            assert step["prompt_name"] == "evolve-depth" and step["seed"] != row["seed"]
+            assert step["prompt_sha256"] in prompts or texts[step["prompt_sha256"]].startswith("Bolder")
+    dev = data.in_order_of("1", [f"Explain the harvest of variety{i}." for i in range(8)])[:3]
+    tried = re.search(r"variety\d", dev[0])[0]
+    untried = next(name for name in (f"variety{i}" for i in (0, 1, 2, 4, 5, 7)) if name not in str(dev))
+    for down, late in (tried, False), (untried, False), (untried, True):
+        out = f"{down}{late}"
+        hit.clear()
+        failed, first = run(out)
+        said = capsys.readouterr().out
+        assert failed and ("the trial of its prompts is not complete" in said) == (down == tried)
+        assert len(read_jsonl(tmp_path / out)) == (0 if down == tried else len(rows) - 1)
+        down = ""
+        failed, second = run(out)
+        assert not failed and sorted(first + second) == sorted(smooth)
+        assert (tmp_path / out).read_bytes() == (tmp_path / "smooth").read_bytes()
+
+
+def test_a_scorer_has_its_own_key_and_fields(tmp_path, monkeypatch, capsys):
+    """And what has no number to be judged by is told before a call."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-first-endpoint")
+    monkeypatch.setenv("JUDGE", "sk-second-endpoint")
+    sums = write_jsonl(tmp_path / "sums.jsonl", [
+        dict(instruction=f"What is {i} + 1?", output=f"It is {i + 1}.") for i in range(3)])
+    prose = write_jsonl(tmp_path / "prose.jsonl", [dict(instruction="What is red?", output="A colour.")])
+    with serving(lambda *_: completed("It is 2.")) as (url, came, _), serving(
+            lambda *_: completed("8")) as (judge, scored, _):
+        options = f"--endpoint={url}", "--model=m", "--n=1", '--extra={"top_k": 5}'
+        scorer = f"--score_endpoint={judge}", "--score_model=j"
+        rows = recipe("reject", sums, tmp_path / "a", *options, *scorer)
+        assert {request["auth"] for request in came} == {"Bearer sk-first-endpoint"} and came[0]["top_k"] == 5
+        assert {request["auth"] for request in scored} == {None} and "top_k" not in scored[0]
+        assert [(row["score"], row["score_model"]) for row in rows] == [(.8, "j")] * 3
+        del scored[:], came[:]
+        recipe("reject", sums, tmp_path / "b", *options, *scorer, "--score_key_env=JUDGE",
+               '--score_extra={"a": 1}')
+        assert {request["auth"] for request in scored} == {"Bearer sk-second-endpoint"}
+        assert scored[0]["a"] == 1
+
+        # By arithmetic.
+        capsys.readouterr()
+        with serving(lambda *_: (401, {}, b"")) as (other, *_):
+            assert data.main(["reject", sums, str(tmp_path / "b"), *options, f"--score_endpoint={other}",
+                              "--score_model=other"]) == 1
+        assert "; the model is other;" in capsys.readouterr().out
+        rows = recipe("reject", sums, tmp_path / "c", *options)
+        assert [(row["score"], row["score_model"]) for row in rows] == [(1, "arithmetic")]
+        assert "2 of 3 answers scored below 0.7; 0 conversations left out" in capsys.readouterr().out
+        del came[:]
+        with pytest.raises(SystemExit, match="no answer in IN has a number"):
+            data.main(["reject", prose, str(tmp_path / "d"), *options])
+        assert not came
+
+
 # ---- model.py ----------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -3026,11 +4599,12 @@ def test_ngpt_stays_on_the_sphere_and_learns(text, optimizer, tmp_path):
     mean = train.load_run(tmp_path / "a", 2)[0]
     norms = mean.layers["0"].ffn.up.norm(dim=1)
     assert norms.allclose(torch.ones(()), atol=1e-5), "a mean of checkpoints is on the sphere too"
-    other = replace(config, out=str(tmp_path / "b"))
-    train.train(replace(other, steps=20), quiet=True)
-    train.train(other, resume=True, quiet=True)
-    resumed = weights_of(tmp_path / "b")
-    assert all(torch.equal(t, resumed[name]) for name, t in weights_of(tmp_path / "a").items())
+    if optimizer == "muonclip":
+        other = replace(config, out=str(tmp_path / "b"))
+        train.train(replace(other, steps=20), quiet=True)
+        train.train(other, resume=True, quiet=True)
+        resumed = weights_of(tmp_path / "b")
+        assert all(torch.equal(t, resumed[name]) for name, t in weights_of(tmp_path / "a").items())
 
 
 @pytest.mark.parametrize("config, says", [
@@ -3367,7 +4941,7 @@ def bytes_of(t):
 
 
 def test_any_damage_to_a_tensor_file_gives_tensors_or_a_one_line_error(tmp_path):
-    """3,000 damaged files: an error of one line, or tensors that cover the data and equal those the
+    """1,000 damaged files: an error of one line, or tensors that cover the data and equal those the
     safetensors package reads, if it is installed."""
     tensors = {"a": torch.randn(3, 5), "b.c": torch.arange(7), "half": torch.randn(2, 2).bfloat16(),
                "one": torch.tensor(3), "none": torch.empty(0, 4), "fp8": torch.randn(5).to(torch.float8_e5m2)}
@@ -3376,7 +4950,7 @@ def test_any_damage_to_a_tensor_file_gives_tensors_or_a_one_line_error(tmp_path)
     raw = path.read_bytes()
     with contextlib.suppress(ImportError):
         from safetensors.torch import load
-    for _ in range(3000):
+    for _ in range(1000):
         path.write_bytes(new := damaged_header(raw, 8 + int.from_bytes(raw[:8], "little"), rng))
         try:
             found = net.read_tensors(path)
@@ -3390,7 +4964,7 @@ def test_any_damage_to_a_tensor_file_gives_tensors_or_a_one_line_error(tmp_path)
         for name, t in theirs.items():
             assert t.dtype == found[name].dtype and t.shape == found[name].shape
             assert torch.equal(bytes_of(t), bytes_of(found[name]))
-    assert 30 < read < 1500
+    assert 10 < read < 500
 
 
 def test_we_read_files_of_the_safetensors_package_and_it_reads_ours(tmp_path):
@@ -3994,9 +5568,9 @@ def odd_value(rng, depth=0):
 
 
 def test_any_configuration_gives_a_model_or_a_one_line_error(tmp_path):
-    """2,000 config.json files with misplaced values: a ModelConfig whose model can be built, or one line."""
+    """700 config.json files with misplaced values: a ModelConfig whose model can be built, or one line."""
     rng, read = random.Random(0), 0
-    for _ in range(2000):
+    for _ in range(700):
         about = dict(rng.choice((ABOUT, ABOUT | dict(rope_scaling=YARN), MOTIF_ABOUT)))
         for key in rng.sample(sorted(about), rng.choice((1, 1, 2))):
             about[key] = odd_value(rng)
@@ -4012,7 +5586,7 @@ def test_any_configuration_gives_a_model_or_a_one_line_error(tmp_path):
         with torch.device("meta"):
             net.Transformer(replace(config, n_layer=1, n_dense=0))
         assert net.rope_frequencies(config).isfinite().all()
-    assert 200 < read < 1800
+    assert 70 < read < 630
 
 
 @pytest.mark.parametrize("raw", [
@@ -7383,3 +8957,126 @@ def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
     assert len(_note.grid(path, changed, run)) == 8
     assert calls[5:] == [("b", 0), ("b", 1)], "cells with changed settings run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
+
+
+# The note on rephrasing: its texts, its questions, its mathematics.
+
+def test_a_text_its_rewrites_and_its_questions_share_no_words_but_the_facts():
+    """All six facts are in every text; no three words in a row are common to two of the families."""
+    from notes import rephrasing as note
+    person, = note.people(1, 0)
+    for template in (note.RAW, *note.REWRITES.values()):
+        text = note.fill(template, person)
+        assert all(text.count(getattr(person, fact)) == 1 for fact in note.FACTS), text
+        assert person.last in text
+
+    def in_a_row(templates):
+        words = [re.findall(r"\w+", template.lower()) for template in templates]
+        return {tuple(some[i:i + 3]) for some in words for i in range(len(some) - 2)}
+    asked = [note.in_new_words(fact, person) for fact in note.FACTS]
+    exams = [question for questions in note.EXAM.values() for question in questions]
+    families = [note.RAW], note.REWRITES.values(), note.QUESTIONS.values(), exams
+    families = [in_a_row(family) for family in families]
+    for one, other in itertools.combinations(families, 2):
+        assert not one & other, one & other
+    assert not any(value in question for question in asked for value in person[3:])
+
+
+def test_arms_of_rephrasing_read_equally_many_tokens_of_their_own_texts():
+    from notes import rephrasing as note
+    _, _, setting = note.cells(True)[0]
+    everyone = note.people(12, 0)
+    someone, others = everyone[:6], everyone[6:]
+    assert len({p.last for p in everyone}) == 12
+    styles = note.styles_of(someone, 0)
+    texts = {}
+    distinct = {"raw": 1, "1 rewrite": 1, "10 rewrites": 10, "5 rewordings": 5, "5 other forms": 5}
+    assert list(distinct) == [*note.ARMS, *note.SPLIT]
+    for arm, texts_each in distinct.items():
+        docs = list(itertools.islice(note.reading(arm, styles, random.Random(1)), 6 * 20))
+        for begin in range(0, len(docs), 6):
+            assert all(sum(p.last in doc for doc in docs[begin:begin + 6]) == 1 for p in someone), "an epoch"
+        for p in someone:
+            texts[arm, p] = {doc for doc in docs if p.last in doc}
+            assert len(texts[arm, p]) == texts_each
+        assert not set(docs) & {note.fill(note.RAW, p) for p in others}
+    assert all(texts["1 rewrite", p] < texts["10 rewrites", p] for p in someone)
+    assert all(not texts["raw", p] & texts["10 rewrites", p] for p in someone)
+    assert all(texts["5 rewordings", p] ^ texts["5 other forms", p] == texts["10 rewrites", p]
+               for p in someone)
+
+    # The general text is about the others alone.
+    about = list(itertools.islice(note.general(others, random.Random(1)), 300))
+    assert any("Question: " in doc for doc in about)
+    assert not any(p.last in doc for doc in about for p in someone)
+
+    # A run reads as many tokens of each part in every arm.
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    sizes = set()
+    for arm in distinct:
+        parts = dict(people=(note.reading(arm, styles, random.Random(1)), 0.4),
+                     general=(note.general(others, random.Random(2)), 0.6))
+        corpus = note.corpus_of(tokenizer, parts, setting.config)
+        batches = data.Batches(corpus, replace(setting.config.data, horizon=1), 0, 8, 128)
+        epochs = batches.epochs(setting.config.total_steps)
+        assert all(0.8 < n <= 1 for n in epochs.values()), "a run reads its texts once"
+        sizes.add(tuple(len(domain.train) for domain in corpus.domains.values()))
+    assert len(sizes) == 1
+
+
+def test_the_candidate_with_the_highest_likelihood_is_the_answer(monkeypatch):
+    from notes import rephrasing as note
+    tokenizer = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+    network = net.Transformer(replace(net.PRESETS["shakespeare"], n_layer=1, zero_out=False))
+    pairs = [("Who?", "a"), ("Where does she live?", "Elmford"), ("When?", "3 May 1901"), ("", "x")]
+    found = note.likelihoods(network, tokenizer, pairs, batch=3)
+    for (prompt, answer), value in zip(pairs, found):
+        head = [tokenizer.eot, *prompt.encode()]
+        tail = list((" " + answer).encode())
+        logits = network(torch.tensor([head + tail]))[0].log_softmax(-1)
+        direct = sum(logits[len(head) - 1 + i, token] for i, token in enumerate(tail))
+        assert value.item() == pytest.approx(direct.item(), rel=1e-4)
+
+    # Scores that know one fact and guess the others: all of its questions, a quarter of theirs.
+    someone = note.people(200, 0)
+    truth = {note.in_new_words("job", p): p.job for p in someone}
+
+    def scores(_, __, pairs):
+        guess = random.Random(7)
+        return torch.tensor([9.0 if truth.get(prompt) == answer else guess.random()
+                             for prompt, answer in pairs])
+    monkeypatch.setattr(note, "likelihoods", scores)
+    right = note.answered(None, None, someone, note.in_new_words, 0).mean(0).tolist()
+    for fact, percent in zip(note.FACTS, right):
+        assert percent == 100 if fact == "job" else 10 < percent < 40, "four candidates, one of them true"
+
+
+def test_bare_answers_and_learning_notes_are_of_problems_that_are_not_asked():
+    from notes import rephrasing as note
+    keep_out = set(note.unseen(random.Random(1), 50))
+    assert len(keep_out) == 50
+    for arm in note.NOTES_ARMS:
+        docs = list(itertools.islice(note.problems(arm, random.Random(1)), 150))
+        kept = list(itertools.islice(note.problems(arm, random.Random(1), keep_out), 150))
+        out = [doc for doc in docs if any(doc.startswith(question + "\n") for question in keep_out)]
+        assert len(out) >= 50 and kept[:len(docs) - len(out)] == [doc for doc in docs if doc not in out]
+        lines = sum(doc.count("\n") for doc in docs) / len(docs)
+        assert lines == 2 if arm == "bare answers" else lines > 3
+
+
+def test_a_solution_is_judged_by_exact_arithmetic():
+    """An answer counts if it solves the question, however it came about; a false step is found all the
+    same."""
+    from notes import rephrasing as note
+    rng = random.Random(5)
+    for _ in range(20):
+        question, steps = note.problem(rng)
+        right = steps.split("\n")[-1]
+        wrong = f"= {int(right[2:]) + 1}"
+        assert 1 <= steps.count("\n") + 1 <= note.OPERATIONS
+        assert note.holds(f"{question}\n{steps}")
+        assert note.solves(question, steps) and note.solves(question, right)
+        assert not note.solves(question, wrong) and not note.solves(question, f"{right}\n{wrong}")
+        assert not any(note.solves(question, nothing) for nothing in ("", "=", "= ", "= I do not know"))
+    question = "Evaluate step by step:\n(2 + 3) * 4"
+    assert note.solves(question, "= 6 * 4\n= 20") and not note.holds(f"{question}\n= 6 * 4\n= 20")

@@ -70,10 +70,12 @@ def split_docstrings(source, module):
 
 
 @functools.cache                                                 # both domains come from one pass
-def library():
-    """(prose documents, code documents). No docstring is in both, and none is in the prose twice."""
+def library(every=1):
+    """(prose documents, code documents). No docstring is in both, and none is in the prose twice.
+
+    every: of so many files, one is read."""
     prose, code, seen = [], [], set()
-    for module, path in library_files():
+    for module, path in library_files()[::every]:
         try:
             source = path.read_bytes().decode().replace("\r\n", "\n")
             if module == "pydoc_data.topics":                   # topics = {title: text}: language reference
@@ -266,6 +268,7 @@ def worked_math(size=2_000_000):
 # ---- the checker of arithmetic -----------------------------------------------------------------------------
 
 STATEMENT = re.compile(r"(?<![\w^])[-(\d][-\d+*/() ]*(?:= [-(\d][-\d+*/() ]*)+")
+MAY_STATE = re.compile(r"(?:[-\d+*/() ]+|= (?=[-(\d]))+")        # it holds one statement at most
 APPLY = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
          ast.Div: lambda a, b: a / b}
 
@@ -295,6 +298,31 @@ def check(problem):
         return statements(problem), answer(problem)
     except (AttributeError, IndexError, KeyError, TypeError, SyntaxError, ZeroDivisionError) as error:
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from None
+
+
+def false(text):
+    """Whether any text states something false about whole numbers and their fractions, such as 3 + 4 = 8.
+    What is part of something longer is passed over: a statement with a decimal, a percentage, a letter or a
+    remainder right beside it, or the end of one with letters."""
+    for part in MAY_STATE.finditer(text):
+        # Each "=" in it has something on its right: wherever a statement may begin, there is one to the end.
+        # So the search is short, as it would not be in a long line of numbers without any.
+        found = STATEMENT.search(text, *part.span()) if "=" in part[0] else None
+        if not found:
+            continue
+        said = found[0].rstrip(" (-")
+        begin, end = found.start(), found.start() + len(said)
+        before, after = text[max(0, begin - 9):begin], text[end:end + 9]
+        longer = r"[\w)] *$" if said[0] == "-" else r"[.,$]$|[-+*/^=] *$"
+        if re.search(longer, before) or re.match(r"[.,]\d|[%^a-zA-Z]| ?(/|rem|r\b)", after):
+            continue
+        try:
+            if len({value(side) for side in said.split("=")}) > 1:
+                return True
+        except (AttributeError, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError,
+                RecursionError, MemoryError):
+            pass                                                 # it is none, or too long to be read
+    return False
 
 
 def claim(true, what):

@@ -322,6 +322,19 @@ def parquet_records(file, column, fields, columns, counts):
         raise ValueError(f"files: {file}: damaged: {number} of {about.num_rows} rows")
 
 
+def parquet_rows(file):
+    """(number, {column: value}) of a parquet file, every column: conversations lie in lists of structs."""
+    table = open_parquet(file)
+    number = 0
+    try:
+        for batch in table.iter_batches(100, use_threads=False):
+            for record in batch_records(batch):
+                number += 1
+                yield number, record
+    except (OSError, ValueError) as error:
+        raise ValueError(f"files: {file}, after row {number}: damaged: {first_line(error)}") from None
+
+
 def batch_records(batch):
     """The rows of a pyarrow RecordBatch as dicts, one at a time if they are long, or may be: the size of a
     dictionary says nothing about it. One that is not UTF-8 is None: nothing else is lost."""
