@@ -31,12 +31,13 @@ import socket
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 from collections import Counter
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9087,20 +9088,17 @@ with contextlib.suppress(ImportError):
     @given(st.lists(st.binary(max_size=40) | trees.map(lambda tree: json.dumps(tree).encode()), max_size=6),
            st.booleans(), st.booleans())
     def test_any_records_give_text_or_a_one_line_error(lines, array, skip):
-        raw = b"\n".join(lines)
-        name = Path("x.json.gz" if array else "x.jsonl")
-        raw = b"[" + b",".join(lines) + b"]" if array else raw
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                found = data.read_records(name, raw, skip)
-            assert all(isinstance(text, str) and text.encode() is not None for text in found)
-        except ValueError as error:
-            assert not skip
-            one_line(error)
-        try:
-            data.unpack(name, raw)                                 # hardly ever gzip
-        except ValueError as error:
-            one_line(error)
+        raw = b"[" + b",".join(lines) + b"]" if array else b"\n".join(lines)
+        for name in ("x.json" if array else "x.jsonl", "x.jsonl.gz"):        # hardly ever gzip
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, name).write_bytes(raw)
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        found = list(data.rows("x", f"{folder}/{name}", data.DataConfig(skip_bad=skip)))
+                    assert found and all(row.text.strip() and row.text.encode() for row in found)
+                except ValueError as error:
+                    assert not skip or "is empty" in str(error) or "damaged gzip" in str(error), error
+                    one_line(error)
 
     @anything
     @given(st.data())
@@ -9914,3 +9912,84 @@ def test_a_solution_is_judged_by_exact_arithmetic():
         assert not any(note.solves(question, nothing) for nothing in ("", "=", "= ", "= I do not know"))
     question = "Evaluate step by step:\n(2 + 3) * 4"
     assert note.solves(question, "= 6 * 4\n= 20") and not note.holds(f"{question}\n= 6 * 4\n= 20")
+
+
+def test_real_facts_are_those_on_which_both_sources_agree(tmp_path, monkeypatch, capsys):
+    """Stand-ins for the two packages: an article, a quiz about it, other quizzes."""
+    from notes import rephrasing as note
+    articles = "".join(
+        f"{name}\nSymbol: {symbol}\nAtomic number: {number}\nAtomic weight: 1.5\n{prose}\n\n"
+        for name, symbol, number, prose in (
+            ("iron", "Fe", 26, "A metal that rusts.\nKnown since\nlong ago. It is heavy and it is grey."),
+            ("indium", "In", 49, "A soft metal."), ("iodine", "I", 53, "A halogen."),
+            ("zinc", "Zn", 31, "The other source has another number."),
+            ("joliotium", "Jl", 105, "The other source does not know it.")))
+    monkeypatch.setattr(note, "ELEMENTS", tmp_path / "elements.dict.dz")
+    monkeypatch.setattr(note, "QUIZ", tmp_path)
+    assert note.cells(True) and not capsys.readouterr().out
+    monkeypatch.setattr(note._note, "HERE", tmp_path)
+    assert not any(arm in note.ELEMENTS_ARMS for arm, _, _ in note.cells(False))
+    assert "12 runs on real facts are left out" in capsys.readouterr().out
+    (tmp_path / "rephrasing.csv").write_text('arm,seed,setting\n"elements, raw",1,x\n')
+    assert [cell[:2] for cell in note.cells(False) if cell[0] in note.ELEMENTS_ARMS] == [("elements, raw", 1)]
+
+    # An article ends with a sentence.
+    with gzip.open(note.ELEMENTS, "wt", encoding="latin-1") as file:
+        file.write("About this file\n\n" + articles)
+    lines = "Fe:26:55.8:Iron", "In:49:114.8:Indium", "I:53:126.9:Iodine", "Zn:30:65:Zinc"
+    (tmp_path / "elements").write_text("\n".join(lines))
+    known = note.elements(110)
+    assert [(e.name, e.symbol, e.number) for e in known] == [
+        ("Iron", "Fe", "26"), ("Indium", "In", "49"), ("Iodine", "I", "53")]
+    assert known[0].text == ("Iron\nSymbol: Fe\nAtomic number: 26\nAtomic weight: 1.5\n"
+                             "A metal that rusts. Known since long ago.")
+
+    # The first spelling counts; a line may go on in the next.
+    for name in note.QUIZZES:
+        (tmp_path / name).write_text("")
+    (tmp_path / "state").write_text("New{ }York|NY:[Albany|Albania]:NY:\\\nrose\n")
+    said = dict(capital="Albany", abbreviation="NY", flower="rose")
+    assert note.known_things() == [("NewYork", said)]
+    docs = list(itertools.islice(note.general_facts(note.known_things(), random.Random(0)), 40))
+    assert "NewYork\nCapital: Albany\nAbbreviation: NY\nFlower: rose" in docs
+    assert sum(doc.startswith("Question: ") for doc in docs) == 20
+    assert all(doc.split("Answer: ")[1] in said.values() for doc in docs if doc.startswith("Question: "))
+
+    # Wrong answers are hard to tell from the right one by its looks.
+    rng = random.Random(0)
+    names = ["Iron", "Zinc", "Indium", "Argon", "Iodine", "Iridium", "Boron"]
+    for _ in range(20):
+        assert set(note.near("Iron", names, rng)) == {"Indium", "Iodine", "Iridium"}
+        assert set(note.near("26", "26 1 27 102 36 16 50".split(), rng)) == {"27", "36", "16"}
+
+
+def test_arms_on_real_facts_take_turns_as_those_on_people_do():
+    from notes import rephrasing as note
+    texts = ["Iron\nSymbol: Fe\nIn 1900, the whole area needed a big method. It was chosen.",
+             "Zinc\nSymbol: Zn\nThe chief idea was often described. The entire region was changed in 1910."]
+    rewrites = note.rewritten(texts)
+    assert all(5 <= len(some) <= 10 and text not in some for text, some in zip(texts, rewrites))
+    assert all("Symbol: Fe" in text for text in rewrites[0])
+    assert all("Symbol: Zn" in text for text in rewrites[1])
+
+    def of_iron(arm):
+        docs = list(itertools.islice(note.of_elements(arm, texts, rewrites, random.Random(0)), 40))
+        assert all(("Fe" in a) + ("Fe" in b) == 1 for a, b in zip(docs[::2], docs[1::2])), "an epoch"
+        return [doc for doc in docs if "Fe" in doc]
+    assert set(of_iron("raw")) == {texts[0]}
+    only, = set(of_iron("1 rewrite"))
+    assert only in rewrites[0]
+    assert of_iron("10 rewrites")[:len(rewrites[0])] == rewrites[0]
+
+    # A model that knows symbols alone.
+    known = [note.Element(*e, "") for e in (("Iron", "Fe", "26"), ("Zinc", "Zn", "30"), ("Iodine", "I", "53"),
+                                            ("Argon", "Ar", "18"), ("Boron", "B", "5"))]
+    symbols = {e.symbol: e.name for e in known}
+
+    def scores(_, __, pairs):
+        return torch.tensor([float(symbols[answer] in prompt) if answer in symbols else i % 4
+                             for i, (prompt, answer) in enumerate(pairs)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(note, "likelihoods", scores)
+        right = note.asked_elements(None, None, known, 0)
+    assert right.shape == (5, 3) and right.mean(0).tolist() == [100, 0, 0]

@@ -637,6 +637,14 @@ TABLE = {
         ("an answer from the middle counts", 'text.split("\\n")[-1])\n    return bool',
          'text.split("\\n")[0])\n    return bool', "exact_arithmetic"),
         ("false steps are accepted", "        corpus.check(text)\n", "", "exact_arithmetic"),
+        ("sources that disagree are asked about", "if asked.get(symbol) != number:",
+         "if symbol not in asked:", "both_sources_agree"),
+        ("wrong answers are far off", "return sorted(others, key=far)[:3]", "return others[:3]",
+         "both_sources_agree"),
+        ("what has run on real facts is dropped", "real = [cell for cell in real if cell[:2] in ran]",
+         "real = []", "both_sources_agree"),
+        ("ten rewrites of an element are one", "[some[epoch % len(some)] for some in rewrites]",
+         "[some[0] for some in rewrites]", "real_facts_take_turns"),
     ],
 }
 

@@ -4,12 +4,25 @@ equal tokens, judged by questions about it. And worked mathematics, as bare answ
 The texts are biographies of invented people, so that nothing is known from elsewhere; the rewrites are made
 from templates, so that no fact is lost or invented. A person's own text, its rewrites and the questions about
 it come from disjoint families of templates.
+
+A second, small run is on real facts: articles about the chemical elements, and the questions of a quiz, out
+of two packages of Debian that are fetched with
+
+  mkdir -p out/facts && cd out/facts && apt-get download dict-elements bsdgames
+  for package in *.deb; do dpkg -x $package .; done
+
+Without them its cells are left out.
 """
+import contextlib
+import gzip
 import itertools
+import json
 import random
 import re
 import statistics
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +30,7 @@ import torch
 
 import train
 from data import EOT, PATTERN, Batches, Corpus, Domain, Tokenizer, sha256, train_bpe
+from data import main as rephrase
 from model import generate
 from notes import _note, corpus
 from parallel import join_mesh
@@ -384,6 +398,168 @@ def mathematics(arm, seed, config):
                  true=100 * statistics.mean(true))]
 
 
+# ---- real facts --------------------------------------------------------------------------------------------
+
+# The articles, the quiz that asks about them, and the other quizzes, which the general text is made of, with
+# the names of what they tell about a thing. No name of an element is in those.
+ELEMENTS_ARMS = tuple(f"elements, {arm}" for arm in ARMS)
+ELEMENTS = Path("out/facts/usr/share/dictd/elements.dict.dz")
+QUIZ = Path("out/facts/usr/share/games/bsdgames/quiz")
+ELEMENT = re.compile(r"^(\w+)\nSymbol: (\w+)\nAtomic number: (\d+)\n(Atomic weight: .*)\n((?:.+\n)*)", re.M)
+QUIZZES = dict(africa=["capital"], america=["capital"], asia=["capital"], europe=["capital"],
+               province=["capital"], state=["capital", "abbreviation", "flower"], babies=["parent"],
+               collectives=["group"], flowers=["meaning"], sexes=["female"], posneg=["opposite"])
+ASKING = "What is the {} of {}?", "Name the {} of {}.", "Which {} belongs to {}?"
+
+
+@dataclass(frozen=True)
+class RealFacts:
+    config: train.Config = train.Config()
+    share: float = 0.5           # of the tokens that are texts of the elements
+    letters: int = 220           # of an element's text, at most
+
+
+class Element(NamedTuple):
+    name: str
+    symbol: str
+    number: str
+    text: str
+
+
+def quiz(name):
+    """The lines of a quiz, each a list of fields: the first of the spellings that count."""
+    found = []
+    for line in (QUIZ / name).read_text("latin-1").replace("\\\n", "").splitlines():
+        line = re.sub(r"\[([^|\]]*)[^\]]*\]", r"\1", re.sub(r"\{[^{}]*\}", "", line))
+        found.append([field.split("|")[0].strip() for field in line.split(":")])
+    return found
+
+
+def elements(letters):
+    """The elements on which both sources agree. A text is the first lines and the sentences that fit."""
+    asked = {symbol: number for symbol, number, _, _ in quiz("elements")}
+    with gzip.open(ELEMENTS, "rt", encoding="latin-1") as file:
+        articles = ELEMENT.findall(file.read())
+    found = []
+    for name, symbol, number, weight, prose in articles:
+        if asked.get(symbol) != number:
+            continue
+        text = f"{name.capitalize()}\nSymbol: {symbol}\nAtomic number: {number}\n{weight}\n"
+        for sentence in re.split(r"(?<=\.) (?=[A-Z])", " ".join(prose.split())):
+            if len(text) + len(sentence) > letters:
+                break
+            text += sentence + " "
+        found.append(Element(name.capitalize(), symbol, number, text.strip()))
+    return found
+
+
+def rewritten(texts):
+    """Each text's rewrites, up to ten, by the command `rephrase` without a server."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "texts.jsonl", Path(folder) / "rewrites.jsonl"
+        source.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+        with contextlib.redirect_stdout(None):
+            rephrase(["rephrase", str(source), str(out), "--n=10"])
+        found = {}
+        for line in out.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(int(row["parent"].split("#")[1]) - 1, []).append(row["text"])
+    return [found[i] for i in range(len(texts))]
+
+
+def known_things():
+    """What the general text tells: [(name, {field: value})] of other quizzes."""
+    found = []
+    for name, fields in QUIZZES.items():
+        for thing, *values in quiz(name):
+            said = {field: value for field, value in zip(fields, values) if value}
+            if thing and said:
+                found.append((thing, said))
+    return found
+
+
+def upper(text):
+    return text[:1].upper() + text[1:]
+
+
+def general_facts(things, rng):
+    """Documents without end: what is known of other things in lines, and questions with answers about it."""
+    while True:
+        docs = []
+        for name, said in things:
+            lines = [f"{upper(field)}: {value}" for field, value in said.items()]
+            field = rng.choice(list(said))
+            question = rng.choice(ASKING).format(field, upper(name))
+            docs += ["\n".join([upper(name), *lines]), f"Question: {question}\nAnswer: {said[field]}"]
+        rng.shuffle(docs)
+        yield from docs
+
+
+def of_elements(arm, texts, rewrites, rng):
+    """Documents without end: epoch after epoch, one text of each element in random order."""
+    drawn = [rng.choice(some) for some in rewrites]
+    for epoch in itertools.count():
+        docs = {"raw": texts, "1 rewrite": drawn,
+                "10 rewrites": [some[epoch % len(some)] for some in rewrites]}[arm][:]
+        rng.shuffle(docs)
+        yield from docs
+
+
+def near(truth, values, rng):
+    """Three wrong answers: the first letter of the right one if there are such, or numbers close to it."""
+    others = [value for value in values if value != truth]
+    rng.shuffle(others)
+    far = (lambda v: abs(int(v) - int(truth)) > 10) if truth.isdigit() else lambda v: v[0] != truth[0]
+    return sorted(others, key=far)[:3]
+
+
+def asked_elements(model, tokenizer, known, seed):
+    """Whether the true answer is the likeliest of four, for each element and question: (elements, 3)"""
+    rng = random.Random(f"asked {seed}")
+    pairs = []
+    for element in known:
+        facts = (("symbol", element.name, element.symbol, [e.symbol for e in known]),
+                 ("atomic number", element.name, element.number, [e.number for e in known]),
+                 ("name", element.symbol, element.name, [e.name for e in known]))
+        for field, name, truth, values in facts:
+            prompt = f"Question: {ASKING[0].format(field, name)}\nAnswer:"
+            pairs += [(prompt, value) for value in (truth, *near(truth, values, rng))]
+    best = likelihoods(model, tokenizer, pairs).view(len(known), 3, 4).argmax(2)
+    return 100 * (best == 0).double()
+
+
+def real_facts(arm, seed, setting):
+    """A run on the elements; questions about them on the way."""
+    config = setting.config
+    known = elements(setting.letters)
+    texts = [element.text for element in known]
+    rewrites = rewritten(texts)
+    things = known_things()
+    sample = [*texts, *(some[0] for some in rewrites),
+              *itertools.islice(general_facts(things, random.Random(0)), 2000)]
+    tokenizer = Tokenizer("elements", PATTERN, train_bpe(sample, config.model.vocab_size))
+    docs = of_elements(arm.removeprefix("elements, "), texts, rewrites, random.Random(f"elements {seed}"))
+    read = corpus_of(tokenizer, dict(
+        elements=(docs, setting.share),
+        general=(general_facts(things, random.Random(f"general {seed}")), 1 - setting.share)), config)
+
+    # On the way, as for the biographies.
+    rows = []
+
+    def watch(step, model, history):
+        if step % (config.total_steps // 4) == 0:
+            recent = [row["loss_elements"] for row in history[-19:] if "loss_elements" in row]
+            right = asked_elements(model, tokenizer, known, seed).mean(0)
+            rows.append(dict(tokens=step * config.step_tokens, loss=statistics.mean(recent),
+                             asked=right.mean().item(), asked_symbol=right[0].item(),
+                             asked_number=right[1].item(), asked_name=right[2].item()))
+    trained(config, read, seed, watch)
+    documents = float((read.domains["elements"].train == tokenizer.eot).mean())
+    rows[-1] |= dict(exposures=documents * setting.share * config.tokens / len(known),
+                     elements=len(known), rewrites=statistics.mean(len(some) for some in rewrites))
+    return rows
+
+
 # ---- the grid ----------------------------------------------------------------------------------------------
 
 def cells(quick):
@@ -400,13 +576,24 @@ def cells(quick):
         facts = Setting(toy, people=6, others=6)
         sums = replace(sums, model=replace(sums.model, **small), tokens=12 * 8 * 128)
     few, many = (1, 1) if quick else (3, 5)
+
+    # Real facts, unless there are no packages; what has run stays.
+    real = [] if quick else [(arm, seed, RealFacts(base)) for seed in range(4) for arm in ELEMENTS_ARMS]
+    if not (ELEMENTS.exists() and QUIZ.exists()):
+        ran = {(row["arm"], row["seed"]) for row in _note.read(_note.HERE / "rephrasing.csv")}
+        left_out = [cell for cell in real if cell[:2] not in ran]
+        real = [cell for cell in real if cell[:2] in ran]
+        if left_out:
+            print(f"{len(left_out)} runs on real facts are left out: {ELEMENTS} or {QUIZ} is not there; "
+                  "rephrasing.py says how to fetch them")
     return ([(arm, seed, facts) for seed in range(many) for arm in ARMS]
             + [(arm, seed, facts) for seed in range(few) for arm in SPLIT]
-            + [(arm, seed, sums) for seed in range(few) for arm in NOTES_ARMS])
+            + [(arm, seed, sums) for seed in range(few) for arm in NOTES_ARMS] + real)
 
 
 def run(arm, seed, setting):
-    yield from (mathematics if arm in NOTES_ARMS else biographies)(arm, seed, setting)
+    kind = mathematics if arm in NOTES_ARMS else real_facts if arm in ELEMENTS_ARMS else biographies
+    yield from kind(arm, seed, setting)
 
 
 def ends(rows, arm):
@@ -415,8 +602,9 @@ def ends(rows, arm):
 
 
 def show(rows):
-    figure, [(bars, curves, cost, sums)] = _note.panels(1, 4, width=15, height=3.9)
+    figure, [(bars, curves, cost, real, sums)] = _note.panels(1, 5, width=18, height=3.9)
     colours = dict(zip((*ARMS, *NOTES_ARMS), _note.COLOURS))
+    colours |= dict(zip(ELEMENTS_ARMS, _note.COLOURS))
 
     # Accuracy by arm: a bar for the mean, a point for each seed, a diamond for the report's number.
     for x, arm in enumerate(ARMS):
@@ -442,15 +630,50 @@ def show(rows):
     cost.set(title="the same over the loss on the texts", xlabel="training loss, nats/token", ylim=(0, 100))
     cost.legend(loc="upper left")
 
+    # The same on real facts.
+    for x, arm in enumerate(ELEMENTS_ARMS):
+        found = [row["asked"] for row in ends(rows, arm)]
+        if found:
+            real.bar(x, statistics.mean(found), 0.6, color=colours[arm], alpha=0.5)
+            real.plot([x + 0.08 * (i - 1.5) for i in range(len(found))], found, "o", ms=4, color=colours[arm])
+    real.axhline(25, color="0.4", ls=":", lw=1.5)
+    real.set(title="real facts: questions answered, %", xticks=range(len(ARMS)), xticklabels=ARMS,
+             ylim=(0, 100))
+
     # Learning notes: problems solved.
     for x, arm in enumerate(NOTES_ARMS):
         found = [row["solved"] for row in ends(rows, arm)]
         sums.bar(x, statistics.mean(found), 0.6, color=colours[arm], alpha=0.5)
         sums.plot([x + 0.08 * (i - 1) for i in range(len(found))], found, "o", ms=4, color=colours[arm])
     sums.set(title="unseen expressions solved, %", xticks=range(2), xticklabels=NOTES_ARMS, ylim=(0, 100))
-    for axis in (bars, sums):
+    for axis in (bars, real, sums):
         axis.tick_params(axis="x", labelsize=9)
     return figure, tables(rows)
+
+
+def differences(rows, pairs, prefix=""):
+    """Lines of a table: what the first arm of each pair answers more than the second, seed by seed."""
+    found = [("difference, in points", "mean", "standard error", "seeds in which it is positive", "Kimi K2")]
+    for more, less in pairs:
+        first, second = ({row["seed"]: row["asked"] for row in ends(rows, prefix + arm)}
+                         for arm in (more, less))
+        gaps = [first[seed] - second[seed] for seed in second if seed in first]
+        error = f"{statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else "–"
+        there = f"{REPORTED[more] - REPORTED[less]:+.2f}" if more in REPORTED else "–"
+        found.append((f"{more} over {less}", f"{statistics.mean(gaps):+.1f}", error,
+                      f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}", there))
+    return _note.table(*found)
+
+
+def smallest(rows, arm):
+    """A line on the smallest difference that the spread of an arm lets one see."""
+    found = [row["asked"] for row in ends(rows, arm)]
+    if len(found) < 2:
+        return []
+    deviation = statistics.stdev(found)
+    least = 2 * deviation * (2 / len(found)) ** 0.5
+    return ["", f"Raw deviates by {deviation:.1f} points over its {len(found)} seeds; two arms of as many "
+                f"seeds can be told apart from {least:.1f} points on."]
 
 
 def tables(rows):
@@ -479,22 +702,15 @@ def tables(rows):
                                ("people", *(f"{people_of[style]:.0f}" for style in REWRITES)))]
 
     # Differences between arms of the same seeds, and the smallest that the raw arm's spread lets one see.
-    last = {arm: {row["seed"]: row["asked"] for row in ends(rows, arm)} for arm in (*ARMS, *SPLIT)}
-    differences = [("difference, in points", "mean", "standard error", "seeds in which it is positive",
-                    "Kimi K2")]
-    for more, less in PAIRS:
-        found = [last[more][seed] - last[less][seed] for seed in last[less] if seed in last[more]]
-        error = f"{statistics.stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else "–"
-        there = f"{REPORTED[more] - REPORTED[less]:+.2f}" if more in REPORTED else "–"
-        differences.append((f"{more} over {less}", f"{statistics.mean(found):+.1f}", error,
-                            f"{sum(d > 0 for d in found)} of {len(found)}", there))
-    lines += ["", *_note.table(*differences)]
-    raw = list(last["raw"].values())
-    if len(raw) > 1:
-        deviation = statistics.stdev(raw)
-        smallest = 2 * deviation * (2 / len(raw)) ** 0.5
-        lines += ["", f"Raw deviates by {deviation:.1f} points over its {len(raw)} seeds; two arms of as "
-                      f"many seeds can be told apart from {smallest:.1f} points on."]
+    lines += ["", *differences(rows, PAIRS), *smallest(rows, "raw")]
+    if ends(rows, "elements, raw"):
+        lines += ["", *_note.table(
+            ("elements", "questions answered", "symbol of a name", "number of a name", "name of a symbol",
+             "training loss", "times each element is read"),
+            *((arm.removeprefix("elements, "), take(arm, "asked"), take(arm, "asked_symbol"),
+               take(arm, "asked_number"), take(arm, "asked_name"), take(arm, "loss", 3),
+               take(arm, "exposures", 0)) for arm in ELEMENTS_ARMS))]
+        lines += ["", *differences(rows, PAIRS[:3], "elements, "), *smallest(rows, "elements, raw")]
     lines += ["", *_note.table(
         ("mathematics as", "unseen expressions solved, %", "with every step true, %",
          "training loss, nats/token"),
