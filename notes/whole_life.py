@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -78,9 +77,9 @@ def life(at, toy=False):
                         f"--model.yarn_fast=1 --optim.lr=3e-3 {tokens(160_000, 8)} --eval_windows=16 {wide} "
                         f"--out={at}/long"),
         "SFT": (f"{at}/sft", f"torchrun train.py sft --init={at}/long --data.files=chat={at}/raw/sums.jsonl "
-                f"{tokens(320_000, 8)} {wide} --out={at}/sft"),
+                f"{tokens(480_000, 8)} {wide} --out={at}/sft"),
         "pairs": (f"{at}/pairs.jsonl", f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl "
-                  f"{at}/pairs.jsonl --first={24 if toy else int(600 * PART)}"),
+                  f"{at}/pairs.jsonl --first={24 if toy else int(800 * PART)}"),
         "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={at}/pairs.jsonl "
                 f"{tokens(120_000, 8)} {wide} --out={at}/dpo"),
         "conversation": (f"{at}/talk.txt", f"python model.py --chat {at}/dpo --temperature=0 "
@@ -121,47 +120,27 @@ def run(stage, seed, setting):
         raise SystemExit(1) from None
 
 
-def execute(command, inside):
-    """Run a command as a shell would; one of this file, or if `inside` each, in this process → what its
-    function returns. SystemExit if it fails."""
-    words = shlex.split(command)
-    streams = {}
-    for sign, mode in (("<", "r"), (">", "w")):
-        if sign in words:
-            at = words.index(sign)
-            streams[sign] = open(words[at + 1], mode, encoding="utf-8")
-            del words[at:at + 2]
-    launcher, *words = [word for word in words if word != "-m"]
-    with contextlib.ExitStack() as stack:
-        for stream in streams.values():
-            stack.enter_context(stream)
+def execute(command, toy):
+    """Run a command as a shell would → what its function returns. SystemExit if it fails.
 
-        # In this process
-        program = words[0]
-        if inside or program == "notes.whole_life":
-            mains = {"data.py": data.main, "model.py": model.main, "train.py": train.main,
-                     "notes.whole_life": step}
-            if ">" in streams:
-                stack.enter_context(contextlib.redirect_stdout(streams[">"]))
-            if "<" in streams:
-                stack.callback(setattr, sys, "stdin", sys.stdin)
-                sys.stdin = streams["<"]
-            found = mains[program](words[1:])
-            if isinstance(found, int) and found:
-                raise SystemExit(f"status {found}")
-            return found
-
-        # In another one, which gets Ctrl-C too: it may have to save, so it is waited for.
-        launch = ["-m", "torch.distributed.run"] if launcher == "torchrun" else []
-        line = [sys.executable, *launch, str(_note.HERE.parent / program), *words[1:]]
-        child = subprocess.Popen(line, stdin=streams.get("<"), stdout=streams.get(">"))
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            status = child.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)
+    All but data.py run in this process, which saves them their start, and a kill ends all there is; cleaning
+    starts processes, which it must not do beside the threads of torch. A toy has no time for that."""
+    _, program, *words = shlex.split(command.replace(" -m ", " "))
+    if program == "data.py" and not toy:
+        status = subprocess.run([sys.executable, _note.HERE.parent / program, *words]).returncode
         if status:
             raise SystemExit(f"status {status}")
+        return
+
+    # `< FILE` and `> FILE`
+    with contextlib.ExitStack() as stack:
+        if "<" in words:
+            *words, _, said, _, heard = words
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(heard, "w"))))
+            stack.callback(setattr, sys, "stdin", sys.stdin)
+            sys.stdin = stack.enter_context(open(said))
+        mains = {"data.py": data.main, "train.py": train.main, "model.py": model.main, "notes.whole_life": step}
+        return mains[program](words)
 
 
 # ---- what a stage left, in numbers -------------------------------------------------------------------------
@@ -281,7 +260,7 @@ def raw(folder, few=False):
         texts = {name: corpus.documents(name) for name in RAW}
 
     # Nothing that is asked later stands in the text: problems are told apart by their first line.
-    sums, unseen = problems(*((160, 8) if few else (4000, 200)), digits=1 if few else 2)
+    known, unseen = sums(*((160, 8) if few else (4000, 200)), digits=1 if few else 2)
     asked = {problem["instruction"] for problem in unseen}
     texts["math"] = [text for text in texts["math"] if text.partition("\n")[0] not in asked]
 
@@ -290,7 +269,7 @@ def raw(folder, few=False):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     records = {name: [dict(text=text) for text in some] for name, some in texts.items()}
-    for name, some in (records | dict(sums=sums, unseen=unseen)).items():
+    for name, some in (records | dict(sums=known, unseen=unseen)).items():
         write_lines(partial / f"{name}.jsonl", some)
     said = ["Add 27 and 15.", "What is 64 - 38?", "Find the sum: 8 and 90.", "Who are you?"]
     (partial / "talk.txt").write_text("\n/reset\n".join(said) + "\n", "utf-8")
@@ -299,7 +278,7 @@ def raw(folder, few=False):
                 bytes=sum(len(text.encode()) for some in texts.values() for text in some))
 
 
-def problems(n, unseen, digits):
+def sums(n, unseen, digits):
     """n sums and differences of numbers with so many digits, and others, as records of conversations."""
     rng, found = Random(1), {}
     while len(found) < n + unseen:
