@@ -9457,7 +9457,7 @@ def quiet_main(name, *args):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", [name for name in NOTES if name != "gpu"])
+@pytest.mark.parametrize("name", [name for name in NOTES if name not in ("gpu", "whole_life")])
 def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet_main(name, "--quick")
@@ -9509,3 +9509,67 @@ def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
     assert len(_note.grid(path, changed, run)) == 8
     assert calls[5:] == [("b", 0), ("b", 1)], "cells with changed settings run again"
     assert "other settings, dropped: b 0, b 1" in capsys.readouterr().out
+
+
+def test_a_whole_life_as_a_toy_goes_on_where_it_was_stopped(tmp_path, monkeypatch, undrawn, capfd):
+    """Every stage with its command, one of which is stopped in the middle; each begins where the one before
+    it ended; what is read back is what was exported."""
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "report", lambda *args: None)       # samples text
+    complete = train.train
+    (tmp_path / "out/quick/life/raw").mkdir(parents=True)          # of an earlier toy
+
+    def stopped(config, *args):
+        return complete(replace(config, steps=2 * (config.objective == "sft")), *args)
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit):
+        whole_life.main(["--quick"])
+    said, _ = capfd.readouterr()
+    sft = next(line for line in said.splitlines() if line.startswith("$ torchrun train.py sft"))
+    assert said.endswith(f"The stage \"SFT\" did not end: stopped at step 2 of 4\n  {sft[2:]}\n"
+                         "Started again, python -m notes.whole_life goes on here.\n")
+
+    # The same again
+    monkeypatch.setattr(train, "train", complete)
+    path = tmp_path / "out/quick/whole_life.csv"
+    before = _note.read(path)
+    rows = _note.grid(path, whole_life.cells(True), whole_life.run)
+    said, _ = capfd.readouterr()
+    assert rows[:len(before)] == before and said.count("\n$ ") == 6
+    assert f"{sft} --resume\n" in said and "resuming out/quick/life/sft at step 2" in said
+    stages = {row["arm"]: row for row in rows if "minutes" in row}
+    assert list(stages) == list(whole_life.life(""))
+    assert stages["pre-train"]["after"] == pytest.approx(stages["anneal"]["before"], rel=1e-6)
+    assert stages["SFT"]["after"] < stages["SFT"]["before"]
+    assert stages["pairs"]["documents"] == 8
+    assert stages["read back"]["difference"] == 0
+    assert stages["conversation"]["text"].startswith("> Who are you?\n")
+    figure, lines = whole_life.show(rows)
+    assert "| SFT | 1,024 tokens |" in "\n".join(lines) and len(figure.axes) == 3
+
+
+def test_a_stage_of_a_life_says_what_failed(tmp_path, monkeypatch, capfd):
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    command = "python data.py clean prose=nowhere.jsonl out/prose"
+    with pytest.raises(SystemExit):
+        list(whole_life.run("clean prose", 0, ("out", False, command)))
+    said, error = capfd.readouterr()
+    assert "data.py: " in error and f'The stage "clean prose" did not end: status 1\n  {command}\n' in said
+
+
+def test_the_problems_of_a_life_are_judged_and_unseen():
+    from notes import whole_life
+    known, unseen = whole_life.sums(60, 8, digits=1)
+    keys = [whole_life.operands(problem["result"]) for problem in known + unseen]
+    assert (len(known), len(unseen)) == (60, 8) and len(set(keys)) == 68
+    assert whole_life.operands("27 + 5 = 32") == whole_life.operands("5 + 27 = 32") != ("-", 5, 27)
+    for problem, other in zip(known, known[1:] + known[:1]):
+        answer, result = problem["output"], problem["result"]
+        assert whole_life.right(problem, answer)
+        wrong = result[:-1] + str((int(result[-1]) + 1) % 10)
+        assert not whole_life.right(problem, answer.replace(result, wrong)), "false"
+        assert not whole_life.right(problem, answer.replace(result, "")), "no result"
+        assert not whole_life.right(problem, answer + "\n1 + 1 = 3"), "more that is false"
+        assert not whole_life.right(problem, other["output"]), "another problem's"

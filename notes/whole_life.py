@@ -33,74 +33,80 @@ from notes.huggingface import load_hf
 RAW = "prose", "code", "math"
 MOVING = "prose:.55:.15,rewrites:.15:.05,code:.2:.5,math:.1:.3"    # START:END, as in the default recipe
 LAST = "prose:.15:.15,rewrites:.05:.05,code:.5:.5,math:.3:.3"
-PART = 1.0                                                         # of all tokens; less for a quick look
-LONGER = 4                                                         # times the context of pre-training
 
 
 # ---- the stages --------------------------------------------------------------------------------------------
 
-def life(at, toy=False):
+def life(at):
     """{stage: (what it leaves, its command)}, in order; everything lies in the folder `at`."""
     files = f"prose={at}/prose,rewrites={at}/rewrites.jsonl,code={at}/code,math={at}/raw/math.jsonl"
-    context, batch = (32, 4) if toy else (256, 8)
-    few = " --few" if toy else ""
-    clean = " --workers=1" if toy else ""
-    prepare = " --tokenizer=bytes" if toy else ""
-    network = own = again = ""
-    if toy:
-        network = (" --model.n_layer=2 --model.n_head=2 --model.n_kv_head=2 --model.d_model=32 --model.d_ff=32"
-                   " --model.n_expert=4 --model.d_expert=16 --model.vocab_size=261 --model.context=32")
-        again = f" --eval_windows=2 --batch={batch}"
-        own = " --data.tokenizer=bytes" + again
-
-    def tokens(n, toy_steps, average=False):
-        """The option --tokens, and with averages two periods of at least six steps."""
-        n = toy_steps * batch * context if toy else int(PART * n)
-        return f"--tokens={n}" + average * f" --average_every={n // 2}"
-
-    # After pre-training, steps have as many tokens as before: a window is longer, so there are fewer.
     text = f"--data.files={files} --data.domains={LAST} --optim.warmup=0 --optim.decay_start=0"
-    wide = f"--batch={batch // LONGER * 2 if toy else batch // LONGER}"
-    yarn = f"--model.context={LONGER * context} --model.yarn={LONGER} --model.yarn_from={context}"
+    pairs = f"{at}/pairs.jsonl"
     return {
-        "raw": (f"{at}/raw", f"python -m notes.whole_life raw {at}/raw{few}"),
-        "clean prose": (f"{at}/prose", f"python data.py clean prose={at}/raw/prose.jsonl {at}/prose{clean}"),
-        "clean code": (f"{at}/code", f"python data.py clean code={at}/raw/code.jsonl {at}/code{clean}"),
-        "rephrase": (f"{at}/rewrites.jsonl", f"python data.py rephrase {at}/prose {at}/rewrites.jsonl --n=1 "
-                     f"--budget={'9KB' if toy else '400KB'}"),
-        "tokens": ("", f"python data.py prepare --files={files} --domains={MOVING}{prepare}"),
-        "pre-train": (f"{at}/base", f"torchrun train.py laptop-k2 --data.files={files} --data.domains={MOVING}"
-                      f" --optim.decay_start=1 {tokens(700_000, 8)} --out={at}/base{network}{own}"),
-        "anneal": (f"{at}/anneal", f"torchrun train.py --init={at}/base {text} --seed=1 "
-                   f"{tokens(245_760, 12, True)} --out={at}/anneal{again}"),
-        "4 × context": (f"{at}/long", f"torchrun train.py --init={at}/anneal {text} --seed=2 {yarn} "
-                        f"--model.yarn_fast=1 --optim.lr=3e-3 {tokens(160_000, 8)} --eval_windows=16 {wide} "
-                        f"--out={at}/long"),
+        # Text, from files to tokens
+        "raw": (f"{at}/raw", f"python -m notes.whole_life raw {at}/raw"),
+        "clean prose": (f"{at}/prose", f"python data.py clean prose={at}/raw/prose.jsonl {at}/prose"),
+        "clean code": (f"{at}/code", f"python data.py clean code={at}/raw/code.jsonl {at}/code"),
+        "rephrase": (f"{at}/rewrites.jsonl",
+                     f"python data.py rephrase {at}/prose {at}/rewrites.jsonl --n=1 --budget=400KB"),
+        "tokens": ("", f"python data.py prepare --files={files} --domains={MOVING}"),
+
+        # Pre-training at a constant rate, which then falls to zero in each stage. From 4 × context on, a step
+        # has as many tokens as before, in a quarter of the windows.
+        "pre-train": (f"{at}/base",
+                      f"torchrun train.py laptop-k2 --data.files={files} --data.domains={MOVING} "
+                      f"--optim.decay_start=1 --tokens=700000 --out={at}/base"),
+        "anneal": (f"{at}/anneal",
+                   f"torchrun train.py --init={at}/base {text} --seed=1 --tokens=245760 --average_every=122880 "
+                   f"--out={at}/anneal"),
+        "4 × context": (f"{at}/long",
+                        f"torchrun train.py --init={at}/anneal {text} --seed=2 --model.context=1024 "
+                        "--model.yarn=4 --model.yarn_from=256 --model.yarn_fast=1 --optim.lr=3e-3 "
+                        f"--tokens=160000 --eval_windows=16 --batch=2 --out={at}/long"),
+
+        # Conversations, and which of two answers is better
         "SFT": (f"{at}/sft", f"torchrun train.py sft --init={at}/long --data.files=chat={at}/raw/sums.jsonl "
-                f"{tokens(480_000, 8)} {wide} --out={at}/sft"),
-        "pairs": (f"{at}/pairs.jsonl", f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl "
-                  f"{at}/pairs.jsonl --first={24 if toy else int(800 * PART)}"),
-        "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={at}/pairs.jsonl "
-                f"{tokens(120_000, 8)} {wide} --out={at}/dpo"),
-        "conversation": (f"{at}/talk.txt", f"python model.py --chat {at}/dpo --temperature=0 "
-                         f"--tokens={8 if toy else 120} < {at}/raw/talk.txt > {at}/talk.txt"),
+                f"--tokens=480000 --batch=2 --out={at}/sft"),
+        "pairs": (pairs, f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl {pairs} --first=800"),
+        "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={pairs} "
+                f"--tokens=120000 --batch=2 --out={at}/dpo"),
+
+        # Out of the repository
+        "conversation": (f"{at}/talk.txt", f"python model.py --chat {at}/dpo --temperature=0 --tokens=120 "
+                         f"< {at}/raw/talk.txt > {at}/talk.txt"),
         "export": (f"{at}/hf", f"python model.py --sample {at}/dpo --export {at}/hf"),
         "read back": ("", f"python -m notes.whole_life compare {at}/dpo {at}/hf"),
     }
 
 
+# A toy of it: what is appended to a command. A later option wins.
+TOY = {"raw": "--few", "clean prose": "--workers=1", "clean code": "--workers=1", "rephrase": "--budget=9KB",
+       "tokens": "--tokenizer=bytes",
+       "pre-train": "--data.tokenizer=bytes --batch=4 --tokens=1024 --model.n_layer=2 --model.n_head=2 "
+                    "--model.n_kv_head=2 --model.d_model=32 --model.d_ff=32 --model.n_expert=4 "
+                    "--model.d_expert=16 --model.vocab_size=261 --model.context=32",
+       "anneal": "--batch=4 --tokens=1536 --average_every=768",
+       "4 × context": "--model.context=128 --model.yarn_from=32 --tokens=1024",
+       "SFT": "--tokens=1024", "pairs": "--first=8", "DPO": "--tokens=1024"}
+
+
 def cells(quick):
     """A stage depends on all before it, so its setting has their commands too."""
     at = "out/quick/life" if quick else "out/life"
-    stages = life(at, quick)
-    commands = [command for _, command in stages.values()]
-    return [(stage, 0, (at, quick, *commands[:i + 1])) for i, stage in enumerate(stages)]
+    commands = []
+    found = []
+    for stage, (_, command) in life(at).items():
+        if quick and stage in TOY:
+            command += f" {TOY[stage]}"
+        commands.append(command)
+        found.append((stage, 0, (at, quick, *commands)))
+    return found
 
 
 def run(stage, seed, setting):
     """A `run` of _note: the command of a stage, then what it left, in numbers."""
     at, toy, *_, command = setting
-    product, _ = life(at, toy)[stage]
+    product, _ = life(at)[stage]
 
     # An earlier attempt was killed: a run goes on, everything else is made anew.
     if product and Path(product).exists():
@@ -113,10 +119,10 @@ def run(stage, seed, setting):
     print(f"\n--- {stage}\n$ {command}", flush=True)
     try:
         found = execute(command, toy)
-        yield from measure(stage, Path(at), toy, found)
+        yield from measure(stage, Path(at), command, found)
     except (SystemExit, ValueError, OSError, KeyboardInterrupt) as error:
         print(f"\nThe stage \"{stage}\" did not end: {error or type(error).__name__}\n  {command}\n"
-              f"Mended, python -m notes.whole_life goes on here.", flush=True)
+              "Started again, python -m notes.whole_life goes on here.", flush=True)
         raise SystemExit(1) from None
 
 
@@ -145,7 +151,7 @@ def execute(command, toy):
 
 # ---- what a stage left, in numbers -------------------------------------------------------------------------
 
-def measure(stage, at, toy, found):
+def measure(stage, at, command, found):
     """Rows of a stage: sizes (documents, bytes, tokens) and scores; then its curve, if it trains."""
     if stage in ("raw", "pairs", "read back"):
         yield found
@@ -158,14 +164,14 @@ def measure(stage, at, toy, found):
         texts = [row["text"] for row in lines_of(at / "rewrites.jsonl")]
         yield dict(documents=len(texts), bytes=sum(len(text.encode()) for text in texts))
     elif stage == "tokens":
-        yield tokens_there(life(at, toy)[stage][1])
+        yield tokens_there(command)
     elif stage == "conversation":
         print(said := (at / "talk.txt").read_text("utf-8"))
         yield dict(text=said.partition("\n")[2].strip())
     elif stage == "export":
         yield dict(bytes=sum(file.stat().st_size for file in (at / "hf").iterdir()))
     else:
-        yield from trained(stage, Path(life(at, toy)[stage][0]), at)
+        yield from trained(stage, Path(life(at)[stage][0]), at)
 
 
 def tokens_there(command):
@@ -259,10 +265,11 @@ def raw(folder, few=False):
     else:
         texts = {name: corpus.documents(name) for name in RAW}
 
-    # Nothing that is asked later stands in the text: problems are told apart by their first line.
-    known, unseen = sums(*((160, 8) if few else (4000, 200)), digits=1 if few else 2)
-    asked = {problem["instruction"] for problem in unseen}
-    texts["math"] = [text for text in texts["math"] if text.partition("\n")[0] not in asked]
+    # What is asked later stands nowhere in the text, in whatever words and order.
+    known, unseen = sums(*((60, 4) if few else (4000, 200)), digits=1 if few else 2)
+    asked = {operands(problem["result"]) for problem in unseen}
+    texts["math"] = [text for text in texts["math"]
+                     if not any(SUM.fullmatch(line) and operands(line) in asked for line in text.splitlines())]
 
     # The folder gets its name when it is complete.
     partial = Path(f"{folder}.partial")
@@ -272,22 +279,33 @@ def raw(folder, few=False):
     for name, some in (records | dict(sums=known, unseen=unseen)).items():
         write_lines(partial / f"{name}.jsonl", some)
     said = ["Add 27 and 15.", "What is 64 - 38?", "Find the sum: 8 and 90.", "Who are you?"]
-    (partial / "talk.txt").write_text("\n/reset\n".join(said) + "\n", "utf-8")
+    (partial / "talk.txt").write_text("\n/reset\n".join(said[-1:] if few else said) + "\n", "utf-8")
     partial.rename(folder)
     return dict(documents=sum(map(len, texts.values())),
                 bytes=sum(len(text.encode()) for some in texts.values() for text in some))
 
 
+SUM = re.compile(r"\d+ [-+] \d+ = \d+")
+
+
+def operands(line):
+    """What two sums or differences that are the same have in common: (sign, smaller, larger)."""
+    a, sign, b, *_ = line.split()
+    return sign, *sorted((int(a), int(b)))
+
+
 def sums(n, unseen, digits):
-    """n sums and differences of numbers with so many digits, and others, as records of conversations."""
+    """n sums and differences of numbers with so many digits at most, and others, as records of conversations:
+    no two have the same numbers."""
     rng, found = Random(1), {}
     while len(found) < n + unseen:
-        kind = corpus.one_of(rng, corpus.addition, corpus.subtraction)
-        question, *steps = kind(rng)
-        result = next(line for line in steps if re.fullmatch(r"\d+ [-+] \d+ = \d+", line))
-        if max(map(int, re.findall(r"\d+", question))) < 10 ** digits:
-            found[question] = dict(instruction=question, output="\n".join(steps), result=result)
+        question, *steps = corpus.one_of(rng, corpus.addition, corpus.subtraction)(rng)
+        result = next(filter(SUM.fullmatch, steps))
+        key = operands(result)
+        if key[-1] < 10 ** digits and key not in found:
+            found[key] = dict(instruction=question, output="\n".join(steps), result=result)
     found = list(found.values())
+    Random(2).shuffle(found)                                       # the first have the fewest digits
     return found[unseen:], found[:unseen]
 
 
@@ -390,31 +408,34 @@ def show(rows):
     stages = {row["arm"]: row for row in rows if "minutes" in row}
     figure, [(curves, solved, times)] = _note.panels(1, 3, width=13, height=3.6)
 
-    # Bits/byte over the tokens of all three stages.
+    # Bits/byte over the tokens of three stages, one after the other
     begin = 0
     for stage in ("pre-train", "anneal", "4 × context"):
-        points = [(begin + row["seen"], row["bpb"]) for row in rows if row["arm"] == stage and "seen" in row]
-        curves.plot(*zip(*points), "o-", ms=3, label=stage)
+        points = [row for row in rows if row["arm"] == stage and "seen" in row]
+        curves.plot([(begin + row["seen"]) / 1e6 for row in points], [row["bpb"] for row in points], "o-", ms=4,
+                    label=stage)
         begin += stages[stage]["tokens"]
     curves.axhline(stages["tokens"]["bpb"], color="0.4", ls=":", lw=1.5, label="bigrams")
-    curves.set(xlabel="tokens", ylabel="bits/byte, mean of 4 domains", ylim=(0, 6))
+    curves.set(xlabel="million tokens", ylabel="bits/byte, mean of 4 domains", ylim=(0, None))
     curves.legend()
 
-    # What is solved after each stage, and how long each took.
-    after = [stage for stage in stages if "solved" in stages[stage] and stage != "pairs"]
-    solved.bar(after, [100 * stages[stage]["solved"] for stage in after], color=_note.COLOURS[2])
-    solved.set(ylabel="% of unseen problems solved", ylim=(0, 100))
+    # What is solved after each stage, and how long each took
+    after = "4 × context", "SFT", "DPO"
+    bars = solved.bar(after, [100 * stages[stage]["solved"] for stage in after], color=_note.COLOURS[2])
+    solved.bar_label(bars, fmt="{:.0f}%")
+    solved.set(ylabel="unseen problems solved, %", ylim=(0, 105))
     names = list(stages)[::-1]
-    times.barh(names, [60 * stages[name]["minutes"] for name in names], color=_note.COLOURS[0])
+    bars = times.barh(names, [60 * stages[name]["minutes"] for name in names], color=_note.COLOURS[0])
+    times.bar_label(bars, fmt=" {:.0f}", fontsize=8)
     times.set(xlabel="seconds")
-    times.tick_params(axis="y", labelsize=8)
+    times.tick_params(axis="y", labelsize=9)
 
     table = _note.table(("stage", "size", "seconds", "score"),
                         *((name, size(row), f"{60 * row['minutes']:.0f}", score(row))
                           for name, row in stages.items()))
-    talk = stages["conversation"]["text"].replace("\n> /reset", "")
+    talk = [line for line in stages["conversation"]["text"].splitlines() if line not in ("> /reset", ">")]
     return figure, [*table, "", "The conversation, as it was; each question begins a new one:", "", "```",
-                    *talk.splitlines(), "```"]
+                    *talk, "```"]
 
 
 def main(argv):
