@@ -9559,7 +9559,7 @@ def test_a_stage_of_a_life_says_what_failed(tmp_path, monkeypatch, capfd):
     assert "data.py: " in error and f'The stage "clean prose" did not end: status 1\n  {command}\n' in said
 
 
-def test_the_problems_of_a_life_are_judged_and_unseen():
+def test_the_problems_of_a_life_are_judged_and_unseen(tmp_path, monkeypatch):
     from notes import whole_life
     known, unseen = whole_life.sums(60, 8, digits=1)
     keys = [whole_life.operands(problem["result"]) for problem in known + unseen]
@@ -9573,3 +9573,21 @@ def test_the_problems_of_a_life_are_judged_and_unseen():
         assert not whole_life.right(problem, answer.replace(result, "")), "no result"
         assert not whole_life.right(problem, answer + "\n1 + 1 = 3"), "more that is false"
         assert not whole_life.right(problem, other["output"]), "another problem's"
+
+    # Of the text, problems with the numbers of unseen ones are left out.
+    _, unseen = whole_life.sums(60, 4, digits=1)
+    told = [f"Again: {problem['output']}\n{problem['result']}\n" for problem in (unseen[0], known[0])]
+    monkeypatch.setattr(embedded, "worked_math", lambda size: told)
+    whole_life.raw(tmp_path / "raw", few=True)
+    assert [row["text"] for row in whole_life.lines_of(tmp_path / "raw/math.jsonl")] == told[1:]
+    assert whole_life.lines_of(tmp_path / "raw/unseen.jsonl") == unseen
+    assert not (tmp_path / "raw.partial").exists()
+
+
+def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
+    from notes import whole_life
+    for name in ("base", "raw"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match="has the runs of an earlier life: remove the folder"):
+        list(whole_life.run("raw", 0, (str(tmp_path), True, "python -m notes.whole_life raw there")))
+    assert (tmp_path / "raw").exists()

@@ -107,8 +107,10 @@ def run(stage, seed, setting):
     """A `run` of _note: the command of a stage, then what it left, in numbers."""
     at, toy, *_, command = setting
     product, _ = life(at)[stage]
+    if stage == "raw" and Path(at, "base").exists():
+        raise SystemExit(f"{at} has the runs of an earlier life: remove the folder to begin another")
 
-    # An earlier attempt was killed: a run goes on, everything else is made anew.
+    # What an earlier attempt left that was killed: a run goes on, everything else is made anew.
     if product and Path(product).exists():
         if "torchrun" in command:
             command += " --resume"
