@@ -412,8 +412,8 @@ TABLE = {
          "arithmetic_statement"),
     ],
     "notes/whole_life.py": [
-        ("life: a run that was stopped begins anew", 'if "torchrun" in command:', "if False:", "whole_life_as"),
-        ("life: a run that was stopped counts as done", 'if rows[-1]["step"] < config.total_steps:', "if False:",
+        ("life: a stopped run begins anew", 'if "torchrun" in command:', "if False:", "whole_life_as"),
+        ("life: a stopped run counts as done", 'if rows[-1]["step"] < config.total_steps:', "if False:",
          "whole_life_as"),
         ("life: a command that failed is passed over", "        if status:\n", "        if False:\n",
          "stage_of_a_life"),
@@ -423,9 +423,10 @@ TABLE = {
          "return True", "problems_of_a_life"),
         ("life: answers with a false step are right", "    except ValueError:\n        return False",
          "    except ValueError:\n        pass", "problems_of_a_life"),
-        ("life: unseen sums are seen the other way", "sign, *sorted((int(a), int(b)))", "sign, int(a), int(b)",
+        ("life: unseen sums are seen turned round", "sign, *sorted((int(a), int(b)))", "sign, int(a), int(b)",
          "problems_of_a_life"),
-        ("life: unseen sums are in the text", "operands(line) in asked for", "False for", "problems_of_a_life"),
+        ("life: unseen sums are in the text", "any(operands(line) in asked for", "any(False for",
+         "problems_of_a_life"),
     ],
     "muonclip.py": [
         ("bA and cA² exchanged", "symmetric_square(symmetric_product(x), b, c)",

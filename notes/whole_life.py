@@ -3,14 +3,15 @@
   raw files → clean → rewritten → tokens → pre-trained while the mixture moves → annealed, with averages →
   4 × the context → SFT → pairs → DPO → a conversation → exported → read back
 
-  python -m notes.whole_life           # into out/life; a stage is a command that you could type, and is printed.
-                                       # Killed at any moment, it goes on in the stage where it was
+  python -m notes.whole_life           # into out/life. A stage is a command that you could type, and is
+                                       # printed; killed at any moment, it goes on where it was
   python -m notes.whole_life --plot    # figure and table of the recorded life, from whole_life.csv
   python -m notes.whole_life --quick   # a toy of it, in seconds, into out/quick
 
 Three of the stages have their commands in this file: see STEPS.
 """
 import contextlib
+import inspect
 import json
 import re
 import shlex
@@ -57,8 +58,8 @@ def life(at):
                       f"torchrun train.py laptop-k2 --data.files={files} --data.domains={MOVING} "
                       f"--optim.decay_start=1 --tokens=700000 --out={at}/base"),
         "anneal": (f"{at}/anneal",
-                   f"torchrun train.py --init={at}/base {text} --seed=1 --tokens=245760 --average_every=122880 "
-                   f"--out={at}/anneal"),
+                   f"torchrun train.py --init={at}/base {text} --seed=1 --tokens=245760 "
+                   f"--average_every=122880 --out={at}/anneal"),
         "4 × context": (f"{at}/long",
                         f"torchrun train.py --init={at}/anneal {text} --seed=2 --model.context=1024 "
                         "--model.yarn=4 --model.yarn_from=256 --model.yarn_fast=1 --optim.lr=3e-3 "
@@ -67,7 +68,8 @@ def life(at):
         # Conversations, and which of two answers is better
         "SFT": (f"{at}/sft", f"torchrun train.py sft --init={at}/long --data.files=chat={at}/raw/sums.jsonl "
                 f"--tokens=480000 --batch=2 --out={at}/sft"),
-        "pairs": (pairs, f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl {pairs} --first=800"),
+        "pairs": (pairs,
+                  f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl {pairs} --first=800"),
         "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={pairs} "
                 f"--tokens=120000 --batch=2 --out={at}/dpo"),
 
@@ -134,8 +136,9 @@ def execute(command, toy):
     All but data.py run in this process, which saves them their start, and a kill ends all there is; cleaning
     starts processes, which it must not do beside the threads of torch. A toy has no time for that."""
     _, program, *words = shlex.split(command.replace(" -m ", " "))
-    if program == "data.py" and not toy:
-        status = subprocess.run([sys.executable, _note.HERE.parent / program, *words]).returncode
+    if program == "data.py":
+        line = [sys.executable, _note.HERE.parent / program, *words]
+        status = data.main(words) if toy else subprocess.run(line).returncode
         if status:
             raise SystemExit(f"status {status}")
         return
@@ -144,10 +147,11 @@ def execute(command, toy):
     with contextlib.ExitStack() as stack:
         if "<" in words:
             *words, _, said, _, heard = words
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(heard, "w"))))
+            to = stack.enter_context(open(heard, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(to))
             stack.callback(setattr, sys, "stdin", sys.stdin)
-            sys.stdin = stack.enter_context(open(said))
-        mains = {"data.py": data.main, "train.py": train.main, "model.py": model.main, "notes.whole_life": step}
+            sys.stdin = stack.enter_context(open(said, encoding="utf-8"))
+        mains = {"train.py": train.main, "model.py": model.main, "notes.whole_life": step}
         return mains[program](words)
 
 
@@ -177,7 +181,7 @@ def measure(stage, at, command, found):
 
 
 def tokens_there(command):
-    """Of the shards that `prepare` has made: their size, and bits/byte of bigrams, which models have to beat."""
+    """The size of the shards that `prepare` has made, and bits/byte of bigrams, which models have to beat."""
     options = [word for word in shlex.split(command) if word.startswith("--")]
     config, _ = data.read_options(options)
     there = data.prepare(config, 4096)
@@ -271,7 +275,7 @@ def raw(folder, few=False):
     known, unseen = sums(*((60, 4) if few else (4000, 200)), digits=1 if few else 2)
     asked = {operands(problem["result"]) for problem in unseen}
     texts["math"] = [text for text in texts["math"]
-                     if not any(SUM.fullmatch(line) and operands(line) in asked for line in text.splitlines())]
+                     if not any(operands(line) in asked for line in filter(SUM.fullmatch, text.splitlines()))]
 
     # The folder gets its name when it is complete.
     partial = Path(f"{folder}.partial")
@@ -335,8 +339,8 @@ def pairs(folder, path, out, first):
 
 
 def compare(run, folder):
-    """The largest difference between the logits of a run and of its export, read by this repository and, if it
-    is installed, by transformers, which must also lay out a conversation in the same tokens."""
+    """The largest difference between the logits of a run and of its export, read by this repository and, if
+    it is installed, by transformers, which must also lay out a conversation in the same tokens."""
     net, tokenizer = train.load_run(run)
     asked = [dict(role="user", content="Add 27 and 15.")]
     ids, _ = data.chat_ids(asked, tokenizer)
@@ -354,8 +358,14 @@ def compare(run, folder):
             read = AutoTokenizer.from_pretrained(folder).apply_chat_template(asked, return_dict=False)
             if read != ids.tolist():
                 raise SystemExit(f"{folder}: transformers reads a conversation as other tokens: {read}")
-    print(f"{folder}: the logits differ by at most", *(f"{v:.1e} ({name})" for name, v in found.items()))
+    print(f"{folder}: the logits differ by at most " + apart(found))
     return found
+
+
+def apart(found):
+    """The differences of `compare` in words."""
+    return ", ".join(f"{found[name]:.0e} {where}" for name, where in
+                     (("difference", "here"), ("transformers", "in transformers")) if name in found)
 
 
 STEPS = dict(raw=raw, pairs=pairs, compare=compare)
@@ -368,7 +378,12 @@ def step(words):
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
             options[name] = int(value) if value else True
-    return STEPS[words[0]](*[word for word in words[1:] if not word.startswith("--")], **options)
+    paths = [word for word in words[1:] if not word.startswith("--")]
+    try:
+        given = inspect.signature(STEPS[words[0]]).bind(*paths, **options)
+    except TypeError as error:
+        raise SystemExit(f"{words[0]}: {error}. {step.__doc__}") from None
+    return STEPS[words[0]](*given.args, **given.kwargs)
 
 
 # ---- page and figure ---------------------------------------------------------------------------------------
@@ -400,9 +415,8 @@ def score(row):
     if "solved" in row:
         whose = "sampled answers right" if row["arm"] == "pairs" else "unseen problems solved"
         found.append(f"{row['solved']:.0%} of {whose}")
-    for name in ("difference", "transformers"):
-        if name in row:
-            found.append(f"{row[name]:.0e} apart" + f" in {name}" * (name == "transformers"))
+    if "difference" in row:
+        found.append(f"logits differ by {apart(row)}")
     return "; ".join(found)
 
 
@@ -414,8 +428,8 @@ def show(rows):
     begin = 0
     for stage in ("pre-train", "anneal", "4 × context"):
         points = [row for row in rows if row["arm"] == stage and "seen" in row]
-        curves.plot([(begin + row["seen"]) / 1e6 for row in points], [row["bpb"] for row in points], "o-", ms=4,
-                    label=stage)
+        at = [(begin + row["seen"]) / 1e6 for row in points]
+        curves.plot(at, [row["bpb"] for row in points], "o-", ms=4, label=stage)
         begin += stages[stage]["tokens"]
     curves.axhline(stages["tokens"]["bpb"], color="0.4", ls=":", lw=1.5, label="bigrams")
     curves.set(xlabel="million tokens", ylabel="bits/byte, mean of 4 domains", ylim=(0, None))
