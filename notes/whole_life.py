@@ -333,6 +333,8 @@ def pairs(folder, path, out, first):
         if bad:
             rows.append(dict(prompt=problem["instruction"], chosen=(good or [problem["output"]])[0],
                              rejected=bad[0]))
+    if not rows:
+        raise ValueError(f"{folder}: all its answers are right, so there are no pairs; --first=N asks more")
     write_lines(out, rows)
     print(f"{out}: {len(rows)} pairs of {len(some)} problems; {count} of {4 * len(some)} answers are right")
     return dict(documents=len(rows), solved=count / 4 / len(some))
