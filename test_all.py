@@ -9737,7 +9737,7 @@ def quiet_main(name, *args):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", [name for name in NOTES if name != "gpu"])
+@pytest.mark.parametrize("name", [name for name in NOTES if name not in ("gpu", "whole_life")])
 def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet_main(name, "--quick")
@@ -9748,7 +9748,7 @@ def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
     assert "minutes on" in page and (tmp_path / f"out/quick/{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("name", [name for name in NOTES if name != "whole_life"])   # its run: not recorded
 def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
     """Figure and table come from the CSV alone; the page ends with a verdict, and the index has its row."""
     cells = {cell[:2]: _note.key(cell[2]) for cell in importlib.import_module(f"notes.{name}").cells(False)}
@@ -9993,3 +9993,85 @@ def test_arms_on_real_facts_take_turns_as_those_on_people_do():
         patch.setattr(note, "likelihoods", scores)
         right = note.asked_elements(None, None, known, 0)
     assert right.shape == (5, 3) and right.mean(0).tolist() == [100, 0, 0]
+
+
+def test_a_whole_life_as_a_toy_goes_on_where_it_was_stopped(tmp_path, monkeypatch, undrawn, capfd):
+    """Every stage with its command, one of which is stopped in the middle; each begins where the one before
+    it ended; what is read back is what was exported."""
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "report", lambda *args: None)       # samples text
+    complete = train.train
+    (tmp_path / "out/quick/life/raw").mkdir(parents=True)          # of an earlier toy
+
+    def stopped(config, *args):
+        return complete(replace(config, steps=2 * (config.objective == "sft")), *args)
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit):
+        whole_life.main(["--quick"])
+    said, _ = capfd.readouterr()
+    sft = next(line for line in said.splitlines() if line.startswith("$ torchrun train.py sft"))
+    assert said.endswith(f"The stage \"SFT\" did not end: stopped at step 2 of 4\n  {sft[2:]}\n"
+                         "Started again, python -m notes.whole_life goes on here.\n")
+
+    # The same again
+    monkeypatch.setattr(train, "train", complete)
+    path = tmp_path / "out/quick/whole_life.csv"
+    before = _note.read(path)
+    rows = _note.grid(path, whole_life.cells(True), whole_life.run)
+    said, _ = capfd.readouterr()
+    assert rows[:len(before)] == before and said.count("\n$ ") == 6
+    assert f"{sft} --resume\n" in said and "resuming out/quick/life/sft at step 2" in said
+    stages = {row["arm"]: row for row in rows if "minutes" in row}
+    assert list(stages) == list(whole_life.life(""))
+    assert stages["pre-train"]["after"] == pytest.approx(stages["anneal"]["before"], rel=1e-6)
+    assert stages["SFT"]["after"] < stages["SFT"]["before"]
+    assert stages["pairs"]["documents"] == 8
+    assert stages["read back"]["difference"] == 0
+    assert stages["conversation"]["text"].startswith("> Who are you?\n")
+    figure, lines = whole_life.show(rows)
+    assert "| SFT | 1,024 tokens |" in "\n".join(lines) and len(figure.axes) == 3
+
+
+def test_a_stage_of_a_life_says_what_failed(tmp_path, monkeypatch, capfd):
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    command = "python data.py clean prose=nowhere.jsonl out/prose"
+    with pytest.raises(SystemExit):
+        list(whole_life.run("clean prose", 0, ("out", False, command)))
+    said, error = capfd.readouterr()
+    assert "data.py: " in error and f'The stage "clean prose" did not end: status 1\n  {command}\n' in said
+
+
+def test_the_problems_of_a_life_are_judged_and_unseen(tmp_path, monkeypatch):
+    from notes import whole_life
+    known, unseen = whole_life.sums(60, 8, digits=1)
+    keys = [whole_life.operands(problem["result"]) for problem in known + unseen]
+    assert (len(known), len(unseen)) == (60, 8) and len(set(keys)) == 68
+    assert whole_life.operands("27 + 5 = 32") == whole_life.operands("5 + 27 = 32") != ("-", 5, 27)
+    for problem, other in zip(known, known[1:] + known[:1]):
+        answer, result = problem["output"], problem["result"]
+        assert whole_life.right(problem, answer)
+        wrong = result[:-1] + str((int(result[-1]) + 1) % 10)
+        assert not whole_life.right(problem, answer.replace(result, wrong)), "false"
+        assert not whole_life.right(problem, answer.replace(result, "")), "no result"
+        assert not whole_life.right(problem, answer + "\n1 + 1 = 3"), "more that is false"
+        assert not whole_life.right(problem, other["output"]), "another problem's"
+
+    # Of the text, problems with the numbers of unseen ones are left out.
+    _, unseen = whole_life.sums(60, 4, digits=1)
+    told = [f"Again: {problem['output']}\n{problem['result']}\n" for problem in (unseen[0], known[0])]
+    monkeypatch.setattr(embedded, "worked_math", lambda size: told)
+    whole_life.raw(tmp_path / "raw", few=True)
+    assert [row["text"] for row in whole_life.lines_of(tmp_path / "raw/math.jsonl")] == told[1:]
+    assert whole_life.lines_of(tmp_path / "raw/unseen.jsonl") == unseen
+    assert not (tmp_path / "raw.partial").exists()
+
+
+def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
+    from notes import whole_life
+    for name in ("base", "raw"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match="has the runs of an earlier life: remove the folder"):
+        list(whole_life.run("raw", 0, (str(tmp_path), True, "python -m notes.whole_life raw there")))
+    assert (tmp_path / "raw").exists()
