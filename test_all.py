@@ -7788,7 +7788,7 @@ def test_impossible_meshes_are_refused(mesh, world, experts, says, batch=24):
 
 
 # Exchanges overlapped with computation: (pp, ep) of each world, on the first ranks of eight.
-WOVEN = [(1, 2), (2, 2), (2, 4)]
+WOVEN = [(1, 2), (2, 2), (1, 4)]
 WOVEN_MODEL = replace(K2, n_layer=4, n_dense=0, vocab_size=261, tie=False, balance_loss=0.01)
 
 
@@ -7898,10 +7898,10 @@ def step_of_a_weave(config, mesh, alone, x, nats, monkeypatch):
 
 
 def test_woven_exchanges_change_no_number_and_are_hidden(text):
-    """On pp × ep = 1 × 2, 2 × 2 and 2 × 4 ranks, in float64 and with empty experts: losses and gradients
+    """On pp × ep = 1 × 2, 2 × 2 and 1 × 4 ranks, in float64 and with empty experts: losses and gradients
     match one process to 1e-9, and the same layout without overlap to the bit. Whenever tokens travel in a
     steady tick, a part of another micro-batch computes between the start of the exchange and the wait."""
-    spawn(8, every_weave, text)
+    spawn(4, every_weave, text)
 
 
 @contextlib.contextmanager
@@ -7986,8 +7986,8 @@ ONE_STEP = [
     ("tied", 4, dict(pp=4)), ("tied", 2, dict(pp=2)), ("untied", 4, dict(pp=2)),
     ("tied", 4, dict(chunks=2)), ("tied", 4, dict(pp=4, chunks=2, schedule="gpipe")),
     ("untied", 2, dict(pp=2, chunks=2)), ("shared keys", 4, dict(pp=2, chunks=2)),
-    ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)), ("experts", 4, dict(pp=4)),
-    ("experts", 4, dict(pp=2)), ("experts", 4, dict(chunks=2, ep=4)), ("experts", 2, dict(chunks=2)),
+    ("shared keys", 4, dict(pp=4)), ("experts", 4, dict(pp=4, chunks=2)),
+    ("experts", 4, dict(pp=2)), ("experts", 4, dict(chunks=2, ep=4)),
     ("experts", 4, dict(pp=2, chunks=2)), ("experts", 2, dict(pp=2, schedule="gpipe")),
     ("experts", 4, dict(pp=2, chunks=2, ep=2, overlap=True)), ("experts", 2, dict(ep=2, overlap=True)),
 ]
