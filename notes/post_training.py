@@ -208,7 +208,7 @@ def pairs_of(model, tokenizer, trees, seed, s, fine=False):
     sampled = {}
     for i in range(s.answers):
         for tree, answer in zip(trees, answers(model, tokenizer, trees, 1.0, 1000 * seed + i)):
-            sampled.setdefault(question(tree), [worked(tree)] * s.toy).append(answer)
+            sampled.setdefault(question(tree), [worked(tree), "= 99"] * s.toy).append(answer)
     found = []
     for asked, said in sampled.items():
         good, bad = ([one for one in dict.fromkeys(said) if right(asked, one) == side and one.strip()]
@@ -305,13 +305,13 @@ class Setting:
     asked: int = 800             # questions that pairs are sampled for
     answers: int = 8             # sampled for each
     tests: int = 200             # questions of each group in the test
-    toy: bool = False            # the worked answer counts as sampled, for a model that solves nothing
+    toy: bool = False            # a right and a wrong answer count as sampled: a toy ends none
 
 
 def kept(config, name, seed, files):
     """The configuration of a stage, whose name and data decide its folder. files: {domain: records}"""
     key = _note.key(config) + f"{digest64(json.dumps(files)):016x}"[:8]
-    folder = ROOT / f"{name} {seed} {key}".replace(", ", ",").replace(" ", "-")
+    folder = ROOT / re.sub(r"\W+", "-", f"{name} {seed} {key}")
     paths = {}
     for domain, records in files.items():
         paths[domain] = folder / f"{domain}.jsonl"
