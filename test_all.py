@@ -9536,9 +9536,8 @@ def test_pairs_of_post_training_are_a_right_and_a_wrong_answer(monkeypatch):
     """Coarse: any; fine: those with the longest common beginning. A question with one kind gives none."""
     from notes import post_training as note
     trees = [[[9, "-", 5], "-", 2], [1, "+", 1], [2, "*", 3]]
-    said = [["= 4 - 2\n= 2", "= 2", "= 8\n= 2"], ["= 4 - 2\n= 2", "= 2", "= 6"],
-            ["= 4 - 2\n= 1", "= 2", ""], ["= 7", "= 2", "= 5"]]
-    monkeypatch.setattr(note, "answers", lambda model, tokenizer, trees, T, seed: said[seed])
+    said = [["= 4 - 2\n= 2", "= 2", "= 8\n= 2"], ["= 7", "= 2", "= 5"], ["= 4 - 2\n= 2", "= 2", "= 6"],
+            ["= 4 - 2\n= 1", "= 2", ""]]
     s = replace(note.Setting(), answers=4)
     for seed in range(5):
         monkeypatch.setattr(note, "answers", lambda *args, at=iter(said): next(at))
@@ -9569,14 +9568,15 @@ def test_post_training_measures_log_probabilities_and_divergence():
         assert value == pytest.approx(expected, rel=1e-4)
 
     # Exact over the vocabulary at each position of what the model itself has written, up to its end.
-    trees = [[1, "+", 2], [3, "*", 2]]
+    trees = [[a, "+", b] for a in range(1, 9) for b in range(1, 9)]
     (tokens, length, _), = note.written_on(model, tokenizer, trees, 1.0, 11)
+    assert (tokens[:, length:-1] == end).any()
     expected = 0
     for row in tokens:
         stop = [*row[length:].tolist(), end].index(end)
         p, q = (of(row[None])[0].double().log_softmax(-1) for of in (model, other))
         for i in range(length - 1, min(length + stop, len(row) - 1)):
-            expected += F.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / 2
+            expected += F.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / len(trees)
     assert note.divergence(model, other, tokenizer, trees) == pytest.approx(expected, rel=1e-5) and expected > 1
     assert note.divergence(model, model, tokenizer, trees) == 0
 
