@@ -517,19 +517,25 @@ def tables(found):
 
     # Differences within seeds
     differences = [("difference, in points", "of", "mean", "standard error", "positive in")]
-    for more, less, measure in COMPARED:
+    best = [max((arm for arm in found if arm == name or arm.startswith(f"{name}, lr")), default="",
+                key=lambda arm: statistics.mean(row["two"] for row in found[arm].values()))
+            for name in (ADAMW, SFT)]
+    for more, less, measure in (*COMPARED, (best[0] or ADAMW, best[1], "two")):
         both = sorted(found.get(more, {}).keys() & found.get(less, {}).keys())
         gaps = [found[more][seed][measure] - found[less][seed][measure] for seed in both]
         what = (f"{more} over {less}", columns.get(measure, "unseen, mean of three"))
         if len(gaps) < 2:
-            differences.append((*what, "not run", "–", f"{len(gaps)} seeds"))
+            differences.append((*what, "not run", "–", "–"))
             continue
         error = statistics.stdev(gaps) / len(gaps) ** 0.5
         differences.append((*what, f"{statistics.mean(gaps):+.1f}", f"{error:.1f}",
                             f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"))
     lines += ["", *_note.table(*differences)]
 
-    # What could be seen
+    # What is missing, and what could be seen
+    missing = [f"{arm} {seed}" for arm, seed, _ in cells(False) if seed not in found.get(arm, {})]
+    if missing:
+        lines += ["", f"Not run yet (arm and seed): {'; '.join(missing)}."]
     for measure in ("two", "unseen"):
         values = [row[measure] for row in found.get(SFT, {}).values()]
         if len(values) > 2:
