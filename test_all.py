@@ -9768,6 +9768,99 @@ def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
     assert f"({name}.md)" in (HERE / "notes/README.md").read_text("utf-8")
 
 
+def test_no_stage_of_post_training_meets_a_family_of_its_test():
+    from notes import post_training as note
+    s = replace(note.cells(False)[0][2], facts=8, told=200, plain=200)
+    unseen = [family for _, held_out in note.families().values() for family in held_out]
+    assert len(unseen) == 24
+    said = [row["text"] for row in note.texts(0, s)["worked"]]
+    for arm in (note.SFT, *note.DATA_ARMS):
+        for records in note.lessons(arm, 0, s).values():
+            said += [message["content"] for record in records for message in record["messages"]]
+    trees = [parsed(line) for text in said for line in re.findall(r"(?m)^(?:= )?([-(\d].*)$", text)]
+    forms = [note.family_of(tree) for tree in trees]
+    assert len(forms) > 2000 and max(map(str, forms), key=len).count("n") == 4
+    assert not any(form in unseen for form in forms)
+    tested = [tree for group in note.GROUPS for tree in note.test_set(20)[group]]
+    assert len(tested) == 60 and all(note.family_of(tree) in unseen for tree in tested)
+    asked = [note.written(tree) for tree in note.test_set(20)["seen"]]
+    assert len(set(asked)) == 20 and all(note.family_of(parsed(text)) not in unseen for text in asked)
+
+
+def parsed(text):
+    """An expression of notes/post_training.py as its tree, by Python's own parser."""
+    signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+
+    def tree(node):
+        if isinstance(node, ast.BinOp):
+            return [tree(node.left), signs[type(node.op)], tree(node.right)]
+        return ast.literal_eval(node)
+    return tree(ast.parse(text, mode="eval").body)
+
+
+def test_answers_of_post_training_are_judged_line_by_line():
+    from notes import post_training as note
+    asked = note.question([[3, "-", 7], "*", [2, "+", 1]])
+    assert asked == "Work out:\n(3 - 7) * (2 + 1)"
+    lines = "= (-4) * (2 + 1)", "= (-4) * 3", "= -12"
+    assert note.worked([[3, "-", 7], "*", [2, "+", 1]]) == "\n".join(lines)
+    assert note.right(asked, "\n".join(lines)) and note.right(asked, lines[2])
+    for wrong in ("", "= 12", "-12", "= -12 ", lines[0], "\n".join((*lines, "")), "= (-4) * 4\n= -12",
+                  "= -12\n= (-4) * 3", "= -12 = 4", "= x\n= -12", "it is\n= -12", "= 1/0\n= -12"):
+        assert not note.right(asked, wrong), wrong
+    assert note.worked([5, "*", 5]) is None and note.worked([[4, "*", 5], "+", 1]) is None
+    assert note.worked([[4, "-", 9], "-", [1, "-", 6]]) == "= (-5) - (1 - 6)\n= (-5) - (-5)\n= 0"
+
+
+def test_pairs_of_post_training_are_a_right_and_a_wrong_answer(monkeypatch):
+    """Coarse: any; fine: those with the longest common beginning. A question with one kind gives none."""
+    from notes import post_training as note
+    trees = [[[9, "-", 5], "-", 2], [1, "+", 1], [2, "*", 3]]
+    said = [["= 4 - 2\n= 2", "= 2", "= 8\n= 2"], ["= 7", "= 2", "= 5"], ["= 4 - 2\n= 2", "= 2", "= 6"],
+            ["= 4 - 2\n= 1", "= 2", ""]]
+    s = replace(note.Setting(), answers=4)
+    for seed in range(5):
+        monkeypatch.setattr(note, "answers", lambda *args, at=iter(said): next(at))
+        first, second = note.pairs_of(None, None, trees, seed, s, fine=True)
+        assert first == dict(prompt=note.question(trees[0]), chosen="= 4 - 2\n= 2", rejected="= 4 - 2\n= 1")
+        assert second["prompt"] == note.question(trees[2]) and second["chosen"] == "= 6"
+        assert second["rejected"] in ("= 8\n= 2", "= 5"), "a blank answer is none"
+    found = set()
+    for seed in range(9):
+        monkeypatch.setattr(note, "answers", lambda *args, at=iter(said): next(at))
+        found.add(note.pairs_of(None, None, trees, seed, s)[0]["rejected"])
+    assert found == {"= 4 - 2\n= 1", "= 7"}
+
+
+def test_post_training_measures_log_probabilities_and_divergence():
+    from notes import post_training as note
+    tokenizer = data.tokenizer_of(data.DataConfig(tokenizer="bytes"), 261, (), None)
+    small = replace(note.cells(True)[0][2].base.model, init_std=0.3)
+    model, other = (net.Transformer(small, seed=seed).eval() for seed in range(2))
+    pair = dict(prompt="Work out:\n1 + 2", chosen="= 3", rejected="= 12")
+    head = tokenizer.encode(pair["prompt"]).tolist()
+    end, user, assistant = (tokenizer.specials[f"<|{name}|>"] for name in ("end", "user", "assistant"))
+    found = note.log_probabilities(model, tokenizer, [pair])[0].tolist()
+    for side, value in zip(("chosen", "rejected"), found):
+        ids = [user, *head, end, assistant, *tokenizer.encode(pair[side]).tolist(), end]
+        p = model(torch.tensor([ids]))[0].log_softmax(-1)
+        expected = sum(p[i - 1, ids[i]].item() for i in range(len(head) + 3, len(ids)))
+        assert value == pytest.approx(expected, rel=1e-4)
+
+    # Exact over the vocabulary at each position of what the model itself has written, up to its end.
+    trees = [[a, "+", b] for a in range(1, 9) for b in range(1, 9)]
+    (tokens, length, _), = note.written_on(model, tokenizer, trees, 1.0, 11)
+    assert (tokens[:, length:-1] == end).any()
+    expected = 0
+    for row in tokens:
+        stop = [*row[length:].tolist(), end].index(end)
+        p, q = (of(row[None])[0].double().log_softmax(-1) for of in (model, other))
+        for i in range(length - 1, min(length + stop, len(row) - 1)):
+            expected += F.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / len(trees)
+    assert note.divergence(model, other, tokenizer, trees) == pytest.approx(expected, rel=1e-5) and expected > 1
+    assert note.divergence(model, model, tokenizer, trees) == 0
+
+
 def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
     path, calls = tmp_path / "x.csv", []
 

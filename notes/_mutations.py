@@ -663,6 +663,21 @@ TABLE = {
         ("ten rewrites of an element are one", "[some[epoch % len(some)] for some in rewrites]",
          "[some[0] for some in rewrites]", "real_facts_take_turns"),
     ],
+    "notes/post_training.py": [
+        ("families seen on the way to an answer", "if not any(form in unseen for form in forms(tree))",
+         "if tree not in unseen", "no_stage_of_post_training"),
+        ("an answer that does not end", "and bool(re.fullmatch(r\"= -?\\d+\", lines[-1]))", "",
+         "judged_line_by_line"),
+        ("a line that states nothing", "all(line.startswith(\"= \") for line in lines)", "True",
+         "judged_line_by_line"),
+        ("a fine pair is any pair", "max(options, key=lambda pair: alike(*pair)) if fine",
+         "options[0] if fine", "pairs_of_post_training"),
+        ("the divergence of the reference", "(p.exp() * (p - q))", "(q.exp() * (p - q))",
+         "post_training_measures"),
+        ("divergence after the end of an answer", ".sum(-1) * ~ended)", ".sum(-1))",
+         "post_training_measures"),
+        ("the first token of an answer", "[1][len(head) - 1:]", "[1][len(head):]", "post_training_measures"),
+    ],
 }
 
 
