@@ -11,6 +11,8 @@
   moving mixture   domain weights move linearly over a horizon of tokens [Motif §3.2.1]. The due time of
                    every window has a closed form, so the number of windows taken from a domain never
                    falls and stays within 3 of the integral of the domain's weight.
+  compared exactly a near-duplicate goes only after a comparison with one that stays; MinHash finds the pairs.
+  paid for once    recipes have a model rewrite data; every answer is kept, so that a killed one goes on.
 
 Letters:  N windows  D domains  W windows of a domain  b windows of a rank's batch  T context in tokens
           V vocabulary size
