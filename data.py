@@ -11,6 +11,8 @@
   moving mixture   domain weights move linearly over a horizon of tokens [Motif §3.2.1]. The due time of
                    every window has a closed form, so the number of windows taken from a domain never
                    falls and stays within 3 of the integral of the domain's weight.
+  compared exactly a near-duplicate goes only after a comparison with one that stays; MinHash finds the pairs.
+  paid for once    recipes have a model rewrite data; every answer is kept, so that a killed one goes on.
 
 Letters:  N windows  D domains  W windows of a domain  b windows of a rank's batch  T context in tokens
           V vocabulary size
@@ -1704,6 +1706,7 @@ def write_shards(about, paths, dtype, tokenizer, docs):
 READER = 2                       # raise it when reading or splitting changes: it is part of the shards' key
 PART = 64_000_000                # bytes of the files that share a shard; a longer file has one of its own
 BATCH = 1_000_000                # bytes of text that are encoded at a time
+WORKER_MEMORY = 1_000_000_000    # bytes that a worker may allocate; it refuses a file that needs more
 BPE_SAMPLE = 64_000_000          # bytes of text that BPE is trained on if a domain is large
 
 
@@ -2023,6 +2026,9 @@ def work_as_told():
 
     # Standard output is the pipe to the parent, for messages alone; each is written at once, so that lines of
     # different workers do not mix. Terminated, it removes its temporary files.
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)           # -1: unlimited
+    memory = min(told["memory"], most) if most >= 0 else told["memory"]
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
     pipe = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -2043,7 +2049,10 @@ def work_as_told():
     try:
         work(plan, told["threads"], tell)
     except (ValueError, OSError, MemoryError) as error:
-        said = NO_MEMORY if isinstance(error, MemoryError) else str(error)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)            # it ends by itself
+        said = str(error)
+        if isinstance(error, MemoryError):
+            said = f"a worker needs more than {told['memory'] / 1e6:,.0f} MB of memory"
         if isinstance(error, (OSError, MemoryError)):
             said = f"{plan.folder}: {said}; shards that are complete are kept"
         say(error=said[:500])
@@ -2058,14 +2067,15 @@ def run_workers(plan, workers, sizes):
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     count = 1 if plan.budget else min(workers or cores, len(sizes))
     told = json.dumps(dict(plan=plan._replace(source=plan.source._asdict())._asdict(),
-                           threads=max(1, cores // count)))
+                           threads=max(1, cores // count), memory=WORKER_MEMORY))
+    env = dict(os.environ, ARROW_DEFAULT_MEMORY_POOL="system")   # its own would reserve a GB at once
     out, into = os.pipe()
     processes = []
     with open(out) as messages:
         try:
             for _ in range(count):
                 process = subprocess.Popen([sys.executable, Path(__file__).resolve(), "work"], text=True,
-                                           stdin=subprocess.PIPE, stdout=into)
+                                           env=env, stdin=subprocess.PIPE, stdout=into)
                 processes.append(process)
                 with process.stdin:
                     process.stdin.write(told)

@@ -2106,6 +2106,31 @@ def test_a_killed_worker_is_one_line(monkeypatch, tmp_path):
         data.prepare(config, 261)
 
 
+def test_the_memory_of_a_worker_is_bounded(tmp_path, monkeypatch):
+    """It suffices for text; a worker that may allocate nothing ends, and the run with it."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    config, _ = large_text(tmp_path, 1, 9)
+    monkeypatch.setattr(data, "WORKER_MEMORY", 250_000_000)
+    data.prepare(config, 261)
+    monkeypatch.setattr(data, "WORKER_MEMORY", 1_000_000)
+    ends = "a worker (needs more than 1 MB of memory|was killed|process ended)"
+    with pytest.raises(ValueError, match=ends):
+        data.prepare(replace(config, skip_bad=True), 261)
+
+
+def test_the_memory_of_a_worker_is_bounded_for_pages_of_any_size(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(data, "LARGE", 0)
+    monkeypatch.setattr(data, "WORKER_MEMORY", 250_000_000)
+    rows = [dict(text=f"{i} " + "a long row " * 50_000) for i in range(600)]
+    write_rows(tmp_path / "page.parquet", rows, write_batch_size=1024, use_dictionary=False,
+               data_page_size=1 << 30)
+    config = data.DataConfig(files=f"x={tmp_path / 'page.parquet'}", tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="page.parquet, after row 0: a page of the column is too large"):
+        data.prepare(config, 261)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_source_with_a_time_in_the_future_counts_as_settled(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     later = time.time() + 9e4

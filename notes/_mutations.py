@@ -206,6 +206,8 @@ TABLE = {
         ("a file is hashed for a small part of it", "source_of(file) if whole else",
          "source_of(file) if True else", "small_budget"),
         ("buckets are no part of the key", "config.budget, buckets))", "config.budget))", "buckets_of"),
+        ("a worker takes all memory", "resource.setrlimit(resource.RLIMIT_DATA, (memory, most))", "pass",
+         "memory_of_a_worker"),
         ("a long row of a table is taken", "and len(text.encode()) > limit:", "and False:", "are_bounded"),
         ("long words take memory", "if MANY_LETTERS.search(words):", "if False:", "are_bounded"),
         ("workers write one shard at once", "fcntl.LOCK_EX | (0 if wait", "fcntl.LOCK_SH | (0 if wait",

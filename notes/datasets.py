@@ -293,8 +293,8 @@ def open_parquet(file):
 
 def parquet_records(file, column, fields, columns, counts):
     """(number, {column: value}) of a parquet file: the column of the text, and those of `fields`. columns:
-    see csv_records. pyarrow unpacks a page of a column as a whole: usually 1 MB, but 1,024 long rows in one
-    take as much memory as they are long."""
+    see csv_records. pyarrow unpacks a page of a column as a whole: usually 1 MB, but as much as they are
+    long for 1,024 long rows in one. Raises ValueError if a worker has no room for that."""
     table = open_parquet(file)
     columns(table.schema_arrow.names)
     kind = str(table.schema_arrow.field(column).type)
@@ -318,6 +318,9 @@ def parquet_records(file, column, fields, columns, counts):
             counts["at"] = size * number // about.num_rows
     except (OSError, ValueError) as error:
         raise ValueError(f"files: {file}, after row {number}: damaged: {first_line(error)}") from None
+    except MemoryError:
+        raise ValueError(f"files: {file}, after row {number}: a page of the column is too large for the "
+                         "memory of a worker: write the file with smaller pages") from None
     if number != about.num_rows:
         raise ValueError(f"files: {file}: damaged: {number} of {about.num_rows} rows")
 
