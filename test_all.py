@@ -9811,6 +9811,13 @@ def test_no_stage_of_post_training_meets_a_family_of_its_test():
     asked = [note.written(tree) for tree in note.test_set(20)["seen"]]
     assert len(set(asked)) == 20 and all(note.family_of(parsed(text)) not in unseen for text in asked)
 
+    # What a length leaves out is no longer than what it keeps.
+    size = lambda record: len("".join(message["content"] for message in record["messages"]))
+    sizes = [size(record) for record in note.lessons(note.SFT, 0, s)["plain"]]
+    for arm, share in note.LENGTHS.items():
+        kept = [size(record) for record in note.lessons(arm, 0, s)["plain"]]
+        assert kept == sorted(sizes)[int(share * len(sizes)):] and kept[0] > min(sizes)
+
 
 def parsed(text):
     """An expression of notes/post_training.py as its tree, by Python's own parser."""

@@ -26,6 +26,7 @@ LEAST, MOST = -20, 20              # of every value on the way
 LONGEST = 48                       # tokens of an answer
 SFT = "SFT"
 DATA_ARMS = "SFT, evolved", "SFT, fused", "SFT, concatenated"
+LENGTHS = {"SFT, shortest left out": 0.25, "SFT, longest alone": 0.75}     # shares that are left out
 COARSE, LONGER, FINE, RIGHT = ("DPO coarse", "DPO coarse, twice as long", "DPO coarse, then fine",
                                "SFT on right answers")
 ADAMW = "SFT with AdamW"
@@ -35,7 +36,8 @@ COMPARED = ((SFT, "base", "two"), (COARSE, SFT, "two"), (COARSE, SFT, "sampled")
             (FINE, LONGER, "two"), (FINE, LONGER, "accuracy"), (RIGHT, SFT, "two"), (FINE, RIGHT, "two"),
             ("SFT, evolved", SFT, "unseen"), ("SFT, fused", SFT, "unseen"),
             ("SFT, concatenated", SFT, "unseen"), ("SFT, fused", "SFT, concatenated", "unseen"),
-            ("SFT, evolved", "SFT, fused", "unseen"))
+            ("SFT, evolved", "SFT, fused", "unseen"),
+            *((arm, SFT, group) for arm in LENGTHS for group in ("unseen", "seen")))
 RATES = (*(f"{SFT}, lr {lr}" for lr in (0.001, 0.01)),
          *(f"{ADAMW}, lr {lr}" for lr in (0.0003, 0.001, 0.003)))
 
@@ -187,6 +189,9 @@ def lessons(arm, seed, s):
     rng = random.Random(f"chat {seed}")
     plain = problems(("one", "two"), s.plain, rng)
     found = dict(plain=[chat(question(tree), worked(tree)) for tree in plain])
+    if arm in LENGTHS:
+        length = lambda record: sum(len(message["content"]) for message in record["messages"])
+        found["plain"] = sorted(found["plain"], key=length)[int(LENGTHS[arm] * s.plain):]
     if arm == "SFT, evolved":
         found["evolved"] = [chat(question(new), worked(new)) for new in (harder(tree, rng) for tree in plain)]
     if arm == "SFT, fused":
@@ -339,7 +344,7 @@ def stage(arm, seed, s):
     if arm == "base":
         config = kept(s.base, arm, seed, texts(seed, s))
         return trained(config), config.out
-    if arm in (SFT, *DATA_ARMS) or arm.startswith((SFT + ", lr", ADAMW)):
+    if arm in (SFT, *DATA_ARMS, *LENGTHS) or arm.startswith((SFT + ", lr", ADAMW)):
         _, init = stage("base", seed, s)
         lr = re.search(r"lr ([\d.]+)", arm)
         name = "adamw" if arm.startswith(ADAMW) else s.sft.optim.name
@@ -425,7 +430,7 @@ def cells(quick):
     arms = "base", SFT, *DATA_ARMS, COARSE, LONGER, FINE, RIGHT
     found = [(arm, seed, s) for seed in range(3) for arm in arms]
     found += [(arm, seed, s) for seed in (3, 4) for arm in ("base", SFT)]
-    return found + [(arm, seed, s) for seed in range(3) for arm in RATES]
+    return found + [(arm, seed, s) for seed in range(3) for arm in (*RATES, *LENGTHS)]
 
 
 # ---- figure and tables -------------------------------------------------------------------------------------
