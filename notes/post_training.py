@@ -32,8 +32,9 @@ COARSE, LONGER, FINE, RIGHT = ("DPO coarse", "DPO coarse, twice as long", "DPO c
 ADAMW = "SFT with AdamW"
 STAGES = "base", SFT, COARSE, LONGER, FINE, RIGHT
 GROUPS = "two", "deep", "wide"
-COMPARED = ((SFT, "base", "two"), (COARSE, SFT, "two"), (COARSE, SFT, "sampled"), (LONGER, COARSE, "two"),
-            (FINE, LONGER, "two"), (FINE, LONGER, "accuracy"), (RIGHT, SFT, "two"), (FINE, RIGHT, "two"),
+COMPARED = ((SFT, "base", "unseen"), (COARSE, SFT, "unseen"), (COARSE, SFT, "sampled"),
+            (LONGER, COARSE, "unseen"), (FINE, LONGER, "unseen"), (FINE, LONGER, "accuracy"),
+            (RIGHT, SFT, "unseen"), (LONGER, RIGHT, "unseen"), (LONGER, RIGHT, "accuracy"),
             ("SFT, evolved", SFT, "unseen"), ("SFT, fused", SFT, "unseen"),
             ("SFT, concatenated", SFT, "unseen"), ("SFT, fused", "SFT, concatenated", "unseen"),
             ("SFT, evolved", "SFT, fused", "unseen"),
@@ -307,7 +308,7 @@ class Setting:
     facts: int = 40_000          # of the pre-training
     told: int = 3000             # worked expressions of the pre-training
     plain: int = 1000            # conversations
-    asked: int = 800             # questions that pairs are sampled for
+    asked: int = 2000            # questions that pairs are sampled for
     answers: int = 8             # sampled for each
     tests: int = 200             # questions of each group in the test
     toy: bool = False            # a right and a wrong answer count as sampled: a toy ends none
@@ -369,10 +370,17 @@ def stage(arm, seed, s):
 
 @functools.cache
 def sampled_pairs(init, seed, s, fine):
-    """Pairs of answers to questions of the families of the SFT data, with other numbers."""
+    """Pairs of answers to questions of all families that are trained on, other than those of SFT."""
     known = {written(tree) for tree in problems(("one", "two"), s.plain, random.Random(f"chat {seed}"))}
-    trees = problems(("two",), s.asked, random.Random(f"asked {seed} {fine}"), known=known)
+    trees = problems(GROUPS, s.asked, random.Random(f"asked {seed} {fine}"), known=known)
     return pairs_of(*train.load_run(init), trees, seed, s, fine)
+
+
+@functools.cache
+def tested_pairs(init, seed, s):
+    """Pairs of answers to the test's questions."""
+    tests = test_set(s.tests)
+    return pairs_of(*train.load_run(init), sum((tests[group] for group in GROUPS), []), seed, s)
 
 
 @functools.cache
@@ -399,7 +407,7 @@ def run(arm, seed, s):
     _, start = stage(SFT, seed, s)
     reference, _ = train.load_run(start)
     reference.eval()
-    pairs = pairs_of(reference, tokenizer, tests["two"], seed, s)
+    pairs = tested_pairs(start, seed, s)
     now, before = (log_probabilities(of, tokenizer, pairs) for of in (model, reference))
     margins = (now - before)[:, 0] - (now - before)[:, 1]
     first |= dict(pairs=len(pairs), likelier=100 * (now[:, 0] > now[:, 1]).double().mean().item(),
@@ -419,8 +427,8 @@ def cells(quick):
     same = dict(model=model, batch=16, micro=16, eval_every=10 ** 9, eval_windows=1, save_every=10 ** 9)
     same |= dict(data=replace(train.RECIPES["laptop"].data, tokenizer="bytes"))
     base, sft, dpo = (replace(train.RECIPES[name], **same) for name in ("laptop", "sft", "dpo"))
-    base = replace(base, tokens=500 * 16 * 128, data=replace(base.data, doc_mask=True))
-    dpo = replace(dpo, tokens=40 * 16 * 128, eval_windows=0, optim=replace(dpo.optim, lr=1e-4))
+    base = replace(base, tokens=1500 * 16 * 128, data=replace(base.data, doc_mask=True))
+    dpo = replace(dpo, tokens=40 * 16 * 128, eval_windows=0, optim=replace(dpo.optim, lr=3e-4))
     s = Setting(base, replace(sft, tokens=80 * 16 * 128), dpo)
     if quick:
         small = replace(model, n_layer=1, n_head=2, n_kv_head=2, d_model=16, d_ff=16)
@@ -454,15 +462,15 @@ def bars(axis, found, arms, measure, colours=_note.COLOURS):
         axis.plot([x + 0.1 * (i - (len(values) - 1) / 2) for i in range(len(values))], values, "o", ms=4,
                   color=colours[x % 7])
     labels = [re.sub(", |(?<=SFT) on |(?<=DPO) ", "\n", arm) for arm in arms]
-    axis.set(xticks=range(len(arms)), xticklabels=labels, ylim=(0, 100))
+    axis.set(xticks=range(len(arms)), xticklabels=labels)
     axis.tick_params(axis="x", labelsize=8)
 
 
 def show(rows):
     found = results(rows)
     figure, [(stages, data, cost, rates)] = _note.panels(1, 4, width=17, height=3.9)
-    bars(stages, found, STAGES, "two")
-    stages.set(title="unseen families of two operations, % right")
+    bars(stages, found, STAGES, "unseen")
+    stages.set(title="stages: unseen families, mean of the three groups, % right")
 
     # Plain, evolved, fused and concatenated data, by group of families
     arms = [arm for arm in (SFT, *DATA_ARMS) if arm in found]
