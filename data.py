@@ -3147,6 +3147,7 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     ahead = deque()                                              # (row, what it asks, its future), in order
     latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
+    patient = True
     try:
         while True:
             for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
@@ -3165,11 +3166,13 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
                 del latest[asked]
             yield row, future.result()
     except (Exception, KeyboardInterrupt):
+        patient = False                                          # a second Ctrl-C may come as early as here
         journal.stop("interrupted")
+        patient = True
         raise
     finally:
         # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(patient, cancel_futures=True)
 
 
 def result_of(row, asked, prompt, parse, accept, endpoint, journal, chat, twin):

@@ -3328,6 +3328,23 @@ def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monke
         raise KeyboardInterrupt
     assert read_jsonl(tmp_path / "c")[0]["answer"] == "b" and not journal.may_call("a")
 
+    # A second one in the moment in which the first one says that answers are waited for.
+    def stop(journal, why, plain=asking.Journal.stop):
+        plain(journal, why)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(asking.Journal, "stop", stop)
+    go.clear()
+    with serving(lambda request, before: "2nd" in str(request) and not go.wait(20) or completed("A.")) as here:
+        endpoint = data.Endpoint(here[0], "m", threads=2)
+        with asking.Journal(tmp_path / "d", endpoint) as journal:
+            found = data.generate([dict(id=text, text=text) for text in ("1st", "2nd")], SAY,
+                                  lambda row, answer: dict(text=answer), lambda row, result: "", endpoint, journal)
+            next(found)
+            with pytest.raises(KeyboardInterrupt):
+                found.throw(KeyboardInterrupt)
+            assert journal.flying == 1 and not go.is_set()
+            go.set()
+
 
 def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_path):
     """Row d1 is never taken, d2 at its second attempt. A resume decides anew and pays nothing; a rule that
@@ -6195,12 +6212,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
     """The signal itself, sent twice while the model answers."""
     code = ("import sys, time, model\n"
             "def next(chat):\n"
-            "    while len(chat.turns[-1]) > 3: time.sleep(0.01)\n"
+            "    while len(chat.turns[-1]) > 4: time.sleep(0.01)\n"
             "    return 97\n"
             "model.Chat.next = next\n"
             "model.main(sys.argv[1:])")
     command = [sys.executable, "-uc", code, "--chat", finished[0].parent.parent, "--tokens=99"]
-    talking = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    talking = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                               preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     threading.Timer(60, talking.kill).start()                      # a test that fails does not hang
 
     def read_until(end):

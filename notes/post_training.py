@@ -555,7 +555,8 @@ def tables(found):
             smallest = 2 * statistics.stdev(values) * (2 / 3) ** 0.5
             of = columns.get(measure, "unseen, mean of three")
             lines += ["", f"{of}: SFT deviates by {statistics.stdev(values):.1f} points over {len(values)} "
-                          f"seeds; two arms of three seeds can be told apart from {smallest:.1f} points on."]
+                          f"seeds. Not paired by seed, two arms of three could be told apart from "
+                          f"{smallest:.1f} points on."]
     return lines
 
 
