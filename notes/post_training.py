@@ -453,6 +453,13 @@ def results(rows):
     return found
 
 
+def paired(found):
+    """The results of the seeds that every arm has, if there are any: a seed is easier or harder for all."""
+    seeds = set.intersection(*(set(of) for of in found.values()))
+    return {arm: {seed: row for seed, row in of.items() if not seeds or seed in seeds}
+            for arm, of in found.items()}
+
+
 def bars(axis, found, arms, measure, colours=_note.COLOURS):
     """A bar for the mean of each arm, and a point for each seed."""
     arms = [arm for arm in arms if arm in found]
@@ -461,16 +468,16 @@ def bars(axis, found, arms, measure, colours=_note.COLOURS):
         axis.bar(x, statistics.mean(values), 0.6, color=colours[x % 7], alpha=0.5)
         axis.plot([x + 0.1 * (i - (len(values) - 1) / 2) for i in range(len(values))], values, "o", ms=4,
                   color=colours[x % 7])
-    labels = [re.sub(", |(?<=SFT) on |(?<=DPO) ", "\n", arm) for arm in arms]
-    axis.set(xticks=range(len(arms)), xticklabels=labels)
+    axis.set(xticks=range(len(arms)), xticklabels=[arm.replace(" ", "\n") for arm in arms])
     axis.tick_params(axis="x", labelsize=8)
 
 
 def show(rows):
-    found = results(rows)
+    every = results(rows)
+    found = paired(every)
     figure, [(stages, data, cost, rates)] = _note.panels(1, 4, width=17, height=3.9)
     bars(stages, found, STAGES, "unseen")
-    stages.set(title="stages: unseen families, mean of the three groups, % right")
+    stages.set(title="stages: unseen, mean of three, % right")
 
     # Plain, evolved, fused and concatenated data, by group of families
     arms = [arm for arm in (SFT, *DATA_ARMS) if arm in found]
@@ -481,7 +488,7 @@ def show(rows):
             data.bar(at, statistics.mean(values), 0.18, color=_note.COLOURS[i], alpha=0.5,
                      label=arm.replace(SFT + ", ", "half ").replace(SFT, "plain") if not x else None)
             data.plot([at] * len(values), values, "o", ms=3, color=_note.COLOURS[i])
-    data.set(title="data, at equal tokens: % right", xticks=range(4), ylim=(0, 115),
+    data.set(title="data, at equal tokens: % right", xticks=range(4), ylim=(0, 130),
              xticklabels=("unseen,\ntwo", "unseen,\ndeep", "unseen,\nwide", "trained\nfamilies"))
     data.legend(ncols=2, loc="upper left")
 
@@ -491,7 +498,8 @@ def show(rows):
         cost.plot([row["kl"] for row in some], [row["accuracy"] for row in some], "o", color=_note.COLOURS[i],
                   label=arm)
     cost.axhline(50, color="0.4", ls=":", lw=1.5)
-    cost.set(title="pairs of unseen families preferred rightly, %", xlabel="KL to SFT, nats an answer")
+    cost.set(title="pairs of unseen families preferred rightly, %", xlabel="KL to SFT, nats an answer",
+             ylim=(40, 90))
     if cost.lines[1:]:
         cost.legend()
 
@@ -506,7 +514,7 @@ def show(rows):
                    color=_note.COLOURS[name == ADAMW])
     rates.set(title="optimizers: unseen, two, % right", xlabel="learning rate", xscale="log", ylim=(0, 100))
     rates.legend()
-    return figure, tables(found)
+    return figure, tables(every)
 
 
 def rate_of(arm):
@@ -531,7 +539,7 @@ def tables(found):
     # Differences within seeds
     differences = [("difference, in points", "of", "mean", "standard error", "positive in")]
     best = [max((arm for arm in found if arm == name or arm.startswith(f"{name}, lr")), default="",
-                key=lambda arm: statistics.mean(row["two"] for row in found[arm].values()))
+                key=lambda arm: statistics.mean(row["two"] for row in paired(found)[arm].values()))
             for name in (ADAMW, SFT)]
     for more, less, measure in (*COMPARED, (best[0] or ADAMW, best[1], "two")):
         both = sorted(found.get(more, {}).keys() & found.get(less, {}).keys())

@@ -67,7 +67,7 @@ def life(at):
 
         # Conversations, and which of two answers is better
         "SFT": (f"{at}/sft", f"torchrun train.py sft --init={at}/long --data.files=chat={at}/raw/sums.jsonl "
-                f"--tokens=480000 --batch=2 --out={at}/sft"),
+                f"--tokens=960000 --batch=2 --out={at}/sft"),
         "pairs": (pairs,
                   f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl {pairs} --first=800"),
         "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={pairs} "
