@@ -833,49 +833,33 @@ def fp8_tiles_have_the_bits_of_their_definition():
             same_bits(back, kernels.fp8_unpack_ref(codes, scale, dtype))
 
 
-@pytest.fixture(scope="session")
-def tried_by_the_interpreter(tmp_path_factory):
-    pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreted")
-    code = f"import test_all; test_all.try_interpreted({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder
+def begun(code, **env):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | env)
 
 
-@pytest.mark.parametrize("claim", INTERPRETED)
-def test_interpreted(claim, tried_by_the_interpreter):
-    said = (tried_by_the_interpreter / claim).read_text()
-    assert said == "", said
+def ended(process):
+    """What a process of `begun` has printed."""
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and errors == "", errors
+    return said
 
 
-def proved(code):
-    """The value of `code`, where `note` is notes/kernels.py; in its own process, as a compiler may crash."""
-    pytest.importorskip("triton")
-    code = f"import json; from notes import kernels as note; print(json.dumps({code}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return json.loads(done.stdout)
-
-
-def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions():
-    variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
-    rows = proved(f"[[*row.values(), list(note.faults(row))] for row in note.prove([proof for proof in "
-                  f"note.PROOFS if not any(word in proof.name for word in {variants})], "
-                  "('sm_80', 'sm_90', 'gfx942'))]")
-    assert len(rows) > 20 and not [row for row in rows if row[-1]]
-    assert all(row[3] >= 16 for row in rows), "registers were not read"
+def proving(code):
+    """A process that prints the value of `code`, where `note` is notes/kernels.py: a compiler may crash."""
+    return begun(f"import json; from notes import kernels as note; print(json.dumps({code}))")
 
 
 def test_a_kernel_that_spills_or_lacks_matrix_instructions_is_a_fault():
     """With one warp for 2048 columns, each thread would hold 64 of them; and PolyNorm is no matmul."""
-    spilling, wrong = proved("[list(note.faults(row)) for row in note.prove(["
-                             "note.PROOFS[1]._replace(options=dict(num_warps=1)), "
-                             "note.PROOFS[0]._replace(matmul=True)], ['sm_80'])]")
+    pytest.importorskip("triton")
+    spilling, wrong = json.loads(ended(proving(
+        "[list(note.faults(row)) for row in note.prove([note.PROOFS[1]._replace(options=dict(num_warps=1)), "
+        "note.PROOFS[0]._replace(matmul=True)], ['sm_80'])]")))
     assert len(spilling) == 1 and "bytes spilled" in spilling[0]
     assert wrong == ["no matrix instructions"]
+
+
 def test_flash_attention_is_for_16_bits_on_a_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -4801,6 +4785,15 @@ def test_weights_are_initialised_with_their_spread_and_seeded_by_name():
             assert torch.equal(w, torch.full_like(w, value)), name
         else:
             assert w.any() != name.endswith(("wo", "down")), name
+
+
+def test_the_default_run_starts_at_the_loss_of_a_uniform_guess():
+    """Although its matrices are tied: the loss of any tokens is that of the next ones to have 1 / V each."""
+    network = net.Transformer(net.PRESETS["laptop"])
+    x = torch.randint(4096, (2, 257), generator=torch.Generator().manual_seed(0))
+    loss, _ = network(x[:, :-1], x[:, 1:])
+    assert math.log(4096) < loss < math.log(4096) + 0.15
+    assert network.embed.std() == pytest.approx(0.1, rel=0.01) and network.embed is network.output()
 
 
 def test_model_takes_its_matmuls_from_ops():
@@ -9791,7 +9784,7 @@ def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
     assert "minutes on" in page and (tmp_path / f"out/quick/{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", [name for name in NOTES if name != "whole_life"])   # its run: not recorded
+@pytest.mark.parametrize("name", NOTES)
 def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
     """Figure and table come from the CSV alone; the page ends with a verdict, and the index has its row."""
     cells = {cell[:2]: _note.key(cell[2]) for cell in importlib.import_module(f"notes.{name}").cells(False)}
@@ -10219,3 +10212,48 @@ def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
     with pytest.raises(SystemExit, match="has the runs of an earlier life: remove the folder"):
         list(whole_life.run("raw", 0, (str(tmp_path), True, "python -m notes.whole_life raw there")))
     assert (tmp_path / "raw").exists()
+
+
+# ---- what has run beside all other tests -------------------------------------------------------------------
+# Together a minute on one core, of which most other tests leave one free.
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """Begins what the last tests ask for, if they are selected → {test: process}, the interpreter's folder."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
+    begin = dict(
+        test_interpreted=lambda: begun(f"import test_all; test_all.try_interpreted({str(folder)!r})",
+                                       TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
+        test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions=lambda: proving(
+            "[[*row.values(), list(note.faults(row))] for row in note.prove([proof for proof in note.PROOFS "
+            f"if not any(word in proof.name for word in {variants})], ('sm_80', 'sm_90', 'gfx942'))]"))
+    selected = {item.function.__name__ for item in request.session.items}
+    if importlib.util.find_spec("triton") is None:
+        selected = ()
+    processes = {name: start() for name, start in begin.items() if name in selected}
+    yield processes, folder
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def tried_by_the_interpreter(beside):
+    pytest.importorskip("triton")
+    processes, folder = beside
+    ended(processes["test_interpreted"])
+    return folder
+
+
+@pytest.mark.parametrize("claim", INTERPRETED)
+def test_interpreted(claim, tried_by_the_interpreter):
+    said = (tried_by_the_interpreter / claim).read_text()
+    assert said == "", said
+
+
+def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions(request, beside):
+    pytest.importorskip("triton")
+    rows = json.loads(ended(beside[0][request.node.name]))
+    assert len(rows) > 20 and not [row for row in rows if row[-1]]
+    assert all(row[3] >= 16 for row in rows), "registers were not read"

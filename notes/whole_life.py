@@ -71,7 +71,7 @@ def life(at):
         "pairs": (pairs,
                   f"python -m notes.whole_life pairs {at}/sft {at}/raw/sums.jsonl {pairs} --first=800"),
         "DPO": (f"{at}/dpo", f"torchrun train.py dpo --init={at}/sft --data.files=pairs={pairs} "
-                f"--tokens=120000 --batch=2 --out={at}/dpo"),
+                f"--tokens=120000 --batch=8 --out={at}/dpo"),
 
         # Out of the repository
         "conversation": (f"{at}/talk.txt", f"python model.py --chat {at}/dpo --temperature=0 --tokens=120 "
