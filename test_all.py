@@ -834,8 +834,8 @@ def fp8_tiles_have_the_bits_of_their_definition():
 
 
 def begun(code, **env):
-    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | env)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=os.environ | env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def ended(process):
@@ -3318,11 +3318,17 @@ def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monke
         raise KeyboardInterrupt
     monkeypatch.setattr(asking.Journal, "stop", stop)
     go.clear()
-    with serving(lambda request, before: "2nd" in str(request) and not go.wait(20) or completed("A.")) as here:
-        endpoint = data.Endpoint(here[0], "m", threads=2)
+
+    def answer(request, before):
+        if "2nd" in str(request):
+            go.wait(20)
+        return completed("A.")
+    with serving(answer) as (url, _, _):
+        endpoint = data.Endpoint(url, "m", threads=2)
         with asking.Journal(tmp_path / "d", endpoint) as journal:
-            found = data.generate([dict(id=text, text=text) for text in ("1st", "2nd")], SAY,
-                                  lambda row, answer: dict(text=answer), lambda row, result: "", endpoint, journal)
+            rows = [dict(id=text, text=text) for text in ("1st", "2nd")]
+            found = data.generate(rows, SAY, lambda row, answer: dict(text=answer), lambda row, result: "",
+                                  endpoint, journal)
             next(found)
             with pytest.raises(KeyboardInterrupt):
                 found.throw(KeyboardInterrupt)
@@ -10219,7 +10225,7 @@ def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """Begins what the last tests ask for, if they are selected → {test: process}, the interpreter's folder."""
+    """Begins what the last tests ask for, if they are selected → {test: process}, and a folder for one."""
     folder = tmp_path_factory.mktemp("interpreted")
     variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
     begin = dict(
