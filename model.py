@@ -112,7 +112,6 @@ class ModelConfig:
     tie: bool = True             # one matrix for embedding and head
     zero_out: bool = True        # matrices that write to the residual stream start at zero  [ours]
     init_std: float = 0.02       # standard deviation of every other matrix                  [guess]
-    final_gain: float = 1.0      # of the final norm: it scales the first logits             [ours]
     loss_chunk: int = 1024       # tokens whose logits are in memory at once
 
     def __post_init__(self):
@@ -143,8 +142,9 @@ ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.re
 # The presets: name → the fields in which it differs from the defaults of ModelConfig
 PRESET_FIELDS = {
     # Motif's block, small. Its matrices are tied, so at first each token predicts itself, by a logit of width
-    # · init_std · final_gain = 3.8. With a gain of 1 that is 12.8, and the loss starts at 12.7, not at ln V.
-    "laptop": dict(init_std=0.1, final_gain=0.3),                                           # [ours]
+    # · init_std = 12.8, and the loss starts at 12.7, not at ln V = 8.3. A final norm with gains of 0.3 starts
+    # there and wins in half as many tokens, but ends the whole run 0.005 bits/byte higher (3 seeds).
+    "laptop": dict(init_std=0.1),                                                           # [ours]
     "gpt2": dict(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5,
                  position="learned", d_ff=512, zero_out=False),       # the control  [GPT-2, without biases]
     "shakespeare": dict(d_ff=256, context=64, vocab_size=261,
@@ -1128,8 +1128,6 @@ class Transformer(nn.Module):
         # Final norm and head
         if self.last:
             self.norm = nn.Identity() if config.ngpt else make_norm(config)
-            if not config.ngpt:
-                nn.init.constant_(self.norm.weight, config.final_gain)
             if not config.tie:
                 self.head = matrix(config.vocab_size, config.d_model)
             if config.ngpt:

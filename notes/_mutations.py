@@ -429,8 +429,6 @@ TABLE = {
          "g.index_select(0, ctx.saved_tensors[0].flip(0))", "weighted_sum"),
         ("experts without router weights", "gated(self.act, gate, up) * weight", "gated(self.act, gate, up)",
          "weighted_sum"),
-        ("logits start too large", "(self.norm.weight, config.final_gain)", "(self.norm.weight, 1.0)",
-         "uniform_guess"),
         ("residual projections start too large", "init_std / math.sqrt(2 * self.config.n_layer)", "init_std",
          "weights_are_initialised"),
         ("the weight seed is ignored", 'f"{seed}/{unit_name}"', "unit_name", "weights_are_initialised"),

@@ -76,7 +76,7 @@ HF_KINDS = dict(deepseek_v3=HF_LATENT, kimi_k2=HF_LATENT,
 
 # Fields that a run may choose anew for existing weights; all others must match the folder's.
 HF_FREE = {"context", "rope_theta", *HF_YARN, "balance_rate", "balance_loss", "compile_act", "zero_out",
-           "init_std", "final_gain", "loss_chunk"}
+           "init_std", "loss_chunk"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

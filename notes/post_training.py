@@ -423,7 +423,7 @@ def run(arm, seed, s):
 
 def cells(quick):
     model = replace(train.RECIPES["laptop"].model, n_layer=3, n_head=4, n_kv_head=4, d_model=64, d_head=16,
-                    d_ff=192, vocab_size=261, context=128, final_gain=1.0)
+                    d_ff=192, vocab_size=261, context=128)
     same = dict(model=model, batch=16, micro=16, eval_every=10 ** 9, eval_windows=1, save_every=10 ** 9)
     same |= dict(data=replace(train.RECIPES["laptop"].data, tokenizer="bytes"))
     base, sft, dpo = (replace(train.RECIPES[name], **same) for name in ("laptop", "sft", "dpo"))

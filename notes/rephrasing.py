@@ -565,7 +565,7 @@ def real_facts(arm, seed, setting):
 def cells(quick):
     base = train.RECIPES["laptop"]
     model = replace(base.model, n_layer=3, n_head=3, n_kv_head=3, d_model=96, d_ff=288, context=128,
-                    vocab_size=1536, differential=False, act="silu", final_gain=1.0)
+                    vocab_size=1536, differential=False, act="silu")
     base = replace(base, model=model, batch=8, micro=8, tokens=720 * 8 * 128, eval_every=10 ** 9,
                    eval_windows=1, save_every=10 ** 9, data=replace(base.data, doc_mask=True))
     facts = Setting(base)
