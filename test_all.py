@@ -10179,11 +10179,17 @@ def test_a_stage_of_a_life_says_what_failed(tmp_path, monkeypatch, capfd):
 
 def test_the_problems_of_a_life_are_judged_and_unseen(tmp_path, monkeypatch):
     from notes import whole_life
-    known, unseen = whole_life.sums(60, 8, digits=1)
+    known, unseen = whole_life.sums(2000, 200)
     keys = [whole_life.operands(problem["result"]) for problem in known + unseen]
-    assert (len(known), len(unseen)) == (60, 8) and len(set(keys)) == 68
+    assert (len(known), len(unseen)) == (2000, 200) and len(set(keys)) == 2200
+    said = "\n".join(problem["output"] for problem in known)
+    for problem in unseen:
+        a, sign, b, *_ = problem["result"].split()
+        assert not re.search(rf"(?<![+-] )\b({a} \{sign} {b}|{b} \{sign} {a}) =", said)
+    assert whole_life.stated("27 + 5 = 32\nones: 6 + 4 + 1 = 11\n-3 + 5 = 2\nCheck: 8 + 9 = 17") == {
+        ("+", 5, 27), ("+", 8, 9)}
     assert whole_life.operands("27 + 5 = 32") == whole_life.operands("5 + 27 = 32") != ("-", 5, 27)
-    for problem, other in zip(known, known[1:] + known[:1]):
+    for problem, other in zip(known[:60], known[1:]):
         answer, result = problem["output"], problem["result"]
         assert whole_life.right(problem, answer)
         wrong = result[:-1] + str((int(result[-1]) + 1) % 10)
@@ -10193,7 +10199,7 @@ def test_the_problems_of_a_life_are_judged_and_unseen(tmp_path, monkeypatch):
         assert not whole_life.right(problem, other["output"]), "another problem's"
 
     # Of the text, problems with the numbers of unseen ones are left out.
-    _, unseen = whole_life.sums(60, 4, digits=1)
+    known, unseen = whole_life.sums(60, 4)
     told = [f"Again: {problem['output']}\n{problem['result']}\n" for problem in (unseen[0], known[0])]
     monkeypatch.setattr(embedded, "worked_math", lambda size: told)
     whole_life.raw(tmp_path / "raw", few=True)

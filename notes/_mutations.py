@@ -477,8 +477,9 @@ TABLE = {
          "    except ValueError:\n        pass", "problems_of_a_life"),
         ("life: unseen sums are seen turned round", "sign, *sorted((int(a), int(b)))", "sign, int(a), int(b)",
          "problems_of_a_life"),
-        ("life: unseen sums are in the text", "any(operands(line) in asked for", "any(False for",
-         "problems_of_a_life"),
+        ("life: unseen sums are in the text", "if not stated(text) & asked]", "]", "problems_of_a_life"),
+        ("life: a check states an unseen sum", "if not stated(found[key][\"output\"]) & set(asked)]",
+         "if key not in asked]", "problems_of_a_life"),
     ],
     "muonclip.py": [
         ("bA and cA² exchanged", "symmetric_square(symmetric_product(x), b, c)",

@@ -272,10 +272,9 @@ def raw(folder, few=False):
         texts = {name: corpus.documents(name) for name in RAW}
 
     # What is asked later stands nowhere in the text, in whatever words and order.
-    known, unseen = sums(*((60, 4) if few else (4000, 200)), digits=1 if few else 2)
+    known, unseen = sums(*((60, 4) if few else (4000, 200)))
     asked = {operands(problem["result"]) for problem in unseen}
-    texts["math"] = [text for text in texts["math"]
-                     if not any(operands(line) in asked for line in filter(SUM.fullmatch, text.splitlines()))]
+    texts["math"] = [text for text in texts["math"] if not stated(text) & asked]
 
     # The folder gets its name when it is complete.
     partial = Path(f"{folder}.partial")
@@ -291,7 +290,7 @@ def raw(folder, few=False):
                 bytes=sum(len(text.encode()) for some in texts.values() for text in some))
 
 
-SUM = re.compile(r"\d+ [-+] \d+ = \d+")
+SUM = re.compile(r"(?<![-+*/] )(?<![-\w])\d+ [-+] \d+ = \d+\b")       # not the end of a longer one
 
 
 def operands(line):
@@ -300,19 +299,28 @@ def operands(line):
     return sign, *sorted((int(a), int(b)))
 
 
-def sums(n, unseen, digits):
-    """n sums and differences of numbers with so many digits at most, and others, as records of conversations:
-    no two have the same numbers."""
+def stated(text):
+    """The operands of all sums and differences that a text works out, checks included."""
+    return {operands(line) for line in SUM.findall(text)}
+
+
+def sums(n, unseen):
+    """n sums and differences of numbers up to 99, and others that the first n state nowhere, as records of
+    conversations."""
     rng, found = Random(1), {}
-    while len(found) < n + unseen:
+    while len(found) < n + 4 * unseen:
         question, *steps = corpus.one_of(rng, corpus.addition, corpus.subtraction)(rng)
         result = next(filter(SUM.fullmatch, steps))
         key = operands(result)
-        if key[-1] < 10 ** digits and key not in found:
-            found[key] = dict(instruction=question, output="\n".join(steps), result=result)
-    found = list(found.values())
-    Random(2).shuffle(found)                                       # the first have the fewest digits
-    return found[unseen:], found[:unseen]
+        if key[-1] < 100:
+            found.setdefault(key, dict(instruction=question, output="\n".join(steps), result=result))
+    order = sorted(found)
+    Random(2).shuffle(order)
+
+    # The others have two digits: sums of one digit are steps of all.
+    asked = [key for key in order if key[1] > 9][:unseen]
+    known = [found[key] for key in order if not stated(found[key]["output"]) & set(asked)]
+    return known[:n], [found[key] for key in asked]
 
 
 def write_lines(path, records):
