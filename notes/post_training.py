@@ -33,8 +33,9 @@ ADAMW = "SFT with AdamW"
 STAGES = "base", SFT, COARSE, LONGER, FINE, RIGHT
 GROUPS = "two", "deep", "wide"
 COMPARED = ((SFT, "base", "unseen"), (COARSE, SFT, "unseen"), (COARSE, SFT, "sampled"),
-            (LONGER, COARSE, "unseen"), (FINE, LONGER, "unseen"), (FINE, LONGER, "accuracy"),
-            (RIGHT, SFT, "unseen"), (LONGER, RIGHT, "unseen"), (LONGER, RIGHT, "accuracy"),
+            (LONGER, COARSE, "unseen"), (LONGER, COARSE, "seen"), (FINE, LONGER, "unseen"),
+            (FINE, LONGER, "accuracy"), (RIGHT, SFT, "unseen"), (FINE, RIGHT, "unseen"),
+            (FINE, RIGHT, "accuracy"),
             ("SFT, evolved", SFT, "unseen"), ("SFT, fused", SFT, "unseen"),
             ("SFT, concatenated", SFT, "unseen"), ("SFT, fused", "SFT, concatenated", "unseen"),
             ("SFT, evolved", "SFT, fused", "unseen"),
@@ -335,7 +336,7 @@ def kept(config, name, seed, files):
 def trained(config):
     """Train, or go on, or read what was trained → rows of the log. Ctrl-C ends the grid."""
     rows, _ = train.train(config, resume=True, quiet=True)
-    if rows[-1]["step"] < config.total_steps:
+    if not rows or rows[-1]["step"] < config.total_steps:
         raise KeyboardInterrupt
     return rows
 
@@ -525,21 +526,24 @@ def rate_of(arm):
 
 def tables(found):
     """Lines of the page's tables."""
+    alike = paired(found)
+
     def cell(arm, name, digits=1):
-        values = [row[name] for row in found[arm].values() if name in row]
+        values = [row[name] for row in alike[arm].values() if name in row]
         return _note.spread(values, digits) if values else "–"
     columns = dict(two="unseen, two", deep="unseen, deep", wide="unseen, wide", seen="trained families",
                    sampled="unseen, two, sampled", likelier="right one likelier",
                    accuracy="preferred rightly")
     lines = _note.table(
-        ("% right", "seeds", *columns.values(), "KL to SFT, nats an answer", "training loss"),
+        ("% right", "seeds", *columns.values(), "KL to SFT, nats an answer",
+         "training loss, nats a token (DPO: a pair)"),
         *((arm, len(of), *(cell(arm, name) for name in columns), cell(arm, "kl", 3), cell(arm, "loss", 3))
-          for arm, of in found.items()))
+          for arm, of in alike.items()))
 
     # Differences within seeds
     differences = [("difference, in points", "of", "mean", "standard error", "positive in")]
     best = [max((arm for arm in found if arm == name or arm.startswith(f"{name}, lr")), default="",
-                key=lambda arm: statistics.mean(row["two"] for row in paired(found)[arm].values()))
+                key=lambda arm: statistics.mean(row["two"] for row in alike[arm].values()))
             for name in (ADAMW, SFT)]
     for more, less, measure in (*COMPARED, (best[0] or ADAMW, best[1], "two")):
         both = sorted(found.get(more, {}).keys() & found.get(less, {}).keys())
