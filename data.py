@@ -25,6 +25,7 @@ Run:      python data.py stats [--vocab=4096] [--files=NAME=PATH] [--tokenizer=b
 """
 from __future__ import annotations     # Batch names torch, which is imported only where it is used: worker
                                        # processes do without it
+import bisect
 import contextlib
 import fcntl
 import functools
@@ -87,6 +88,7 @@ class DataConfig:
     horizon: int = 0             # tokens over which the weights move; afterwards the end weights hold. A
                                  # separate number, so stopping early does not change the batches before
     doc_mask: bool = False       # attention may not cross documents; pre-training lets it         [ours]
+                                 # Conversations are always apart
     cache: str = "cache"         # folder of trained tokenizers and token shards
     verify: bool = False         # also compare the digests of the shards of large text at the start
 
@@ -1376,19 +1378,24 @@ def how_read(source, config):
                 config.budget, buckets))
 
 
-def text_key(record, name, path=None, config=DataConfig()):
-    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them.
+def files_key(record, name, path, config, *steps):
+    """Cache key of what `steps`, strings that say how, make of the files of a domain.
 
     Computing it does not extract the text; with a budget, it does not even read the files: their stamps have
     to do. record: see `digest`."""
+    source, _ = find_source(name, path, config)
+    with reading(name):
+        digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
+        parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
+                 for file, hashed in zip(source.files, digests)]
+    return sha256(how_read(source, config), *parts, *steps)
+
+
+def text_key(record, name, path=None, config=DataConfig()):
+    """Cache key of a domain's documents: digest of its files and of the code that reads and splits them."""
     if path:
         steps = rows, rows_of_file, records, text_of, split_documents
-        source, _ = find_source(name, path, config)
-        with reading(name):
-            digests = [stamp(file) if config.budget else digest(Path(file), record) for file in source.files]
-            parts = [f"{kind_of(file)} {file.lower().endswith('.gz')} {hashed}"
-                     for file, hashed in zip(source.files, digests)]
-        return sha256(how_read(source, config), *parts, *map(inspect.getsource, steps))
+        return files_key(record, name, path, config, *map(inspect.getsource, steps))
     parts = [f"{module} {digest(file, record)}" for module, file in embedded().library_files()]
     return sha256(name, *parts, inspect.getsource(embedded()), inspect.getsource(split_documents))
 
@@ -1519,10 +1526,13 @@ class Tokenizer:
         ids = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(ids)
 
+    def bytes_of(self, ids):
+        """ids → bytes. Ids >= n_vocab, from a padded vocabulary, become a byte that is not UTF-8."""
+        return b"".join(self.pieces[i] if i < self.n_vocab else b"\xff" for i in ids)
+
     def decode(self, ids):
-        """ids → str. Broken UTF-8 and ids >= n_vocab, from a padded vocabulary, become U+FFFD."""
-        pieces = [self.pieces[i] if i < self.n_vocab else b"\xff" for i in ids]
-        return b"".join(pieces).decode("utf-8", "replace")
+        """ids → str. Broken UTF-8 and ids >= n_vocab become U+FFFD."""
+        return self.bytes_of(ids).decode("utf-8", "replace")
 
     def save(self, path):
         """Write the whole tokenizer as one JSON file, which load_tokenizer reads."""
@@ -1612,27 +1622,32 @@ class Domain(NamedTuple):
     val_bytes: int
     documents: int               # train + validation; a document cut in two counts twice
     sha256: list                 # digests of the tokens: train, val
+    said: str = ""               # of conversations: how they fill their windows, and what was left out
 
 
 def cached_domain(folder, name, key, tokenizer, texts, verified):
-    """The Domain of a text and a tokenizer, loaded from its shards in the cache or built there.
+    """The Domain of a text and a tokenizer: see cached_shards.
 
-    key: cache key of the text. texts(): (train documents, val documents), called only if the shards have to
-    be built. verified {file name: stamp}: shards whose digest has been checked; these two are added."""
-    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
-    paths = [Path(folder, f"{stem}-{part}.bin") for part in ("train", "val")]
-    about = Path(folder, f"{stem}.json")
+    texts(): (train documents, val documents), called only if the shards have to be built."""
     dtype = np.dtype("<u4")
     if tokenizer.n_vocab <= 65536:
         dtype = np.dtype("<u2")
+    write = lambda about, paths: write_shards(about, paths, dtype, tokenizer, texts())
+    shards, facts = cached_shards(folder, name, key, tokenizer, dtype, write, verified)
+    return Domain(*shards, *facts["bytes"], facts["documents"], facts["sha256"])
 
-    # Load the shards, or build them.
-    facts = intact(about, paths, dtype, verified)
-    if not facts:
-        facts = write_shards(about, paths, dtype, tokenizer, texts())
+
+def cached_shards(folder, name, key, tokenizer, dtype, write, verified, more=()):
+    """The shards of both sides and the facts about them, loaded from the cache or built there.
+
+    key: cache key of what they are made of. write(about, paths): builds them, → facts. more: names of facts.
+    verified {file name: stamp}: shards whose digest has been checked; these two are added."""
+    stem = f"{name}-{sha256(key, tokenizer.fingerprint)[:16]}"
+    paths = [Path(folder, f"{stem}-{side}.bin") for side in ("train", "val")]
+    about = Path(folder, f"{stem}.json")
+    facts = intact(about, paths, dtype, verified, more) or write(about, paths)
     verified.update({path.name: stamp(path) for path in paths})
-    train, val = (np.memmap(path, dtype, "r") for path in paths)
-    return Domain(train, val, *facts["bytes"], facts["documents"], facts["sha256"])
+    return [np.memmap(path, dtype, "r") for path in paths], facts
 
 
 def intact(about, paths, dtype, verified, more=()):
@@ -2199,6 +2214,7 @@ class Corpus(NamedTuple):
     start: np.ndarray            # (D,) weights, in the order of `domains`
     end: np.ndarray              # (D,)
     fingerprint: str             # digest of the tokenizer and of all domains' tokens; checkpoints carry it
+    pack: int = 0                # 0: text; conversations: how many windows stay together, 2 with pairs
 
 
 def tokenizer_of(config, vocab_size, keys, texts):
@@ -2226,22 +2242,7 @@ def prepare(config, vocab_size, launch="", workers=0):
     for line in datasets().twice(sets) if len(sets) > 1 else ():
         print(line)
     large = {name: source for name, (source, _) in found.items() if source.large}
-    with locked(config.cache):
-        # Digests of text files, from earlier calls.
-        sources = Path(config.cache, "sources.json")
-        record = {}
-        saved = read_json(sources, "files")
-        if saved and type(saved["files"]) is dict:
-            record = saved["files"]
-        before = dict(record)
-
-        # Stamps of shards that this launch has verified.
-        seen = Path(config.cache, "verified.json")
-        verified = {}
-        saved = read_json(seen, "launch", "files")
-        if launch and saved and saved["launch"] == launch and type(saved["files"]) is dict:
-            verified = saved["files"]
-
+    with remembered(config.cache, launch) as (record, verified):
         # Texts are extracted only if something has to be built from them, and at most once.
         @functools.cache
         def split(name):
@@ -2270,12 +2271,6 @@ def prepare(config, vocab_size, launch="", workers=0):
                 texts = functools.partial(split, name)
                 domains[name] = cached_domain(config.cache, name, keys[name], tokenizer, texts, verified)
 
-        # Save what the next call can reuse.
-        if record != before:
-            write_atomically(sources, json.dumps(dict(files=record)).encode())
-        if launch:
-            write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
-
     # Large text has a lock for each file: the ranks of a launch make and verify its shards together.
     verify = ""
     if config.verify:
@@ -2283,11 +2278,39 @@ def prepare(config, vocab_size, launch="", workers=0):
     for name in large:
         domains[name] = large_domain(config, *found[name], tokenizer, verify, workers)
 
-    # The fingerprint covers names, tokens and tokenizer.
+    return corpus_of(tokenizer, domains, start, end)
+
+
+@contextlib.contextmanager
+def remembered(cache, launch):
+    """Hold the cache's lock → (digests of source files, stamps of shards that this `launch` has verified).
+    Both are to be updated in place, and are saved for the next call."""
+    with locked(cache):
+        sources = Path(cache, "sources.json")
+        record = {}
+        saved = read_json(sources, "files")
+        if saved and type(saved["files"]) is dict:
+            record = saved["files"]
+        before = dict(record)
+        seen = Path(cache, "verified.json")
+        verified = {}
+        saved = read_json(seen, "launch", "files")
+        if launch and saved and saved["launch"] == launch and type(saved["files"]) is dict:
+            verified = saved["files"]
+        yield record, verified
+
+        if record != before:
+            write_atomically(sources, json.dumps(dict(files=record)).encode())
+        if launch:
+            write_atomically(seen, json.dumps(dict(launch=launch, files=verified)).encode())
+
+
+def corpus_of(tokenizer, domains, start, end, pack=0):
+    """The Corpus of these domains. The fingerprint covers names, tokens and tokenizer."""
     digests = []
     for name, domain in domains.items():
         digests += [name, *domain.sha256]
-    return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests))
+    return Corpus(tokenizer, domains, start, end, sha256(tokenizer.fingerprint, *digests), pack)
 
 
 def origin(corpus, config, name, side, at):
@@ -2411,8 +2434,9 @@ class Batch(NamedTuple):
     x: torch.Tensor              # (b, T) int64 tokens
     y: torch.Tensor              # (b, T) int64 targets: the token after each
     doc_start: torch.Tensor      # (b, T) int64 position where the token's document begins, or None
-    domain: torch.Tensor         # (b,)   int64 index in the order of corpus.domains
+    domain: torch.Tensor = None  # (b,)   int64 index in the order of corpus.domains
     weight: torch.Tensor = None  # (b, T) weights of the token losses, which are then summed; None: the mean
+    label: torch.Tensor = None   # (b, T) int64, of conversations: see `packed`
 
 
 def document_starts(x, eot):
@@ -2433,6 +2457,7 @@ class Batches:
 
     Window k of a domain is tokens [kT, kT + T + 1); with several shards, of the shard that holds it. An epoch
     visits each window once, in its own order."""
+    pack = 1                                                     # windows that are drawn together
 
     def __init__(self, corpus, config, seed, batch, context):
         self.corpus = corpus
@@ -2463,21 +2488,24 @@ class Batches:
             raise ValueError(f"{self.batch} windows a batch, not divisible by {world}")
         import torch
         b, T = self.batch // world, self.context
-
-        # The mixture gives each window its domain and its index j among that domain's windows.
         n0 = step * self.batch + rank * b
-        domain, j = self.mixture.window_domains(n0, n0 + b)                                # (b,), (b,)
-        W = self.windows[domain]                                                           # (b,)
-
-        # The permutation is keyed by seed, domain and epoch j // W.
-        key = np.full(b, self.seed & 2 ** 64 - 1, np.uint64)
-        for part in (domain, j // W):
-            key = mix(mix(key) + part.astype(np.uint64))
-        k = permute(j % W, W, key)                                                         # (b,)
+        domain, k = self.drawn(n0, n0 + b)
 
         # Cut the windows from the shards.
         x, y = take_windows(*zip(*[self.train[i](window) for i, window in zip(domain, k)]), T)
         return Batch(x, y, self.doc_start(x), torch.from_numpy(domain))
+
+    def drawn(self, n0, n1):
+        """Draws n0 .. n1-1 → the domain of each (b,), and the number of its window there (b,)"""
+        # The mixture gives each window its domain and its index j among that domain's windows.
+        domain, j = self.mixture.window_domains(n0, n1)                                    # (b,), (b,)
+        W = self.windows[domain]                                                           # (b,)
+
+        # The permutation is keyed by seed, domain and epoch j // W.
+        key = np.full(n1 - n0, self.seed & 2 ** 64 - 1, np.uint64)
+        for part in (domain, j // W):
+            key = mix(mix(key) + part.astype(np.uint64))
+        return domain, permute(j % W, W, key)
 
     def doc_start(self, x):
         """`document_starts` of x (b, T) if the configuration asks for document masking, else None."""
@@ -2488,15 +2516,88 @@ class Batches:
 
     def epochs(self, step):
         """{name: epochs of the domain seen after `step` steps}"""
-        epochs = self.mixture.counts([step * self.batch])[0] / self.windows
+        epochs = self.mixture.counts([step * self.batch // self.pack])[0] / self.windows
         return dict(zip(self.corpus.domains, epochs.tolist()))
 
     def val(self, name, limit=0):
-        """(x, y, doc_start or None), (n, T) int64: `limit` evenly spaced validation windows; 0: all"""
+        """→ Batch of `limit` evenly spaced validation windows; 0: all"""
         windows = self.held_out[name]
         n = min(limit, len(windows)) or len(windows)
         x, y = take_windows(*zip(*map(windows, np.arange(n) * len(windows) // n)), self.context)
-        return x, y, self.doc_start(x)
+        return Batch(x, y, self.doc_start(x))
+
+
+class ChatBatches(Batches):
+    """batch(step) of packed conversations, a pure function of (seed, step), with weights and labels.
+
+    The weights are those of a mean over the global batch: 1 / N at each of its N targets; or with P pairs,
+    1 / P at the targets of chosen answers and -1 / P at those of rejected ones. All are multiplied by the
+    number of ranks, since gradients are averaged over them. Every rank counts N or P itself."""
+
+    def __init__(self, corpus, config, seed, batch, context):
+        self.corpus, self.config, self.seed, self.batch, self.context = corpus, config, seed, batch, context
+        self.pack = corpus.pack
+        domains = corpus.domains.values()
+        self.sides = {side: [getattr(domain, side) for domain in domains] for side in ("train", "val")}
+        self.windows = np.array([len(shard) // self.pack for shard in self.sides["train"]])           # (D,)
+        self.mixture = Mixture(corpus.start, corpus.end, config.horizon / context / self.pack)
+
+        # Pairs are numbered through all domains of a side; a domain's last pack has its highest number.
+        self.pairs = {side: np.cumsum([0] + [int(np.abs(shard[-self.pack:, 1]).max()) for shard in shards])
+                      for side, shards in self.sides.items()}                                         # (D+1,)
+
+    def __call__(self, step, rank=0, world=1):
+        """→ Batch: this rank's slice of the global batch, as of `Batches`."""
+        packs = self.batch // self.pack
+        if self.batch % (self.pack * world):
+            raise ValueError(f"{self.batch} windows a batch, not divisible by {world} × {self.pack}")
+        domain, k = self.drawn(step * packs, (step + 1) * packs)
+        own = slice(rank * packs // world, (rank + 1) * packs // world)
+        batch = self.cut("train", *self.of_packs(domain[own], k[own]))
+        count = sum(self.count(self.sides["train"][i][n * self.pack:(n + 1) * self.pack, 1])
+                    for i, n in zip(domain, k))
+        import torch
+        return batch._replace(weight=batch.label.sign().to(torch.get_default_dtype()) * world / max(1, count))
+
+    def of_packs(self, domain, k):
+        """Packs k → their windows: domain and number of each, (b,)"""
+        return domain.repeat(self.pack), (k[:, None] * self.pack + np.arange(self.pack)).reshape(-1)
+
+    def count(self, labels):
+        """Targets, or pairs, in a pack: labels (pack, T + 1). The pairs of a pack have adjacent numbers."""
+        numbers = np.abs(labels[labels != 0])
+        return len(numbers) if self.pack == 1 else int(numbers.max() - numbers.min()) + 1
+
+    def cut(self, side, domain, window):
+        """Windows of one side, by domain and number (b,) → Batch without weights."""
+        import torch
+        rows = np.stack([self.sides[side][i][n] for i, n in zip(domain, window)]).astype(np.int64)
+        ids, labels = torch.from_numpy(rows).unbind(1)                                     # (b, T + 1)
+        x, y, labels = (part.contiguous() for part in (ids[:, :-1], ids[:, 1:], labels[:, 1:]))
+        domain = torch.from_numpy(domain)
+        if self.pack == 2:
+            labels += labels.sign() * torch.from_numpy(self.pairs[side])[domain, None]
+        starts = torch.from_numpy(document_starts(x.numpy(), self.corpus.tokenizer.eot))
+        return Batch(x, y, starts, domain, label=labels)
+
+    def val(self, name, limit=0):
+        """→ Batch of about `limit` evenly spaced validation windows; 0: all"""
+        return self.cut("val", *self.evaluated(name, limit))
+
+    def evaluated(self, name, limit):
+        """The windows of `val`: domain and number of each, (b,)"""
+        i = list(self.corpus.domains).index(name)
+        packs = len(self.sides["val"][i]) // self.pack
+        n = min(-(-limit // self.pack), packs) or packs
+        return self.of_packs(np.full(n, i), np.arange(n) * packs // n)
+
+    def ever(self, steps, limit):
+        """{side: windows, domain and number of each (n,)}: those that `steps` steps draw, each once, and
+        those that evaluations of `limit` windows use."""
+        packs = steps * self.batch // self.pack
+        drawn = np.unique(np.stack(self.drawn(0, packs)), axis=1)                          # (2, n)
+        held_out = [self.evaluated(name, limit) for name in self.corpus.domains]
+        return dict(train=self.of_packs(*drawn), val=np.concatenate(held_out, axis=1))
 
 
 # ---- the bigram baseline, which a model has to beat --------------------------------------------------------
@@ -2530,9 +2631,9 @@ def bigram_bits(train, val, tokenizer):
 
 # ---- conversations -----------------------------------------------------------------------------------------
 
-CONVENTIONS = {"prompt/chosen/rejected": {"chosen", "rejected"}, "messages": {"messages"},
-               "conversations": {"conversations"}, "prompt/completion": {"prompt", "completion"},
-               "instruction/output": {"instruction", "output"}}  # the fields by which they are known
+CONVENTIONS = {"prompt/chosen/rejected": ["chosen", "rejected"], "messages": ["messages"],
+               "conversations": ["conversations"], "prompt/completion": ["prompt", "completion"],
+               "instruction/output": ["instruction", "output"]}  # the fields by which they are known
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", model="assistant",
              bot="assistant", system="system")
 
@@ -2540,14 +2641,15 @@ ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", 
 class Conversation(NamedTuple):
     """A record of a chat set, and where it lies."""
     messages: list               # of {"role", "content"}; of a pair those with the chosen answer
-    record: dict
+    answers: tuple               # of a pair: the chosen and the rejected answer, lists of messages; else None
+    record: dict                 # without fields that are null
     file: str
     number: int                  # from 1, as in Row
 
 
 def convention_of(fields):
     """The name of a record's convention, by the names of its fields; "" if it has none."""
-    return next((name for name, needs in CONVENTIONS.items() if needs <= set(fields)), "")
+    return next((name for name, needs in CONVENTIONS.items() if all(need in fields for need in needs)), "")
 
 
 def turns(value, role):
@@ -2578,17 +2680,19 @@ def turns(value, role):
 
 
 def messages_of(record):
-    """A record of a chat set → (its convention, its messages). Raises ValueError, saying what is wrong."""
-    record = {name: value for name, value in record.items() if value is not None}
+    """A record of a chat set → (its convention, its messages, and of a pair its two answers; else None).
+    Raises ValueError, saying what is wrong."""
     convention = convention_of(record)
     found = []
+    answers = None
     if not convention:
         raise ValueError(f"no conversation: it has {shortened(record)}; known are {', '.join(CONVENTIONS)}")
     if isinstance(record.get("system"), str) and record["system"].strip():
         found += turns(record["system"], "system")
     if convention == "prompt/chosen/rejected":
-        prompt, chosen, _ = pair_of(record)
-        found += prompt + chosen
+        prompt, *answers = pair_of(record)
+        answers = tuple(answers)
+        found += prompt + answers[0]
     elif convention == "prompt/completion":
         found += turns(record["prompt"], "user") + turns(record["completion"], "assistant")
     elif convention == "instruction/output":
@@ -2601,7 +2705,7 @@ def messages_of(record):
         del found[0]                                             # in a field of its own, too
     if not any(message["role"] == "user" for message in found):
         raise ValueError("no message is a user's")
-    return convention, found
+    return convention, found, answers
 
 
 def instruction_of(record):
@@ -2636,26 +2740,33 @@ def pair_of(record):
     return prompt, chosen[n:], rejected[n:]
 
 
-def conversations(name, path, config):
-    """Every Conversation of a user's .jsonl, .json or .parquet files; `path`, conditions, budget and
-    `skip_bad` as in `rows`. Prints how many there were, and of which convention."""
+def conversations(name, path, config, take=lambda chat: chat, option="skip_bad"):
+    """Every Conversation of a user's .jsonl, .json or .parquet files, or what `take` makes of it; that too
+    raises a ValueError at what is bad. `path`, conditions, budget and `skip_bad` as in `rows`; option: the
+    name of `skip_bad`. Prints how many there were, of which convention, and why rows were bad."""
     source, left_out = find_source(name, path, config)
     left, of_bytes = parse_budget(config.budget)
-    found, counts = Counter(), Counter()
+    found, counts, bad = Counter(), Counter(), Counter()
     for file, number, record in chat_records(source, counts):
+        # Fields that are null are not there: a table has them that holds several conventions.
+        record = {field: value for field, value in record.items() if value is not None}
         try:
-            convention, messages = messages_of(record)
+            convention, messages, answers = messages_of(record)
+            taken = take(Conversation(messages, answers, record, file, number))
         except BAD_RECORD as error:
+            why = str(error) if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
             if not source.skip_bad:
-                why = error if type(error) is ValueError else "a field of the wrong type, or no UTF-8"
-                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --skip_bad=true") from None
-            counts["bad"] += 1
+                raise ValueError(f"files: {file}, row {number}: {why}; mend it, or --{option}=true") from None
+            bad[re.sub(r"^message \d+", "a message", why)] += 1
             continue
         found[convention] += 1
         left -= len(as_text(messages).encode()) if of_bytes else 1
-        yield Conversation(messages, record, file, number)
+        yield taken
         if left <= 0:
             break
+    if bad:
+        why = "; ".join(f"{n:,} × {why}" for why, n in bad.most_common(3))
+        counts[f"bad ({why}{'; ...' if len(bad) > 3 else ''})"] = bad.total()
     if not found:
         raise ValueError(f"files: {name}={path} has no conversations{reasons({}, counts)}")
     said = ", ".join(f"{several(n, 'conversation')} as {convention}" for convention, n in found.items())
@@ -2684,9 +2795,242 @@ def chat_records(source, counts):
                     yield file, number, record if isinstance(record, dict) else {}
 
 
+def first_question(messages):
+    """The content of the first message that is a user's."""
+    return next(message["content"] for message in messages if message["role"] == "user")
+
+
+def side_key(messages):
+    """What decides the side of the split of a conversation, or pair: nothing but its first question, so that
+    no question is on both sides, whatever is answered, asked further or said by the system."""
+    return sha256(first_question(messages))[:16]
+
+
 def as_text(messages):
     """A conversation as plain text, for a run that reads text."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
+
+
+# ---- conversations: packed into windows --------------------------------------------------------------------
+
+def chat_ids(messages, tokenizer):
+    """A conversation → its ids, and which of them are targets, both (n,). This is our template; a special is
+    one id, and nothing stands between the turns:
+
+        <|system|>text<|end|><|user|>text<|end|><|assistant|>text<|end|>
+
+    Targets are the tokens of the answers, each with the <|end|> after it. Specials spelt in a text stay text.
+    To ask for an answer, append the id of <|assistant|>."""
+    ids, targets = [], []
+    for message in messages:
+        text = tokenizer.encode(message["content"])
+        ids += [[tokenizer.specials[f"<|{message['role']}|>"]], text, [tokenizer.specials["<|end|>"]]]
+        targets += [[False], np.full(len(text) + 1, message["role"] == "assistant")]
+    return np.concatenate(ids or [[]]).astype(np.int32), np.concatenate(targets or [[]]).astype(bool)
+
+
+def lessons(chat, pairs):
+    """→ [(messages that are given, messages whose answers are learned)]: one of a conversation; of a pair the
+    chosen and the rejected one. Raises ValueError, saying what is wrong."""
+    found = [([], chat.messages)]
+    if pairs:
+        if not chat.answers:
+            raise ValueError(f"no pair: it has {shortened(chat.record)}, not chosen and rejected")
+        given = chat.messages[:-len(chat.answers[0])]
+        found = [(given, answer) for answer in chat.answers]
+    for given, learned in found:
+        roles = [message["role"] for message in (*given, *learned)]
+        if "system" in roles[1:]:
+            at = roles.index("system", 1) + 1
+            raise ValueError(f"message {at} is the system's, which can only be the first")
+        if "assistant" not in roles:
+            raise ValueError("no message is the assistant's, so there is nothing to learn")
+    return found
+
+
+def fitted(taught, tokenizer, T):
+    """Lessons → ([(ids, targets)] or None, tokens of the longest). Each ends with an eot. A conversation that
+    is longer than a window, T + 1 tokens, is cut after the last answer to a question that fits. If none does
+    there is nothing, nor of a pair that is longer: half an answer is neither better nor worse."""
+    found = []
+    user, end = (tokenizer.specials[name] for name in ("<|user|>", "<|end|>"))
+    longest = 0
+    for given, learned in taught:
+        (before, _), (ids, targets) = chat_ids(given, tokenizer), chat_ids(learned, tokenizer)
+        longest = max(longest, len(before) + len(ids) + 1)
+        if longest > T + 1:
+            asked = np.logical_or.accumulate(ids[:T] == user)    # it may begin with a greeting
+            ends = np.flatnonzero(targets[:T] & (ids[:T] == end) & asked)
+            if len(taught) > 1 or not len(ends):
+                continue
+            ids = ids[:ends[-1] + 1]
+        found.append((np.concatenate([before, ids, [tokenizer.eot]]).astype(np.int32),
+                      np.concatenate([before < 0, targets[:len(ids)], [False]])))
+    return found if len(found) == len(taught) else None, longest
+
+
+def best_fit(units, size):
+    """Units of one or two pieces, [lengths] → ([the window of each piece], number of windows of this size).
+
+    The longest units come first, each into the fullest window that has room for it, or a new one. Two pieces
+    that do not fit into one window get one each, both new: these come first, so at numbers 2i and 2i + 1."""
+    rooms = []                                                   # of windows that are not full, ascending
+    with_room = defaultdict(list)                                # room → windows
+    where = [None] * len(units)
+    count = 0
+    for i in sorted(range(len(units)), key=lambda i: -sum(units[i])):
+        # The loads that go into a window, and how much room each will leave.
+        total = sum(units[i])
+        at = bisect.bisect_left(rooms, total)
+        if total > size:
+            filled = [(count + side, size - n) for side, n in enumerate(units[i])]
+            count += len(filled)
+        elif at == len(rooms):
+            filled = [(count, size - total)]
+            count += 1
+        else:
+            room = rooms[at]
+            filled = [(with_room[room].pop(), room - total)]
+            if not with_room[room]:
+                del rooms[at]
+        for window, room in filled:
+            if room and not with_room[room]:
+                bisect.insort(rooms, room)
+            if room:
+                with_room[room].append(window)
+        where[i] = [window for window, _ in filled] * (len(units[i]) // len(filled))
+    return where, count
+
+
+def packed(units, T, pack, eot):
+    """[[(ids, targets), ..]] → (N, 2, T + 1) '<i4': the ids of each window, and under each id its label.
+
+    Labels are 0 but at targets. Of conversations these have 1. Of pairs, with pack = 2, a target of the j-th
+    chosen answer has j, of the j-th rejected one -j, j = 1, 2, ..; windows 2i and 2i + 1 are a pack, which no
+    pair leaves. Each piece is a document: it ends with an eot, and what is left of a window is eots."""
+    where, n = best_fit([[len(ids) for ids, _ in unit] for unit in units], T + 1)
+    shard = np.zeros((n + -n % pack, 2, T + 1), "<i4")
+    shard[:, 0] = eot
+    used = [0] * n
+    order = sorted(range(len(units)), key=lambda i: where[i][0] // pack)
+    for number, i in enumerate(order, 1):
+        for sign, window, (ids, targets) in zip((1, -1), where[i], units[i]):
+            here = slice(used[window], used[window] + len(ids))
+            shard[window, 0, here] = ids
+            shard[window, 1, here] = targets * (sign * number if pack == 2 else 1)
+            used[window] = here.stop
+    return shard
+
+
+def pack_chats(name, path, config, tokenizer, T, pack):
+    """The conversations, or pairs, of a domain → ([train, val] as `packed` makes them, bytes of text of both,
+    how many there are, a line about what became of them). `side_key` decides the side: the lowest 5%, or one
+    of these, are validation. Duplicates are left out. All are held in memory: some 15 bytes a token."""
+    groups = defaultdict(list)                                   # key of the side → units
+    sizes = Counter()                                            # bytes of text
+    counts = Counter()
+    seen = set()
+    shortest = math.inf
+    take = lambda chat: (chat, lessons(chat, pack == 2))
+    for chat, taught in conversations(name, path, config, take, "data.skip_bad"):
+        unit, longest = fitted(taught, tokenizer, T)
+        if unit is None:
+            counts["left out, longer than a window"] += 1
+            shortest = min(shortest, longest)
+            continue
+        key = sha256(*(ids for ids, _ in unit))[:16]             # of what is kept
+        if key in seen:
+            counts["left out as a duplicate"] += 1
+            continue
+        seen.add(key)
+        counts["cut after an answer, to fit into a window"] += longest > T + 1
+        together = str(chat.record.get("split_with", ""))
+        if not re.fullmatch("[0-9a-f]{16}", together):
+            together = side_key(chat.messages)
+        groups[together].append(unit)
+        sizes[together] += sum(int(tokenizer.token_bytes[ids].sum()) for ids, _ in unit)
+    if not groups:
+        raise ValueError(f"files: {name}={path}: the shortest conversation takes {shortest} tokens, and a "
+                         f"window has {T + 1}: --model.context={shortest - 1} or more")
+
+    # The two sides: a question with more than a tenth of the text is held out only if all others have more.
+    if len(groups) == 1:
+        raise ValueError(f"files: {name}={path} has one question; validation needs another one")
+    held_out = set()
+    held, total = 0, sum(sizes.values())
+    for hashed in sorted(groups):
+        if (is_validation(hashed) or not held_out) and held + sizes[hashed] <= total / 10:
+            held_out.add(hashed)
+            held += sizes[hashed]
+    if not held_out:
+        held_out = {min(groups, key=lambda hashed: (sizes[hashed], hashed))}
+        held = sizes[min(held_out)]
+    units = [[unit for hashed, some in groups.items() if (hashed in held_out) == side for unit in some]
+             for side in (False, True)]
+    shards = [packed(some, T, pack, tokenizer.eot) for some in units]
+    tokens = sum(len(ids) for some in units for unit in some for ids, _ in unit)
+    windows = sum(map(len, shards))
+    targets = sum(int((shard[:, 1] != 0).sum()) for shard in shards)
+    more = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+    said = (f"{name}: {tokens:,} tokens in {several(windows, 'window')} of {T + 1}, which they fill to "
+            f"{tokens / windows / (T + 1):.1%}; {targets / tokens:.1%} are targets{more}")
+    return shards, [total - held, held], sum(map(len, units)), said
+
+
+def cached_packs(folder, name, key, tokenizer, build, verified):
+    """The Domain of packed conversations: see cached_shards. build(): what pack_chats returns."""
+    def write(about, paths):
+        shards, sizes, documents, said = build()
+        for path, shard in zip(paths, shards):
+            write_atomically(path, shard)
+        facts = dict(tokens=[shard.size for shard in shards], bytes=sizes, documents=documents, said=said,
+                     sha256=[sha256(shard) for shard in shards], width=shards[0].shape[2])
+        write_atomically(about, json.dumps(facts).encode())
+        return facts
+
+    more = "width", "said"
+    shards, facts = cached_shards(folder, name, key, tokenizer, np.dtype("<i4"), write, verified, more)
+    shards = [shard.reshape(-1, 2, facts["width"]) for shard in shards]
+    return Domain(*shards, *facts["bytes"], facts["documents"], facts["sha256"], facts["said"])
+
+
+def prepare_chats(config, vocab_size, T, pairs=False, launch=""):
+    """`prepare` for conversations, or pairs of answers, which become windows of T + 1 tokens → Corpus, whose
+    domains hold them as `packed` makes them. Raises ValueError, saying what to correct."""
+    # What they are, and the tokenizer, which comes from the run that learns them.
+    names, start, end, paths = parse_domains(config)
+    what = "pairs" if pairs else "chat"
+    for name in names:
+        if name not in paths:
+            raise ValueError(f"name the conversations: --data.files={name if paths else what}=PATH, a file "
+                             "or a folder of .jsonl, .json or .parquet")
+    if config.clean:
+        raise ValueError("clean: only for text; conversations are cleaned by what writes them")
+    if config.tokenizer == "bpe":
+        raise ValueError("tokenizer bpe: conversations are read with that of the run which learns them: "
+                         "--init=RUN, or name another one")
+    tokenizer = tokenizer_of(config, vocab_size, (), None)
+    missing = [special for special in SPECIALS[1:] if special not in tokenizer.specials]
+    if missing:
+        raise ValueError(f"tokenizer {config.tokenizer} has no {', '.join(missing)}, which mark the turns; "
+                         "that of a run of ours has them")
+    if vocab_size < tokenizer.n_vocab:
+        raise ValueError(f"vocab_size {vocab_size}: {config.tokenizer} needs {tokenizer.n_vocab}")
+
+    # The cache's key stands for the files and for the code that reads and packs them. Each domain has a
+    # folder with a lock of its own: while it is packed, only those wait that need it.
+    pack = 2 if pairs else 1
+    steps = (conversations, chat_records, records, convention_of, turns, messages_of, instruction_of, pair_of,
+             first_question, side_key, chat_ids, lessons, fitted, best_fit, packed, pack_chats, is_validation)
+    steps = str((T, pack, CONVENTIONS, ROLES)), *map(inspect.getsource, steps)
+    domains = {}
+    for name in names:
+        folder = Path(config.cache, f"{name}-{what}")
+        with remembered(folder, launch) as (record, verified):
+            key = files_key(record, name, paths[name], config, *steps)
+            build = functools.partial(pack_chats, name, paths[name], config, tokenizer, T, pack)
+            domains[name] = cached_packs(folder, name, key, tokenizer, build, verified)
+    return corpus_of(tokenizer, domains, start, end, pack)
 
 
 # ---- generation: one function, any endpoint ----------------------------------------------------------------
@@ -2803,6 +3147,7 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
     ahead = deque()                                              # (row, what it asks, its future), in order
     latest = {}                                                  # what is asked → its last future in `ahead`
     pool = ThreadPoolExecutor(endpoint.threads)
+    patient = True
     try:
         while True:
             for row in itertools.islice(rows, LOOK_AHEAD * endpoint.threads - len(ahead)):
@@ -2821,11 +3166,13 @@ def generate(rows, prompt, parse, accept, endpoint, journal, chat=False):
                 del latest[asked]
             yield row, future.result()
     except (Exception, KeyboardInterrupt):
+        patient = False                                          # a second Ctrl-C may come as early as here
         journal.stop("interrupted")
+        patient = True
         raise
     finally:
         # Rows not begun are dropped; answers in flight are waited for, since they are paid for.
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(patient, cancel_futures=True)
 
 
 def result_of(row, asked, prompt, parse, accept, endpoint, journal, chat, twin):
@@ -2982,8 +3329,9 @@ def read_documents(name, path, config, what):
         file = os.fsencode(file).decode(errors="replace")        # a name may be any bytes
         text = as_text(row.messages) if as_chat else row.text
         together = row.record.get("split_with") if as_chat else row.split_with
-        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [],
-                       together or sha256(text)[:16])
+        if not together:
+            together = side_key(row.messages) if as_chat else sha256(text)[:16]
+        yield Document(f"{file}#{row.number}", text, row.messages if as_chat else [], together)
 
 
 def groups(documents):
@@ -3199,11 +3547,6 @@ def why_not_worthy(row, result):
 
 # ---- recipes: conversations from conversations -------------------------------------------------------------
 
-def request_of(document):
-    """The first request of a conversation."""
-    return next(message["content"] for message in document.messages if message["role"] == "user")
-
-
 def conversation(documents, result, id, messages, **fields):
     """A row of the output with a conversation; also as text, which a run can read."""
     return made(documents, result, id, messages=messages, text=as_text(messages), **fields)
@@ -3218,7 +3561,7 @@ def evolve(documents, o, asking):
     one whose answer asks back, stalls or refuses is dropped for good."""
     methods = []
     for group in groups(documents):
-        now = [request_of(document) for document in group]
+        now = [first_question(document.messages) for document in group]
         for way in () if methods else ("depth", "breadth"):
             tried = in_order_of(str(o.seed), dict.fromkeys(now))[:o.dev]
             methods.append(better(load_prompt(f"evolve-{way}"), tried, asking))
@@ -3250,7 +3593,7 @@ def evolve(documents, o, asking):
             if result:
                 messages = turns(now[i], "user") + turns(result["text"], "assistant")
                 yield conversation([group[i]], result, group[i].id, messages,
-                                   evolved_from=request_of(group[i]), evolution=rounds[i])
+                                   evolved_from=first_question(group[i].messages), evolution=rounds[i])
 
 
 def better(method, requests, asking):

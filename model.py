@@ -17,17 +17,22 @@ Shapes:  B batch  T time  C width  H softmax maps (n_head)  d head width  V voca
 Try:     python model.py         # every preset: parameters, FLOPs/token, KV cache; and who calls whom
          python model.py --sample out/laptop --prompt "def "
                          [--tokens 200 --temperature 0.8 --top-p 0.95 --seed 0]
+         python model.py --chat out/sft  # a conversation; the same options, and --system "You are ..."
          python model.py --sample out/laptop-k2 --export FOLDER   # as Hugging Face's DeepseekV3ForCausalLM
 """
 import argparse
+import codecs
 import functools
+import importlib
 import io
 import json
 import math
 import mmap
 import os
+import re
 import sys
 import zlib
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -136,7 +141,10 @@ ACTIVATIONS = dict(polynorm=None, silu=F.silu, gelu=F.gelu, relu2=lambda x: F.re
 
 # The presets: name → the fields in which it differs from the defaults of ModelConfig
 PRESET_FIELDS = {
-    "laptop": dict(init_std=0.1),                                     # Motif's block, small    [ours]
+    # Motif's block, small. Its matrices are tied, so at first each token predicts itself, by a logit of width
+    # · init_std = 12.8, and the loss starts at 12.7, not at ln V = 8.3. A final norm with gains of 0.3 starts
+    # there and wins in half as many tokens, but ends the whole run 0.005 bits/byte higher (3 seeds).
+    "laptop": dict(init_std=0.1),                                                           # [ours]
     "gpt2": dict(differential=False, act="gelu", gated=False, norm="layer", norm_eps=1e-5,
                  position="learned", d_ff=512, zero_out=False),       # the control  [GPT-2, without biases]
     "shakespeare": dict(d_ff=256, context=64, vocab_size=261,
@@ -1087,11 +1095,14 @@ class Transformer(nn.Module):
 
     Parameter names do not depend on the range; neither do initial values, since each parameter is drawn
     from a random stream seeded with its name. The same holds for `experts`, the range of experts held here
-    (all by default); with fewer, ops.exchange has to bring them their tokens."""
+    (all by default); with fewer, ops.exchange has to bring them their tokens.
 
-    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None, last=None):
+    restart: whether learned positions begin at 0 in each document, as after pre-training."""
+
+    def __init__(self, config, ops=Ops(), layers=None, seed=0, experts=None, last=None, restart=False):
         super().__init__()
         self.config = config
+        self.restart = restart
         self.width = config.d_model
 
         # The part of the model that is held here
@@ -1211,7 +1222,10 @@ class Transformer(nn.Module):
         if self.first:
             x = F.embedding(x, self.embed)
             if self.config.position == "learned":
-                x = x + self.position[past:past + T]
+                if doc_start is not None and self.restart:
+                    x = x + self.position[torch.arange(T, device=x.device) - doc_start]
+                else:
+                    x = x + self.position[past:past + T]
             if dtype is not None:
                 x = x.to(dtype)
 
@@ -1476,9 +1490,9 @@ def generate(model, tokens, n, temperature=1.0, top_p=1.0, seed=0):
     return tokens
 
 
-def sample(args):
-    """Print what the model in folder args.sample writes after args.prompt, or export it to args.export.
-    ValueError: an option is out of range, or the folder has no model or no tokenizer."""
+def load(folder, args):
+    """(model, tokenizer) of a folder. ValueError: an option is out of range, or the folder has no model or no
+    tokenizer."""
     from train import is_hf, load_run
 
     # Options
@@ -1488,34 +1502,187 @@ def sample(args):
         value = getattr(args, name)
         if not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be from {least} to {most}")
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"--prompt={args.prompt!r:.80}: is not UTF-8") from None
+    for name in ("prompt", "system"):
+        try:
+            getattr(args, name).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--{name}={getattr(args, name)!r:.80}: is not UTF-8") from None
 
     # The model; what a folder lacks is reported before its weights are read
-    folder = Path(args.sample)
+    folder = Path(folder)
     if is_hf(folder) and not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json, and nothing else is read as its tokenizer")
     if is_hf(folder) and args.average > 1:
         raise ValueError(f"--average={args.average}: {folder} is no run, and has no checkpoints")
-    model, tokenizer = load_run(folder, args.average)
+    return load_run(folder, args.average)
+
+
+def known_to(model, tokens, folder):
+    """Tokens that all have a row in the embedding; else ValueError."""
+    size = model.config.vocab_size
+    if max(tokens) >= size:
+        raise ValueError(f"{folder}: its tokenizer has a token {max(tokens)}, its model {size} of them")
+    return tokens
+
+
+def steady(temperature):
+    """The temperature, or 0 for one so small that logits divided by it would overflow."""
+    return temperature if temperature >= 1e-6 else 0.0
+
+
+def sample(args):
+    """Print what the model in folder args.sample writes after args.prompt, or export it to args.export.
+    ValueError: as `load`, or a token of the prompt is unknown to the model."""
+    model, tokenizer = load(args.sample, args)
     if args.export:
         from notes.huggingface import save_hf
         return save_hf(model, args.export, tokenizer)
 
-    # The prompt
-    prompt = [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()]
-    size = model.config.vocab_size
-    if max(prompt) >= size:
-        raise ValueError(f"{folder}: its tokenizer has a token {max(prompt)}, its model {size} of them")
-
-    # Its continuation; logits divided by a tiny temperature would overflow
-    temperature = args.temperature
-    if temperature < 1e-6:
-        temperature = 0.0
+    # The prompt and its continuation
+    prompt = known_to(model, [tokenizer.eot, *tokenizer.encode(args.prompt).tolist()], args.sample)
+    temperature = steady(args.temperature)
     out = generate(model, torch.tensor([prompt]), args.tokens, temperature, args.top_p, args.seed)
     print(tokenizer.decode(out[0, 1:].tolist()))
+
+
+# ---- chat --------------------------------------------------------------------------------------------------
+
+class Chat:
+    """A conversation with a model, in the template of data.chat_ids.
+
+    turns: the tokens of each message: a system message or none, then questions and answers in turn. Each ends
+    with <|end|>, also an answer to which tokens are still added before it. The cache holds the first
+    `cache.length` tokens, so that a turn computes its own only. Ctrl-C may come between any two lines.
+    limit: tokens of an answer, at most."""
+
+    def __init__(self, model, tokenizer, system="", limit=200, temperature=1.0, top_p=1.0, seed=0):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.context = model.config.context
+        self.limit = limit
+        self.pick = functools.partial(pick, temperature=temperature, top_p=top_p,
+                                      random=torch.Generator().manual_seed(seed))
+        self.system = [self.message("system", system)] if system else []
+        self.reset()
+
+    def message(self, role, content):
+        """The tokens of a message."""
+        from data import chat_ids
+        return chat_ids([dict(role=role, content=content)], self.tokenizer)[0].tolist()
+
+    def reset(self):
+        """Forget everything but the system message."""
+        self.cache = Cache(self.context)
+        self.turns = [*self.system]
+
+    def size(self):
+        """Tokens of the conversation."""
+        return sum(map(len, self.turns))
+
+    def forget(self, room):
+        """Drop the oldest questions and their answers until `room` tokens are free, but never the last → how
+        many questions went. What stays has other positions, so it is computed again."""
+        first = len(self.system)
+        kept = [*self.turns]
+        while sum(map(len, kept)) - 1 + room > self.context and len(kept) > first + 2:
+            del kept[first:first + 2]
+        gone = (len(self.turns) - len(kept)) // 2
+        if gone:
+            self.cache = Cache(self.context)                   # first: Ctrl-C may come in between
+            self.turns = kept
+        return gone
+
+    def answer(self, question):
+        """Yield the answer as text, piece by piece, and lines in brackets about the window. An answer that is
+        left early, by close() or Ctrl-C, stays in the conversation as far as it got."""
+        specials = self.tokenizer.specials
+        asked = self.message("user", question)
+        given = [specials["<|assistant|>"], specials["<|end|>"]]
+        most = self.context - sum(map(len, self.system)) - 2   # for the answer: its first two tokens
+        if len(asked) > most:
+            yield f"[{len(asked)} tokens, but the window has room for {most}: not read]"
+            return
+
+        # Room for an answer: half the window, or as much as the question leaves
+        self.turns += [asked, given]
+        gone = self.forget(min(self.limit, self.context // 2))
+        if gone:
+            yield f"[the window of {self.context} tokens is full: the oldest questions and their answers, " \
+                  f"{gone} of each, are forgotten]\n"
+
+        # One token at a time; a character of several tokens waits until it is complete
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        cut = ""
+        while not cut:
+            if len(given) - 1 > self.limit:
+                cut = f" [--tokens={self.limit}: cut]"
+            elif self.size() - 1 > self.context:
+                cut = f" [the window of {self.context} tokens is full: cut]"
+            else:
+                token = self.next()
+                if token in specials.values():
+                    break
+                given.insert(-1, token)
+                yield utf8.decode(self.tokenizer.bytes_of([token]))
+        yield utf8.decode(b"", True) + cut
+
+    @torch.no_grad()
+    def next(self):
+        """The next token of the conversation, before the <|end|>. Computes what the cache lacks."""
+        new = [token for turn in self.turns for token in turn][self.cache.length:-1]
+        return self.pick(self.model(torch.tensor([new]), cache=self.cache)[:, -1]).item()
+
+
+def chat(args):
+    """A conversation in the terminal with the model in folder args.chat. ValueError: as `load`, or it lacks
+    the tokens of the template."""
+    from data import SPECIALS
+    from train import is_hf, kept_config
+
+    # The model
+    model, tokenizer = load(args.chat, args)
+    lacking = [name for name in SPECIALS[1:] if name not in tokenizer.specials]
+    if lacking:
+        raise ValueError(f"{args.chat}: its tokenizer has no {', '.join(lacking)}, the tokens of a "
+                         "conversation: --sample continues a text")
+    known_to(model, [tokenizer.n_vocab - 1], args.chat)
+    told = Chat(model, tokenizer, args.system, args.tokens, steady(args.temperature), args.top_p, args.seed)
+    if told.size() > told.context // 2:
+        raise ValueError(f"--system: {told.size()} tokens are more than half of the window, which has "
+                         f"{told.context}")
+
+    # Where to go from here; where Python has readline, input() has the arrow keys
+    with suppress(ImportError):
+        importlib.import_module("readline")
+    print(f"{args.chat}: Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends.")
+    if not is_hf(args.chat) and kept_config(args.chat).objective == "pretrain":
+        print("This run has seen no conversations, so it goes on writing rather than answers: torchrun "
+              f"train.py sft --init={args.chat} teaches it.")
+
+    # Questions and answers; a transcript shows the questions that came through a pipe
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not sys.stdin.isatty():
+            print(question)
+        word = question.strip()
+        if word == "/reset":
+            told.reset()
+        elif re.fullmatch(r"/\w+", word):
+            print(f"there is no {word}, only /reset")
+        elif word:
+            try:
+                with closing(told.answer(question)) as pieces:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            print()
 
 
 ROOMS = """
@@ -1560,10 +1727,13 @@ def count_presets():
 
 
 def main(argv):
-    """The command line: count presets, sample from a model or export it. Errors: SystemExit, in one line."""
+    """The command line: count presets, sample from a model, talk to it or export it. Errors: SystemExit, in
+    one line."""
     # Options
     parser = argparse.ArgumentParser(description="Count every preset, or sample from a trained run.")
     parser.add_argument("--sample", metavar="RUN", help="folder of a run, or a Hugging Face folder")
+    parser.add_argument("--chat", metavar="RUN", help="the same folders: a conversation in the terminal")
+    parser.add_argument("--system", default="", help="--chat: the message before the conversation")
     parser.add_argument("--average", type=int, default=1, metavar="N",
                         help="the mean of its newest N checkpoints")
     parser.add_argument("--export", metavar="FOLDER",
@@ -1576,16 +1746,19 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.sample is None and (args.export or args.prompt):
         parser.error("--export and --prompt need --sample")
+    if args.system and args.chat is None or args.chat is not None and args.sample is not None:
+        parser.error("--system needs --chat, and --chat goes without --sample")
 
-    # A terminal that lacks some characters gets replacements
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    # A terminal that lacks some characters gets replacements, and so does what is typed there
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
     # Run
     try:
-        if args.sample is None:
-            return count_presets()
-        return sample(args)
+        if args.chat is not None:
+            return chat(args)
+        return count_presets() if args.sample is None else sample(args)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise SystemExit(f"model.py: {lines[0]}") from None

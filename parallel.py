@@ -1059,7 +1059,7 @@ class Cut(torch.autograd.Function):
         return None, None, None, None
 
 
-def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=None, meter=None):
+def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=None, meter=None, nats=None):
     """Run this stage's plan on this rank's windows: the gradients of the loss, accumulated over
     micro-batches in p.grad, or in the buckets of ZeRO-1. The loss is the mean over windows, or the sum of
     weight × term if the batch has weights. Without gradients (torch.no_grad), the plan has forwards only.
@@ -1072,6 +1072,7 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=N
         chunk.count(on)                          whether forwards record what they see: not what is recomputed
     savings: the Savings whose operations the chunks use, if any. reduce(chunk): what R does.
     meter: a Meter of what is kept for the backward, if that is to be measured.
+    nats (b, T): gets those of each token, if given, where the loss is.
     → nats/token of each window (b,), in float64 on the mesh's device; zeros if the loss is on another stage.
     LostRank names the act."""
     share, T = batch.x.shape[:2]
@@ -1100,7 +1101,10 @@ def execute(plan, chunks, batch, micro, mesh, dtype=None, savings=None, reduce=N
     def loss_of(i, h):
         """The loss of micro-batch i, whose terms are recorded."""
         loss, terms = chunks[last].loss(h, windows(i, batch.y), windows(i, batch.weight))
-        losses[i * micro:(i + 1) * micro] = terms.detach().double().view(len(h), -1).mean(1)
+        terms = terms.detach().double().view(len(h), -1)
+        losses[i * micro:(i + 1) * micro] = terms.mean(1)
+        if nats is not None:
+            nats[i * micro:(i + 1) * micro] = terms
         return loss
 
     def passage(act):

@@ -36,6 +36,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -832,49 +833,33 @@ def fp8_tiles_have_the_bits_of_their_definition():
             same_bits(back, kernels.fp8_unpack_ref(codes, scale, dtype))
 
 
-@pytest.fixture(scope="session")
-def tried_by_the_interpreter(tmp_path_factory):
-    pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreted")
-    code = f"import test_all; test_all.try_interpreted({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder
+def begun(code, **env):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=os.environ | env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("claim", INTERPRETED)
-def test_interpreted(claim, tried_by_the_interpreter):
-    said = (tried_by_the_interpreter / claim).read_text()
-    assert said == "", said
+def ended(process):
+    """What a process of `begun` has printed."""
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and errors == "", errors
+    return said
 
 
-def proved(code):
-    """The value of `code`, where `note` is notes/kernels.py; in its own process, as a compiler may crash."""
-    pytest.importorskip("triton")
-    code = f"import json; from notes import kernels as note; print(json.dumps({code}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return json.loads(done.stdout)
-
-
-def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions():
-    variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
-    rows = proved(f"[[*row.values(), list(note.faults(row))] for row in note.prove([proof for proof in "
-                  f"note.PROOFS if not any(word in proof.name for word in {variants})], "
-                  "('sm_80', 'sm_90', 'gfx942'))]")
-    assert len(rows) > 20 and not [row for row in rows if row[-1]]
-    assert all(row[3] >= 16 for row in rows), "registers were not read"
+def proving(code):
+    """A process that prints the value of `code`, where `note` is notes/kernels.py: a compiler may crash."""
+    return begun(f"import json; from notes import kernels as note; print(json.dumps({code}))")
 
 
 def test_a_kernel_that_spills_or_lacks_matrix_instructions_is_a_fault():
     """With one warp for 2048 columns, each thread would hold 64 of them; and PolyNorm is no matmul."""
-    spilling, wrong = proved("[list(note.faults(row)) for row in note.prove(["
-                             "note.PROOFS[1]._replace(options=dict(num_warps=1)), "
-                             "note.PROOFS[0]._replace(matmul=True)], ['sm_80'])]")
+    pytest.importorskip("triton")
+    spilling, wrong = json.loads(ended(proving(
+        "[list(note.faults(row)) for row in note.prove([note.PROOFS[1]._replace(options=dict(num_warps=1)), "
+        "note.PROOFS[0]._replace(matmul=True)], ['sm_80'])]")))
     assert len(spilling) == 1 and "bytes spilled" in spilling[0]
     assert wrong == ["no matrix instructions"]
+
+
 def test_flash_attention_is_for_16_bits_on_a_gpu(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -1161,6 +1146,10 @@ def test_the_tokenizers_package_reads_our_bpe_and_we_read_its_files(tmp_path):
         back.save(tmp_path / "kept.json")
         again = data.load_tokenizer(tmp_path / "kept.json")
         assert again.fingerprint == back.fingerprint
+        folder = folder.with_name(f"{folder.name}-again")
+        folder.mkdir()
+        huggingface.save_tokenizer(back, folder)
+        assert data.load_tokenizer(folder / "tokenizer.json").fingerprint == back.fingerprint
         assert again.encode(text).tolist() == ours.encode(text).tolist()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="needs tokenizer_config.json"):
@@ -1881,7 +1870,7 @@ def test_windows_are_numbered_across_shards(tmp_path, monkeypatch):
     assert sorted(seen[:W]) == sorted(expected) != seen[:W]
     parts = [batches(7, rank, 2).x for rank in range(2)]
     assert torch.equal(torch.cat(parts), batches(7).x)
-    x, y, _ = batches.val("mine")
+    x, y, *_ = batches.val("mine")
     assert len(x) == sum(max(0, (n - 1) // T) for n in domain.val.counts)
     whole = np.concatenate([domain.train.arrays[i] for i in range(4)])
     assert all(domain.train[:n].tolist() == whole[:n].tolist() for n in (0, 9, 5555, len(whole), 10 ** 9))
@@ -2376,7 +2365,7 @@ def test_batches_of_the_embedded_corpus(corpus):
     batches = data.Batches(corpus, data.DataConfig(horizon=10 ** 7, doc_mask=True), 0, 16, 128)
     b = batches(40)
     assert b.doc_start.shape == b.x.shape == (16, 128) and (b.doc_start <= torch.arange(128)).all()
-    x, y, _ = batches.val("math")
+    x, y, *_ = batches.val("math")
     ids = corpus.domains["math"].val
     assert x.flatten().tolist() == ids[:x.numel()].tolist()
     assert y.flatten().tolist() == ids[1:x.numel() + 1].tolist()
@@ -2392,7 +2381,7 @@ def test_validation_windows_are_spread_over_the_text(tmp_path):
     total = (len(ids) - 1) // 8
     assert total > 30
     for limit, n in ((7, 7), (0, total), (total + 9, total)):
-        x, y, _ = batches.val("a", limit)
+        x, y, *_ = batches.val("a", limit)
         starts = [i * total // n * 8 for i in range(n)]
         assert x.tolist() == [ids[at:at + 8].tolist() for at in starts]
         assert y.tolist() == [ids[at + 1:at + 9].tolist() for at in starts]
@@ -3323,6 +3312,29 @@ def test_ctrl_c_waits_for_paid_answers_and_a_second_one_does_not(tmp_path, monke
         raise KeyboardInterrupt
     assert read_jsonl(tmp_path / "c")[0]["answer"] == "b" and not journal.may_call("a")
 
+    # A second one in the moment in which the first one says that answers are waited for.
+    def stop(journal, why, plain=asking.Journal.stop):
+        plain(journal, why)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(asking.Journal, "stop", stop)
+    go.clear()
+
+    def answer(request, before):
+        if "2nd" in str(request):
+            go.wait(20)
+        return completed("A.")
+    with serving(answer) as (url, _, _):
+        endpoint = data.Endpoint(url, "m", threads=2)
+        with asking.Journal(tmp_path / "d", endpoint) as journal:
+            rows = [dict(id=text, text=text) for text in ("1st", "2nd")]
+            found = data.generate(rows, SAY, lambda row, answer: dict(text=answer), lambda row, result: "",
+                                  endpoint, journal)
+            next(found)
+            with pytest.raises(KeyboardInterrupt):
+                found.throw(KeyboardInterrupt)
+            assert journal.flying == 1 and not go.is_set()
+            go.set()
+
 
 def test_a_refused_answer_is_asked_again_with_another_seed_but_not_for_ever(tmp_path):
     """Row d1 is never taken, d2 at its second attempt. A resume decides anew and pays nothing; a rule that
@@ -3815,10 +3827,11 @@ def read_jsonl(path):
 
 def test_five_conventions_of_conversations_are_read_alike(tmp_path, capsys):
     for record, convention, messages in CHATS:
-        assert data.messages_of(record) == (convention, messages), record
+        assert data.messages_of(record)[:2] == (convention, messages), record
     for record, *expected in PAIRS:
         assert list(data.pair_of(record)) == expected, record
-        assert data.messages_of(record) == ("prompt/chosen/rejected", expected[0] + expected[1])
+        whole = expected[0] + expected[1]
+        assert data.messages_of(record) == ("prompt/chosen/rejected", whole, (*expected[1:],))
 
     # From files, with their row, and a line that says what they are.
     write_jsonl(tmp_path / "a.jsonl", [record for record, *_ in CHATS])
@@ -4246,8 +4259,9 @@ def test_a_chat_set_is_text_for_recipes_that_read_text(chats, tmp_path, capsys):
     (dict(prompt=[SYSTEM], chosen=[USER, ANSWER], rejected=[USER, OTHER]), [SYSTEM, USER, ANSWER]),
     (dict(prompt="Why?", chosen=[SYSTEM, USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
      [SYSTEM, USER, ANSWER])])
-def test_the_dirt_of_chat_sets_is_read(record, expected):
-    assert data.messages_of(record)[1] == expected
+def test_the_dirt_of_chat_sets_is_read(record, expected, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [record])
+    assert [chat.messages for chat in data.conversations("a", source, data.DataConfig())] == [expected]
 
 
 def test_files_of_any_name_can_be_read(tmp_path):
@@ -4344,19 +4358,16 @@ def test_fusion_keeps_to_one_side_of_the_split(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [
         dict(prompt=f"What of matter{i}?", completion=f"It depends on alpha{i} and on beta{i}.")
         for i in range(400)])
-    whole = {f"in.jsonl#{talk.number}": data.as_text(talk.messages)
+    asked = {f"in.jsonl#{talk.number}": data.side_key(talk.messages)
              for talk in data.conversations("c", source, data.DataConfig())}
     with mock.patch.object(data, "why_not_integrated", lambda row, result: ""):
         rows = recipe("fuse", source, tmp_path / "out.jsonl", "--select=random")
-    held_out = {*data.split_documents([*whole.values()])[1]}
     together = {row["text"]: row["split_with"] for row in rows}
     fused_out = {*data.split_documents([*together], together=together)[1]}
     sides = Counter()
     for row in rows:
-        texts = [whole[parent] for parent in row["parent"].split(" + ")]
-        assert {text in held_out for text in texts} == {row["text"] in fused_out}
-        streamed = {data.is_validation(hashed) for hashed in (*map(data.sha256, texts), row["split_with"])}
-        assert len(streamed) == 1
+        keys = [row["split_with"], *(asked[parent] for parent in row["parent"].split(" + "))]
+        assert {data.is_validation(key) for key in keys} == {row["text"] in fused_out}
         sides[row["text"] in fused_out] += 1
     assert min(sides.values()) > 3 and len(sides) == 2
 
@@ -4518,9 +4529,7 @@ def test_top_p_keeps_the_smallest_set_of_that_mass():
 
 @each_variant
 def test_documents_in_one_window_do_not_see_each_other(config, float64):
-    if config.position == "learned":
-        config = replace(config, position="rope")                  # the second document does not start at 0
-    network, x = lively(config), tokens(1, 20)
+    network, x = lively(config, restart=True), tokens(1, 20)       # learned positions: from 0 in each
     starts = torch.where(torch.arange(20) < 8, 0, 8)[None]
     packed = network(x, doc_start=starts)
     torch.testing.assert_close(packed[:, :8], network(x[:, :8]))
@@ -6000,6 +6009,307 @@ def test_a_prompt_that_is_not_utf8_is_refused(finished):
     sampling = [sys.executable, HERE / "model.py", "--sample", finished[0].parent.parent, b"--prompt=a\xff"]
     refused = subprocess.run(sampling, capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr == "model.py: --prompt='a\\udcff': is not UTF-8\n"
+
+
+BYTES = data.Tokenizer("bytes", r"(?s:.)", {bytes([i]): i for i in range(256)})
+SYSTEM, USER, ASSISTANT, END = (BYTES.specials[name] for name in data.SPECIALS[1:])
+
+
+class Scripted(torch.nn.Module):
+    """A model that says what it is told to, and notes how many tokens it was given in each call."""
+    def __init__(self, *answers, context=64):
+        super().__init__()
+        self.config = replace(TINY, vocab_size=261, context=context)
+        self.script = [token for answer in answers for token in answer]
+        self.given = []
+
+    def forward(self, x, cache):
+        self.given.append(x.shape[1])
+        cache.length += x.shape[1]
+        assert cache.length <= self.config.context
+        token = self.script.pop(0)
+        if token is KeyboardInterrupt:
+            raise token
+        return torch.nn.functional.one_hot(torch.full(x.shape, token), 261) * 1e3
+
+
+def talk(*answers, limit=50, system="", context=64):
+    return net.Chat(Scripted(*answers, context=context), BYTES, system, limit, temperature=0)
+
+
+@pytest.mark.parametrize("config", [TINY, K2, replace(TINY, share_kv=2), replace(TINY, ngpt=True)],
+                         ids=("differential", "latent", "shared", "ngpt"))
+def test_a_turn_computes_its_own_tokens_and_answers_as_the_whole_conversation(config):
+    """Three turns, each with the cache of those before: every token is the one that the model finds most
+    probable after the conversation so far, computed without a cache."""
+    model = lively(replace(config, vocab_size=261, context=128, n_layer=2)).double()
+    computed = []
+    model.register_forward_pre_hook(lambda _, x, more: computed.append(x[0].shape[1]) if more else None,
+                                    with_kwargs=True)
+    chat = net.Chat(model, BYTES, "Be brief.", limit=9, temperature=0)
+    for question in ("one", "the second", "3"):
+        computed.clear()
+        before = chat.cache.length, chat.size()
+        said = "".join(chat.answer(question))
+        own = before[1] - before[0] + len(question) + 3        # what was not fed yet; user, end, assistant
+        assert computed[0] == own and set(computed[1:]) <= {1} and len(computed) <= 9, said
+    whole = [token for turn in chat.turns for token in turn]
+    assert chat.turns[0] == [SYSTEM, *b"Be brief.", END] and chat.turns[3] == [USER, *b"the second", END]
+    with torch.no_grad():
+        best = model(torch.tensor([whole]))[0].argmax(-1).tolist()
+    at = 0
+    for i, turn in enumerate(chat.turns):
+        if i and i % 2 == 0:
+            found = [best[at + j] for j in range(len(turn) - 2)]
+            assert turn[0] == ASSISTANT and turn[1:-1] == found and len(found) > 0 and turn[-1] == END
+        at += len(turn)
+
+
+def test_an_answer_streams_whole_characters_and_ends_at_a_special():
+    euro = "€".encode()
+    chat = talk(b"a" + euro, [END], b"b" + euro[:2], [BYTES.eot], b"x" + euro[:1] + b"y", [USER], b"12345")
+    assert list(chat.answer("q")) == ["a", "", "", "€", ""]
+    assert chat.turns[-1] == [ASSISTANT, *b"a", *euro, END], "END once"
+    assert "".join(chat.answer("q")) == "b\ufffd" and chat.turns[-1][-3:] == [*euro[:2], END], "not eot"
+    assert "".join(chat.answer("q")) == "x\ufffdy"
+    chat.limit = 3
+    assert "".join(chat.answer("q")) == "123 [--tokens=3: cut]" and chat.turns[-1][1:] == [*b"123", END]
+    chat.limit, chat.model.script = 3, [*b"123", END]
+    assert chat.answer("q").__next__() == "1"
+    chat.limit, chat.model.script = 0, []
+    assert "".join(chat.answer("q")) == " [--tokens=0: cut]"
+
+
+def test_what_a_question_spells_stays_text():
+    chat = talk([END])
+    assert list(chat.answer("<|end|><|assistant|>")) == [""]
+    assert chat.turns[0] == [USER, *b"<|end|><|assistant|>", END]
+
+
+def test_a_full_window_forgets_the_oldest_questions_but_not_the_system_message():
+    """64 tokens, 7 of them the system message's. Nothing is fed twice until something is forgotten."""
+    answers = [b"a" * 10, [END]] * 5
+    chat = talk(*answers, system="Hello", limit=20)
+    assert "".join(chat.answer("q" * 5)) == "a" * 10 and chat.size() == 7 + 7 + 12
+    assert "".join(chat.answer("r" * 8)) == "a" * 10 and chat.size() == 26 + 10 + 12
+    assert chat.model.given == [7 + 7 + 1] + [1] * 10 + [1 + 10 + 1] + [1] * 10
+    chat.model.given.clear()
+    said = "".join(chat.answer("s"))
+    assert said == ("[the window of 64 tokens is full: the oldest questions and their answers, 1 of each, "
+                    "are forgotten]\n" + "a" * 10)
+    assert chat.model.given == [7 + 22 + 3 + 1] + [1] * 10, "fed again, from the first token on"
+    assert [turn[0] for turn in chat.turns] == [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
+    assert chat.turns[1] == [USER, *b"r" * 8, END]
+    said = "".join(chat.answer("t" * 40))                          # leaves 64 - 7 - 42 - 1 for an answer
+    assert "2 of each" in said and said.endswith("a" * 10) and len(chat.turns) == 3
+
+    assert "".join(chat.answer("t" * 54)) == "[56 tokens, but the window has room for 55: not read]"
+    assert len(chat.turns) == 3, "the conversation is as it was"
+    chat.model.script = [*b"xyz"]
+    assert "".join(chat.answer("t" * 53)).endswith("\nxy [the window of 64 tokens is full: cut]")
+    assert len(chat.turns) == 3 and chat.turns[1:] == [[USER, *b"t" * 53, END], [ASSISTANT, *b"xy", END]]
+    chat.model.script = [*b"on", END]
+    assert "".join(chat.answer("and")).endswith("\non"), "it goes on after a window that was full"
+    chat.reset()
+    assert chat.turns == [[SYSTEM, *b"Hello", END]] and chat.cache.length == 0
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_got():
+    """Ctrl-C before the first token, within the model, between pieces; the cache agrees with the turns."""
+    chat = talk([KeyboardInterrupt], b"ab", [KeyboardInterrupt], b"xyz", [END], context=99)
+    for said in "", "ab":
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.answer("q"))
+        assert chat.turns[-1] == [ASSISTANT, *said.encode(), END]
+    pieces = chat.answer("q")
+    assert [next(pieces), next(pieces)] == ["x", "y"]
+    pieces.close()
+    assert chat.turns[-1] == [ASSISTANT, *b"xy", END] and chat.size() == chat.cache.length + 2
+    chat.model.script = [*b"on", END]
+    assert "".join(chat.answer("r")) == "on" and sum(chat.model.given) == chat.cache.length
+
+
+class Remembering(Scripted):
+    """Checks that its cache holds the beginning of the conversation."""
+    def forward(self, x, cache):
+        cache.fed = getattr(cache, "fed", []) + x[0].tolist()
+        assert cache.fed == [token for turn in self.chat.turns for token in turn][:-1]
+        return super().forward(x, cache)
+
+
+def test_ctrl_c_before_any_line_leaves_a_conversation_whole():
+    """Also while the oldest questions are forgotten: every turn has its end, and the cache agrees."""
+    for line in itertools.count():
+        model = Remembering(*[b"abcdefg", [END]] * 9, context=40)
+        model.chat = chat = net.Chat(model, BYTES, "S", 9, temperature=0)
+        for _ in range(2):
+            list(chat.answer("q" * 5))
+        left = [line]
+
+        def trace(frame, event, _):
+            if frame.f_globals is vars(net) and frame.f_code.co_name in ("answer", "forget", "next", "size"):
+                left[0] -= event == "line"
+                if left[0] < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+        before = sys.gettrace()
+        sys.settrace(trace)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(chat.answer("rr")) as pieces:
+            list(pieces)
+        sys.settrace(before)
+        assert all(turn[-1] == END and END not in turn[:-1] for turn in chat.turns)
+        assert [turn[0] for turn in chat.turns[1:]] == [USER, ASSISTANT] * (len(chat.turns) // 2)
+        model.script = [*b"on", END]
+        assert "".join(chat.answer("s")).endswith("on")
+        if left[0] >= 0:
+            break
+    assert line > 50
+
+
+class Typed(io.StringIO):
+    """What is typed, with ^C as a line of its own."""
+    def readline(self, *_):
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+def test_a_conversation_through_a_pipe_reads_as_a_transcript(finished, tmp_path, capsys, monkeypatch):
+    """Questions, blank lines, Ctrl-C at the prompt and in an answer, /reset; a run that has seen no
+    conversations says so; the same seed says the same; input that is not UTF-8."""
+    run = finished[0].parent.parent
+    scripted = Scripted(b"Hi!", [END], b"Yes", [KeyboardInterrupt], b"Hi?", [END], context=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_run", lambda *_: (scripted, BYTES))
+        patch.setattr(sys, "stdin", Typed("hello\n\nok?\n^C\n/reset \n/help\nhello\n"))
+        code, said, error = run_model(capsys, "--chat", run, "--tokens=5")
+    lines = said.splitlines()
+    assert not code and not error and lines[0].startswith(f"{run}: Ctrl-C stops an answer, /reset begins")
+    assert "has seen no conversations" in lines[1] and f"sft --init={run}" in lines[1]
+    assert lines[2:] == ["> hello", "Hi!", "> ", "> ok?", "Yes [stopped]", "> ", "> /reset ", "> /help",
+                         "there is no /help, only /reset", "> hello", "Hi?", "> "]
+    assert scripted.given == [8, 1, 1, 1, 7, 1, 1, 1, 8, 1, 1, 1], "/reset began anew"
+    asked = dict(input="a\nü\n".encode() + b"\xff\n", capture_output=True)
+    command = [sys.executable, HERE / "model.py", "--chat", run, "--tokens=4", "--system=s"]
+    first, second = (subprocess.run(command, **asked) for _ in range(2))
+    assert first.returncode == 0 and first.stdout == second.stdout and not first.stderr, first.stderr
+    assert "\n> ü\n" in first.stdout.decode() and "\n> \ufffd\n" in first.stdout.decode()
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(finished):
+    """The signal itself, sent twice while the model answers."""
+    code = ("import sys, time, model\n"
+            "def next(chat):\n"
+            "    while len(chat.turns[-1]) > 4: time.sleep(0.01)\n"
+            "    return 97\n"
+            "model.Chat.next = next\n"
+            "model.main(sys.argv[1:])")
+    command = [sys.executable, "-uc", code, "--chat", finished[0].parent.parent, "--tokens=99"]
+    talking = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                               preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+    threading.Timer(60, talking.kill).start()                      # a test that fails does not hang
+
+    def read_until(end):
+        seen = b""
+        while not seen.endswith(end):
+            byte = talking.stdout.read(1)
+            assert byte, seen
+            seen += byte
+    for question in (b"one\n", b"two\n"):
+        talking.stdin.write(question)
+        read_until(b"aaa")
+        talking.send_signal(signal.SIGINT)
+        read_until(b" [stopped]\n> ")
+    assert talking.communicate()[0] == b"\n" and talking.returncode == 0                  # Ctrl-D
+
+
+def test_a_run_tuned_on_conversations_says_what_it_learned(tmp_path, capsys, monkeypatch):
+    """The template of training is that of the chat: an answer learned by heart comes back, and nothing more;
+    also to the second question, and from an export of the run."""
+    path = tmp_path / "chat.jsonl"
+    with open(path, "w") as file:
+        for letter in string.ascii_letters:
+            said = "ping " + letter, "pong ü", "who?", "me", "bye", "€"
+            turns = zip(("user", "assistant") * 3, said)
+            messages = [dict(role=role, content=text) for role, text in turns]
+            print(json.dumps(dict(messages=messages)), file=file)
+    files = data.DataConfig(files=f"chat={path}", domains="chat:1:1", tokenizer="bytes",
+                            cache=str(tmp_path / "c"))
+    model = replace(K2, vocab_size=261, context=48, tie=False, init_std=0.1)
+    run = str(tmp_path / "run")
+    train.train(train.Config(objective="sft", model=model, data=files, batch=4, micro=4, tokens=60 * 4 * 48,
+                             optim=muonclip.OptimConfig(lr=2e-2, floor=0.0), save_every=99, out=run),
+                quiet=True)
+    net.main(["--sample", run, "--export", str(tmp_path / "hf")])
+    capsys.readouterr()
+    for folder in run, tmp_path / "hf":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("ping h\nwho?\nbye\n"))
+        if folder is run or importlib.util.find_spec("tokenizers"):
+            code, said, error = run_model(capsys, "--chat", folder, "--temperature=0", "--tokens=9")
+            assert not code and "no conversations" not in said, error
+            assert said.splitlines()[1:] == ["> ping h", "pong ü", "> who?", "me", "> bye", "€", "> "]
+
+
+def test_chats_that_cannot_begin_give_a_one_line_error(finished, tmp_path, capsys, monkeypatch):
+    run = finished[0].parent.parent
+    for words, says in (([tmp_path], "0 checkpoints here"), ([run, "--tokens=-1"], "--tokens=-1: must"),
+                        ([run, "--system=a\udcff"], "is not UTF-8"),
+                        ([run, "--system", "s" * 20], "--system: 22 tokens are more than half of the win")):
+        code, said, error = run_model(capsys, "--chat", *words)
+        assert code == 1 and re.search(says, error) and "\n" not in error and not said, error
+    for words in (["--system=x"], ["--chat", run, "--sample", run], ["--chat", run, "--prompt=x"],
+                  ["--sample", run, "--system=x"]):
+        assert run_model(capsys, *words)[0] == 2
+    network, foreign = train.load_run(run)[0], copy.copy(BYTES)
+    foreign.specials = {"<|endoftext|>": 256, "<|user|>": 258}
+    monkeypatch.setattr(train, "load_run", lambda *_: (network, foreign))
+    assert run_model(capsys, "--chat", run)[2].endswith(
+        "its tokenizer has no <|system|>, <|assistant|>, <|end|>, the tokens of a conversation: --sample "
+        "continues a text")
+    foreign.specials, foreign.n_vocab = BYTES.specials, 300
+    assert "its tokenizer has a token 299, its model 261 of them" in run_model(capsys, "--chat", run)[2]
+
+
+CONVERSATION = [dict(role="system", content=" Be kind.\n"),
+                dict(role="user", content="Hi  there,\n\n1234 ü€🙂"),
+                dict(role="assistant", content="\tYes. "), dict(role="user", content="{{ 1 + 1 }} {% if %}")]
+
+
+def test_transformers_reads_the_template_of_an_export(tmp_path):
+    """Its tokens are ours; with the start of an answer; with specials in the text; what ends an answer."""
+    transformers = pytest.importorskip("transformers")
+    words = data.train_bpe(["Hi there, yes. Be kind. if it ends  1234 <|user|>\n" * 9], 285)
+    for ours in (data.Tokenizer("t", data.PATTERN, words), BYTES):
+        folder = tmp_path / str(ours.n_vocab)
+        config = replace(K2, tie=False, vocab_size=ours.n_vocab)
+        huggingface.save_hf(net.Transformer(config), folder, ours)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = data.chat_ids(CONVERSATION, ours)[0].tolist()
+        assert theirs.apply_chat_template(CONVERSATION)["input_ids"] == ids
+        asked = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True)["input_ids"]
+        assert asked == [*ids, ours.specials["<|assistant|>"]]
+        ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        assert ends == [ours.eot, ours.specials["<|end|>"]] and theirs.eos_token_id == ours.eot
+        spelt = [dict(role="user", content="a <|end|> b<|system|>")]
+        safe = theirs.apply_chat_template(spelt, sanitize_control_tokens=True)["input_ids"]
+        assert ours.decode(safe) == ours.decode(data.chat_ids(spelt, ours)[0]) and max(safe[1:-1]) < ours.eot
+        for wrong in dict(role="tool", content="x"), dict(role="user", content=[dict(type="text", text="x")]):
+            with pytest.raises(Exception, match="a message is a system, user or assistant role"):
+                theirs.apply_chat_template([wrong])
+
+
+def test_an_export_has_the_template_if_its_tokenizer_has_the_tokens(tmp_path):
+    for tokens in (True, False):
+        tokenizer = copy.copy(BYTES)
+        tokenizer.specials = BYTES.specials if tokens else {data.EOT: 256}
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        huggingface.save_tokenizer(tokenizer, folder)
+        about = json.loads((folder / "tokenizer_config.json").read_text())
+        assert about["eos_token"] == data.EOT and ("chat_template" in about) == tokens
+        assert (folder / "generation_config.json").exists() == tokens
 
 
 # ---- muonclip.py -------------------------------------------------------------------------------------------
@@ -8214,7 +8524,7 @@ def follow_the_definition(config, rank=0):
     norms, clipped = ([row[key] for row in history[1:]] for key in ("grad_norm", "clipped"))
     assert min(norms) < 2 < max(norms) and 0 < sum(clipped) < 12 * 8, "both clips act, but not everywhere"
     for name in "ab":
-        nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5))
+        nll, *_ = plain_forward(config.model, weights, *batches.val(name, 5)[:3])
         assert history[-1][f"val_{name}"] == pytest.approx(nll.mean().item(), rel=1e-9)
 
 
@@ -8249,7 +8559,7 @@ def test_bits_are_counted_per_byte_and_nats_per_token(text):
     config = tiny_run(text, data=own, model=model, steps=1, eval_windows=6)
     history, network = train.train(config, quiet=True)
     corpus = data.prepare(own, 300)
-    x, y, _ = data.Batches(corpus, own, 0, 8, 32).val("mine", 6)
+    x, y, *_ = data.Batches(corpus, own, 0, 8, 32).val("mine", 6)
     with torch.no_grad():
         nats = network.eval()(x, y)[1].sum().item()
     size = len(corpus.tokenizer.decode(y.flatten().tolist()).encode())
@@ -8478,9 +8788,9 @@ def test_an_evaluation_follows_the_save_and_can_be_stopped(text, tmp_path, monke
     def crash(*args):
         raise KeyError("a fault in an evaluation")
 
-    def stopped(chunks, batches, config, mesh, dtype, stop_asked):
+    def stopped(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(chunks, batches, config, mesh, dtype, stop_asked)
+        return evaluate(*args)
 
     for name, fault in (("crash", crash), ("stop", stopped)):
         for step in (0, 5, 10) if name == "stop" else (5,):
@@ -8887,6 +9197,538 @@ def test_nothing_executes_code_it_was_given():
             path.name == "test_all.py", f"{path}: sends objects as pickle"
 
 
+# ---- conversations: packed, learned, compared --------------------------------------------------------------
+
+CHAT = 48                                                          # tokens of a window
+CHAT_EXPERTS = replace(faults.EXPERTS, n_layer=2, n_expert=4, n_group=1, top_group=1, context=CHAT)
+
+
+def turn(role, content):
+    return dict(role=role, content=content)
+
+
+@pytest.fixture(scope="session")
+def chat_sets(tmp_path_factory):
+    """A folder with conversations in all conventions, and with pairs; some are longer than half a window."""
+    folder, rng = tmp_path_factory.mktemp("chats"), random.Random(0)
+    chat, pairs = [], []
+    for i in range(70):
+        asked, answer = f"{i}+1?", f"It is {i + 1}" + rng.choice(("!", ".", ", as you know."))
+        long = [turn("user", asked), turn("assistant", answer), turn("user", "?"), turn("assistant", "Yes")]
+        chat.append([dict(messages=[turn("system", "Add")] * (i % 2) + long),
+                     dict(prompt=asked, completion=answer),
+                     dict(instruction="Add", input=asked, output=answer),
+                     dict(conversations=[{"from": "human", "value": asked},
+                                         {"from": "gpt", "value": answer}]),
+                     dict(prompt=asked, chosen=answer, rejected="No")][i % 5])
+        said = [turn("user", asked), turn("assistant", answer)]
+        other = f"It is {i + 2}" + rng.choice((".", ", as you know, of course!"))
+        pairs.append([dict(prompt=asked, chosen=answer, rejected=other),
+                      dict(chosen=said, rejected=[said[0], turn("assistant", other)]),
+                      dict(chosen=long, rejected=[*long[:3], turn("assistant", "No no!")])][i % 3])
+    for name, records in (("chat", chat), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(_figure, "draw", lambda *args: None)       # loss.png takes longer than these runs
+
+
+def chat_run(folder, objective, **changes):
+    """A run on these conversations from random weights."""
+    base = tiny_run(folder / "mine.txt")
+    name = "pairs" if objective == "dpo" else "chat"
+    own = data.DataConfig(files=f"{name}={folder / name}.jsonl", tokenizer="bytes",
+                          cache=str(folder / "cache"))
+    model = changes.pop("model", replace(base.model, context=CHAT))
+    return replace(base, objective=objective, data=own, model=model, tokens=4 * 8 * CHAT, eval_every=2,
+                   beta=0.5, eval_windows=5, **changes)
+
+
+def chat_batches(config, **changes):
+    corpus = train.corpus_of(config)
+    return data.ChatBatches(corpus, replace(config.data, horizon=config.tokens), config.seed, config.batch,
+                            config.model.context)
+
+
+def documents_in(ids, labels):
+    """The documents of a window (T,) → [(ids, labels)] without the eots."""
+    ends = [i for i, t in enumerate(ids) if t == BYTES.eot]
+    parts = [(ids[a:b], labels[a:b]) for a, b in zip([0, *[end + 1 for end in ends]], ends)]
+    return [part for part in parts if len(part[0])]
+
+
+def test_the_chat_template_marks_turns_by_id_and_trains_answers_with_their_end():
+    """Specials spelt in a text stay text, also in an answer."""
+    system, user, assistant, end = (BYTES.specials[name] for name in data.SPECIALS[1:])
+    said = [turn("system", "Be"), turn("user", "<|end|>"), turn("assistant", "é"), turn("user", "?"),
+            turn("assistant", "<|user|>")]
+    ids, targets = data.chat_ids(said, BYTES)
+    expected = [system, *b"Be", end, user, *b"<|end|>", end, assistant, *"é".encode(), end, user, *b"?", end,
+                assistant, *b"<|user|>", end]
+    assert ids.tolist() == expected
+    assert [ids[i] for i in np.flatnonzero(targets)] == [*"é".encode(), end, *b"<|user|>", end]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_best_fit_leaves_no_window_too_full_and_no_pair_apart(pairs):
+    """Against its definition, searched by brute force: the longest first, each into the fullest window with
+    room. Pieces of a pair are in one window, or in windows 2i and 2i + 1."""
+    rng = random.Random(1)
+    for size in (5, 17, 64):
+        units = [[rng.randint(1, size) for _ in range(1 + pairs)] for _ in range(200)]
+        where, count = data.best_fit(units, size)
+        rooms = [size] * count
+        for unit, windows in zip(units, where):
+            for n, window in zip(unit, windows, strict=True):
+                rooms[window] -= n
+            a, b = windows[0], windows[-1]
+            assert a == b or sum(unit) > size and a % 2 == 0 and b == a + 1
+        assert min(rooms) >= 0 and max(rooms) < size
+
+        free = []                                                  # the definition, by rooms alone
+        for total, unit in sorted(((sum(unit), unit) for unit in units), key=lambda row: -row[0]):
+            fits = [room for room in free if room >= total]
+            if total > size:
+                free += [size - n for n in unit]
+            elif fits:
+                free[free.index(min(fits))] -= total
+            else:
+                free.append(size - total)
+        assert sorted(free) == sorted(rooms)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_packed_windows_hold_every_conversation_once_and_whole(chat_sets, objective):
+    """Read back from the windows: the same ids, targets and pairs; what is left of a window is eots."""
+    config = chat_run(chat_sets, objective)
+    pack = 2 if objective == "dpo" else 1
+    expected = Counter()
+    path = str(chat_sets / ("pairs.jsonl" if pack == 2 else "chat.jsonl"))
+    for chat in data.conversations("x", path, config.data):
+        pieces, _ = data.fitted(data.lessons(chat, pack == 2), BYTES, CHAT)
+        pieces = [(ids[:-1].tolist(), targets[:-1].astype(int).tolist()) for ids, targets in pieces]
+        expected[tuple((*ids, *targets) for ids, targets in pieces)] += 1
+    found, (domain,) = Counter(), train.corpus_of(config).domains.values()
+    for shard in (domain.train, domain.val):
+        pieces, numbers = {}, []
+        assert shard.dtype == np.int32 and len(shard) % pack == 0 and shard.shape[1:] == (2, CHAT + 1)
+        for w, (ids, labels) in enumerate(shard.tolist()):
+            for tokens, marks in documents_in(ids, labels):
+                number, = set(marks) - {0}
+                numbers.append((w // pack, abs(number)))
+                piece = pieces.setdefault(abs(number) if pack == 2 else len(pieces), {})
+                piece[number < 0] = w, (*tokens, *[int(mark != 0) for mark in marks])
+        for piece in pieces.values():
+            assert sorted(piece) == [False, True][:pack] and len({w // 2 for w, _ in piece.values()}) == 1
+            found[tuple(piece[side][1] for side in sorted(piece))] += 1
+        if pack == 2:                                              # numbered through, pack by pack
+            assert sorted({number for _, number in numbers}) == list(range(1, len(pieces) + 1))
+            assert [n for _, n in sorted(numbers)] == sorted(n for _, n in numbers)
+    assert found == expected and found.total() == 70
+    if pack == 2:
+        apart = [sum(len(ids) for ids in unit) // 2 > CHAT - 1 for unit in found]
+        assert 0 < sum(apart) < len(apart), "some side by side and some in two windows"
+
+
+def test_a_conversation_too_long_is_cut_after_an_answer_or_left_out_and_counted(tmp_path, capsys):
+    """A pair is never cut. A prompt, with all its answers, stays on its side whatever else there is."""
+    rng = random.Random(2)
+    talk = lambda i: [turn("user", f"{i}?"), turn("assistant", "y" * rng.randint(3, 30))]
+    long = talk(0) + [turn("user", "z" * 20), turn("assistant", "x" * 20)]
+    other = long[:2] + [turn("user", "w" * 30), turn("assistant", "v")]            # the same before the cut
+    rows = [dict(messages=talk(i // 2)) for i in range(2, 800)] + [dict(messages=long), dict(messages=other)]
+    rows += [dict(prompt="a", completion="b" * 90)]
+    sides = []
+    for name, some in (("a", rows), ("b", rows[::3])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, some)))
+        shards, _, _, said = data.pack_chats(name, str(path), data.DataConfig(), BYTES, CHAT, 1)
+        sides.append([{tuple(ids[1:4]) for row in shard.tolist() for ids, _ in documents_in(*row)}
+                      for shard in shards])
+        assert float(re.search(r"fill to ([\d.]+)%", said)[1]) > 94, "packing efficiency"
+        if name == "a":
+            twice = len(rows) - len(set(map(json.dumps, rows))) + 1
+            for what in ("1 cut after an", "1 left out, longer than", f"{twice} left out as a duplicate"):
+                assert what in said
+            assert not any(ids.count(ord("z")) for shard in shards for ids, _ in shard.tolist())
+    assert sides[1][0] <= sides[0][0] and sides[1][1] <= sides[0][1] and len(sides[1][1]) > 3
+    assert not sides[0][0] & sides[0][1]
+    unit, longest = data.fitted([([], long), ([], talk(0))], BYTES, CHAT)
+    assert unit is None and longest > CHAT + 1
+    greeted = [turn("assistant", "Hi"), *long[:2], turn("user", "z" * 40), turn("assistant", "x")]
+    (unit,), _ = data.fitted([([], greeted)], BYTES, CHAT)
+    assert unit[0][:-1].tolist() == data.chat_ids(greeted[:3], BYTES)[0].tolist()
+    assert data.fitted([([], [greeted[0], *greeted[3:]])], BYTES, CHAT)[0] is None, "a greeting alone"
+
+
+def test_a_question_is_on_one_side_whoever_asks_it_and_whatever_follows(tmp_path):
+    """Pairs after the first and the second answer, another system message, a greeting, another domain; SFT
+    and DPO on the same files; what a recipe makes of it."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
+    rows = dict(a=[], b=[])
+    for i in range(150):
+        said = [turn("user", f"{i}?"), turn("assistant", "A"), turn("user", "why"), turn("assistant", "B")]
+        rows["a"] += [dict(prompt=f"{i}?", chosen="A", rejected="C"),
+                      dict(chosen=said, rejected=[*said[:3], turn("assistant", "D")])]
+        rows["b"] += [dict(prompt=[turn("system", f"S{i}"), said[0]], chosen="A", rejected="C"),
+                      dict(prompt=[turn("assistant", "Hi"), said[0]], chosen="E", rejected="C")]
+    for name, path in files.items():
+        write_jsonl(path, rows[name])
+    config = data.DataConfig(files=f"a={files['a']},b={files['b']}", tokenizer="bytes",
+                             cache=str(tmp_path / "cache"))
+    train_side, held_out = set(), set()
+    for pairs in (False, True):
+        for domain in data.prepare_chats(config, 261, 64, pairs).domains.values():
+            for found, shard in ((train_side, domain.train), (held_out, domain.val)):
+                found |= {*re.findall(r"\d+\?", BYTES.decode(shard[:, 0].flatten().tolist()))}
+    assert len(train_side | held_out) == 150 and not train_side & held_out and len(held_out) > 2
+    for chat, document in zip(rows["b"], data.read_documents("b", str(files["b"]), config, "conversations")):
+        assert (chat["prompt"][1]["content"] in held_out) == data.is_validation(document.split_with)
+
+
+def test_packing_anew_is_left_to_changed_files_and_code(tmp_path, monkeypatch):
+    """The key of the cache stands for every function that packs, and for how a file is read. Packing needs
+    the lock of its own domain alone, and what it said is said again."""
+    path = write_jsonl(tmp_path / "a.jsonl", [dict(prompt=f"{i}?", completion="b") for i in range(40)])
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    packed = []
+
+    def prepared(path=path):
+        before = len(list(tmp_path.glob("cache/a-chat/a-*.json")))
+        corpus = data.prepare_chats(replace(config, files=f"a={path}"), 261, CHAT)
+        packed.append(len(list(tmp_path.glob("cache/a-chat/a-*.json"))) > before)
+        return corpus.domains["a"].said
+    with data.locked(config.cache):                                # of the whole cache
+        other = threading.Thread(target=prepared, daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+    assert "which they fill to" in prepared() and packed == [True, False]
+    for name in ("instruction_of", "pair_of", "is_validation", "side_key", "first_question", "fitted"):
+        with monkeypatch.context() as patch:
+            whole = getattr(data, name)
+            patch.setattr(data, name, lambda *args, **more: whole(*args, **more))
+            prepared()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "ROLES", data.ROLES | dict(someone="user"))
+        prepared()
+    shutil.copy(path, tmp_path / "a.json")
+    prepared(tmp_path / "a.json")                                  # the same bytes, read in another way
+    assert packed == [True, False] + [True] * 8
+
+
+BAD_CHATS = [
+    (dict(messages=[turn("user", "a"), turn("user", "b")]), "no message is the assistant's"),
+    (dict(messages=[turn("user", "a"), turn("tool", "b")]), "message 2 has the unknown role 'tool'; known:"),
+    (dict(messages=[turn("user", "a"), turn("assistant", " ")]), "message 2, of 'assistant', is empty"),
+    (dict(messages=[turn("user", "a"), turn("system", "b"), turn("assistant", "c")]),
+     "message 2 is the system's, which can only be the first"),
+    (dict(text="a"), "no conversation: it has text"),
+    (dict(prompt="a", chosen="b", rejected="b"), "the chosen and the rejected answer are equal"),
+    (dict(prompt="a", chosen="b", rejected=""), "message 1, of 'assistant', is empty"),
+    (dict(prompt="a", completion="b"), "no pair: it has prompt, completion"),
+    (dict(prompt="a", completion="b", chosen=None, rejected=None), "no pair: it has prompt, completion, not"),
+]
+
+
+@pytest.mark.parametrize("record, message", BAD_CHATS)
+def test_bad_conversations_are_refused_with_file_and_row_or_counted(record, message, tmp_path, capsys):
+    pairs = "pair" in message or "rejected" in record
+    good = [dict(prompt=f"{i}", chosen="b", rejected="c") for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good[0], record, *good[1:]])))
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError) as error:
+        data.prepare_chats(config, 261, CHAT, pairs)
+    said = str(error.value)
+    assert f"{path}, row 2: {message}" in said and said.endswith("--data.skip_bad=true") and "\n" not in said
+    corpus = data.prepare_chats(replace(config, skip_bad=True), 261, CHAT, pairs)
+    why = re.sub("^message .", "a message", message)[:20]
+    assert corpus.domains["a"].documents == 40 and f"1 row bad (1 × {why}" in capsys.readouterr().out
+
+
+def test_conversations_need_a_tokenizer_with_turns_room_and_two_prompts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(dict(prompt="what?", completion="that")))
+    config = data.DataConfig(files=f"a={path}", tokenizer="bytes", cache=str(tmp_path / "cache"))
+    plain = tmp_path / "tokenizer.json"
+    BYTES.save(plain)
+    foreign = data.load_tokenizer(plain)
+    foreign.specials = {"</s>": 0}
+    for changes, T, message in (
+            (dict(), 8, "the shortest conversation takes 14 tokens, and a window has 9: --model.context=13"),
+            (dict(), CHAT, "has one question"), (dict(tokenizer="bpe"), CHAT, "--init=RUN"),
+            (dict(files=""), CHAT, "name the conversations: --data.files=chat=PATH, a file"),
+            (dict(clean=True), CHAT, "clean: only for text"),
+            (dict(tokenizer=str(plain)), CHAT, "has no <|system|>, <|user|>, <|assistant|>, <|end|>, which")):
+        with mock.patch.object(data, "load_tokenizer", lambda path: foreign):
+            with pytest.raises(ValueError) as error:
+                data.prepare_chats(replace(config, **changes), 261, T)
+        assert message in str(error.value), (changes, str(error.value))
+    with pytest.raises(ValueError, match="sft goes on from a run: --init=RUN"):
+        train.parse(["sft", f"--data.files=chat={path}"])
+    with pytest.raises(ValueError, match="micro=3: must be even"):
+        train.parse(["dpo", "--micro=3"])
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_batches_of_conversations_are_pure_and_weights_are_those_of_a_mean(chat_sets, objective, float64):
+    """The ranks' slices make up the global batch; each pack once an epoch; weights sum to the mean over the
+    global batch's targets, or to its pairs' means, whatever the number of ranks."""
+    config = chat_run(chat_sets, objective)
+    batches, pack = chat_batches(config), 2 if objective == "dpo" else 1
+    for step in range(3):
+        whole = batches(step)
+        for world in (1, 2, 4):
+            parts = [chat_batches(config)(step, rank, world) for rank in range(world)]
+            for name in ("x", "y", "domain", "doc_start", "label"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+            torch.testing.assert_close(torch.cat([part.weight for part in parts]), whole.weight * world)
+        if pack == 1:
+            assert whole.weight.sum() == pytest.approx(1)
+            assert torch.equal(whole.weight > 0, whole.label == 1) and len(whole.weight.unique()) == 2
+        else:
+            pairs = {(row // 2, abs(n)) for row, some in enumerate(whole.label.tolist()) for n in some if n}
+            assert torch.equal(whole.weight, whole.label.sign() / len(pairs))
+        assert whole.doc_start.tolist() == data.document_starts(whole.x.numpy(), BYTES.eot).tolist()
+    packs = len(batches.sides["train"][0]) // pack
+    drawn = np.sort(batches.drawn(0, packs)[1])
+    assert drawn.tolist() == list(range(packs))
+    assert list(batches.epochs(5).values()) == pytest.approx([5 * 8 / pack / packs])
+
+
+def alone(network, ids, labels):
+    """Log-probabilities of the targets of each document of a window, each in a window of its own: [(sum, n,
+    label)]."""
+    found = []
+    for tokens, marks in documents_in(ids, labels):
+        x, y = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
+        here = torch.tensor(marks[1:]) != 0
+        logp = network(x)[0].log_softmax(-1).gather(-1, y[0, :, None])[:, 0]
+        found.append((logp[here].sum(), int(here.sum()), max(marks, key=abs)))
+    return found
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_gradients_are_those_of_the_defining_loss(block, objective, float64):
+    """Against autograd of the definition, without packing or weights: the mean over all targets, or over
+    pairs -log σ(β(log π(c)/π_ref(c) − log π(r)/π_ref(r))) with policy and frozen reference in one graph. In
+    micro-batches, with windows without a target, several documents in one and a pair twice in the batch."""
+    c = replace(BLOCKS[block], context=CHAT, balance_loss=0.0)
+    rng, pack = random.Random(5), 2 if objective == "dpo" else 1
+    said = lambda role, most: turn(role, "".join(rng.choices("abcd", k=rng.randint(1, most))))
+    units = []
+    for _ in range(9):
+        given, answers = [said("user", 4)], [[said("assistant", 25)] for _ in range(2)]
+        taught = [(given, answer) for answer in answers] if pack == 2 else [([], given + answers[0])]
+        units.append(data.fitted(taught, BYTES, CHAT)[0])
+    shards = [data.packed(some, CHAT, pack, BYTES.eot) for some in (units[:5], units[5:])]
+    domains = {name: data.Domain(shard, shard, 0, 0, 9, ["", ""]) for name, shard in zip("ab", shards)}
+    corpus = data.corpus_of(BYTES, domains, np.ones(2) / 2, np.ones(2) / 2, pack)
+    batches = data.ChatBatches(corpus, data.DataConfig(), 0, sum(map(len, shards)) + 6, CHAT)
+    batch = batches(0)                                             # some packs come twice
+    if objective == "sft":                                         # and two windows have no target
+        batch = batch._replace(weight=batch.weight.index_fill(0, torch.tensor([0, 3]), 0.0),
+                               label=batch.label.index_fill(0, torch.tensor([0, 3]), 0))
+        batch = batch._replace(weight=batch.label.sign() / (batch.label != 0).sum())
+    policy, frozen = (lively(c, seed, restart=True) for seed in (1, 2))
+
+    # The definition.
+    windows = torch.cat([batch.x[:, :1], batch.y], 1), F.pad(batch.label, (1, 0))
+    rows = list(zip(*(part.tolist() for part in windows)))
+    exact = copy.deepcopy(policy)
+    learned = [alone(exact, *row) for row in rows]
+    if objective == "sft":
+        known = [part for row in learned for part in row if part[1]]
+        loss = -sum(logp for logp, _, _ in known) / sum(n for _, n, _ in known)
+    else:
+        with torch.no_grad():
+            fixed = [alone(frozen, *row) for row in rows]
+        terms = {}
+        for row, (ours, theirs) in enumerate(zip(learned, fixed)):
+            for (logp, _, label), (ref, _, _) in zip(ours, theirs):
+                terms.setdefault((row // 2, abs(label)), {})[label > 0] = logp - ref
+        assert len(terms) > 9, "a pair comes twice"
+        loss = sum(-F.logsigmoid(0.3 * (both[True] - both[False])) for both in terms.values()) / len(terms)
+    loss.backward()
+
+    # Ours, with the reference taken from the frozen model as at the start of a run.
+    config = train.Config(objective=objective, model=c, beta=0.3, batch=len(batch.x), micro=4, tokens=10 ** 6)
+    run = types.SimpleNamespace(chunks={0: frozen}, config=config, mesh=parallel.Mesh(), dtype=None,
+                                batches=batches, corpus=corpus, status=mock.Mock(), stop=mock.Mock())
+    run.stop.asked.return_value = False
+    if objective == "dpo":
+        assert train.take_reference(run)
+        run.chunks = {0: policy}
+        batch, sums = train.weigh_pairs(run, batch)
+        assert sums[:, 0].sum() / sums[:, 1].sum() == pytest.approx(loss.item(), rel=1e-9)
+        assert sums[:, 2].tolist() == torch.bincount(batch.domain).tolist()
+        assert sums[:, 1].tolist() == [sum(batch.domain[2 * pack] == i for pack, _ in terms) for i in (0, 1)]
+    nats = torch.zeros(batch.x.shape)
+    plan = parallel.MeshConfig().plans(len(batch.x), 4)[0]
+    mean = parallel.execute(plan, {0: policy}, batch, 4, parallel.Mesh(), nats=nats)
+    if objective == "sft":
+        sums = train.sums_of(run, batch, mean, nats)
+        assert sums[:, 0].sum() / sums[:, 1].sum() == pytest.approx(loss.item(), rel=1e-9)
+    for (name, p), q in zip(policy.named_parameters(), exact.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_preference_run_begins_at_ln_2_and_logs_what_the_answers_say(chat_sets, tmp_path, monkeypatch):
+    """Step 1 has margin 0, and the evaluation is that of one pair after another."""
+    units = []
+    monkeypatch.setattr(_figure, "draw", lambda *args: units.append(args[3]))
+    config = replace(chat_run(chat_sets, "dpo", out=str(tmp_path / "run")), eval_windows=0)
+    history, network = train.train(config, quiet=True)
+    first, last = history[1], history[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["rewards/margins"]) < 1e-5
+    assert history[0]["val_pairs"] == pytest.approx(math.log(2), abs=1e-6) and "kl" not in history[0]
+    rewards = [last[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    assert last["rewards/margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-9)
+    assert set(train.LOGGED_PAIRS) <= set(log_of(tmp_path / "run")[1]) and set(units) == {"nats/pair"}
+    labels = torch.tensor([[1, -1], [0, 0]])
+    nats, equal = torch.ones(2, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    assert train.compare_pairs(labels, nats, equal, 0.5)[0].accuracy.tolist() == [0.5]
+
+    # The evaluation of one pair after another.
+    reference = weights_of(tmp_path / "run")["reference/val"]
+    domain = train.corpus_of(config).domains["pairs"]
+    found = {}
+    with torch.no_grad():
+        for ids, labels in domain.val.tolist():
+            for logp, _, label in alone(network.eval(), ids, labels):
+                ratio = logp.item() - reference[abs(label) - 1, int(label < 0)].item()
+                found.setdefault(abs(label), {})[label > 0] = ratio
+    margins = torch.tensor([0.5 * (both[True] - both[False]) for both in found.values()])
+    batches, mesh = chat_batches(config), parallel.Mesh()
+    held = train.evaluate({0: network}, batches, config, mesh, reference=reference)["pairs"]
+    assert held == pytest.approx([-F.logsigmoid(margins).mean().item(), (margins > 0).double().mean().item(),
+                                  margins.mean().item()], rel=1e-4)
+
+
+def test_held_out_conversations_are_measured_on_their_answers_alone(chat_sets, float64):
+    config = replace(chat_run(chat_sets, "sft"), eval_windows=0)
+    for objective, restart in (("pretrain", False), ("sft", True), ("dpo", True)):
+        assert train.build(replace(config, objective=objective), parallel.Mesh())[0].restart == restart
+    batches, network = chat_batches(config), lively(config.model).eval()
+    found = train.evaluate({0: network}, batches, config, parallel.Mesh())["chat"]
+    rows = batches.sides["val"][0].tolist()
+    parts = [part for row in rows for part in alone(network, *row)]
+    nats = -sum(logp.item() for logp, _, _ in parts)
+    size = sum(label == 1 and t < 256 for ids, labels in rows for t, label in zip(ids, labels))
+    n = sum(n for _, n, _ in parts)
+    assert n > size and found == pytest.approx((nats / n, nats / math.log(2) / size), rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_run_on_conversations_resumes_to_the_bit(objective, chat_sets, tmp_path, monkeypatch, undrawn):
+    config = chat_run(chat_sets, objective)
+    train.train(replace(config, out=str(tmp_path / "whole")), quiet=True)
+    train.train(replace(config, out=str(tmp_path / "part"), steps=2), quiet=True)
+    monkeypatch.setattr(train, "take_reference", lambda run: 1 / 0)
+    train.train(replace(config, out=str(tmp_path / "part")), resume=True, quiet=True)
+    assert log_of(tmp_path / "part") == log_of(tmp_path / "whole")
+    for name, t in weights_of(tmp_path / "whole").items():
+        assert torch.equal(weights_of(tmp_path / "part")[name].nan_to_num(9), t.nan_to_num(9)), name
+
+
+CHAT_MESHES = [(1, 8, {}), (1, 1, {}), (4, 2, {}), (4, 2, dict(pp=2, ep=2)),         # ranks, micro, mesh
+               (2, 2, dict(pp=2, split=True))]
+
+
+def chat_meshes(rank, folder, out):
+    torch.set_default_dtype(torch.float64)
+    for objective in ("sft", "dpo"):
+        for i, (world, micro, mesh) in enumerate(CHAT_MESHES[:4 if objective == "sft" else None]):
+            with layout(rank, world) as here:
+                if here:
+                    mesh = parallel.MeshConfig(timeout=50, **mesh)
+                    micro = max(micro, 2) if objective == "dpo" else micro         # a pair stays together
+                    train.train(chat_run(Path(folder), objective, model=CHAT_EXPERTS, micro=micro, mesh=mesh,
+                                         out=f"{out}/{objective}-{i}", steps=2), quiet=True)
+    with layout(rank, 2) as here:                                  # two stages go on with what one rank began
+        if here:
+            mesh = parallel.MeshConfig(timeout=50, pp=2)
+            train.train(chat_run(Path(folder), "dpo", model=CHAT_EXPERTS, micro=8, mesh=mesh, steps=3,
+                                 out=f"{out}/dpo-0"), resume=True, quiet=True)
+
+
+def test_conversations_train_alike_on_every_mesh_and_in_every_micro_batch(chat_sets, tmp_path):
+    """In float64: losses, rewards, evaluations and the reference of 1 and 4 ranks, of stages and divided
+    experts, match one process. Two stages go on from the reference that one rank has taken."""
+    for objective in ("sft", "dpo"):
+        train.corpus_of(chat_run(chat_sets, objective))
+    spawn(4, chat_meshes, str(chat_sets), str(tmp_path))
+    for objective in ("sft", "dpo"):
+        one = log_of(tmp_path / f"{objective}-0")[:3]
+        for i in range(1, 4 if objective == "sft" else len(CHAT_MESHES)):
+            for a, b in zip(log_of(tmp_path / f"{objective}-{i}"), one, strict=True):
+                for key in a:
+                    alike = pytest.approx(float(b[key] or 0), rel=1e-8, abs=1e-9)
+                    assert float(a[key] or 0) == alike, (objective, i, key)
+        assert float(one[-1]["loss"]) < float(one[1]["loss"])
+    kept = [weights_of(tmp_path / f"dpo-{i}") for i in range(len(CHAT_MESHES))]
+    for side in ("train", "val"):
+        for weights in kept:
+            torch.testing.assert_close(weights[f"reference/{side}"], kept[1][f"reference/{side}"],
+                                       equal_nan=True)
+    assert len(log_of(tmp_path / "dpo-0")) == 4
+
+
+def test_post_training_takes_the_model_of_its_run_and_fresh_moments(text, chat_sets, tmp_path, capsys,
+                                                                   undrawn):
+    """`train.py sft --init=RUN`, `train.py dpo --init=SFT_RUN`; a second dpo run goes on with the moments."""
+    base = tmp_path / "base"
+    model = replace(tiny_run(text).model, context=CHAT)
+    train.train(tiny_run(text, out=str(base), steps=1, model=model), quiet=True)
+    for recipe, before, name in (("sft", "base", "chat"), ("dpo", "sft", "pairs"), ("fine", "dpo", "pairs")):
+        words = ["sft" if recipe == "sft" else "dpo", f"--init={tmp_path / before}",
+                 f"--out={tmp_path / recipe}", f"--tokens={3 * 8 * CHAT}",
+                 f"--data.files={name}={chat_sets / name}.jsonl", f"--data.cache={chat_sets / 'cache'}"]
+        train.main(words)
+        said = capsys.readouterr().out
+        assert f"weights{' and moments' * (recipe == 'fine')} of {tmp_path / before} at step" in said
+        assert "held out, after" in said and ("accuracy" in said) == (recipe != "sft")
+        assert train.parse(["laptop", f"--objective={words[0]}", words[1]])[0].model == model
+        train.main([words[0], words[2], "--resume"])
+        assert "which they fill to" in capsys.readouterr().out
+    model, tokenizer = train.load_run(tmp_path / "fine")
+    assert model.config.context == CHAT and tokenizer.fingerprint == BYTES.fingerprint
+    with pytest.raises(SystemExit, match="was begun with beta=0.1, not 0.2"):
+        train.main([*words, "--resume", "--beta=0.2"])
+
+
+def test_the_reference_is_of_the_pairs_that_the_run_compares_alone(chat_sets, tmp_path, undrawn, capsys):
+    config = chat_run(chat_sets, "dpo", out=str(tmp_path / "run"))
+    config = replace(config, tokens=2 * 8 * CHAT, eval_windows=2)
+    train.train(config)
+    batches = chat_batches(config)
+    used = dict(train=[batches(step) for step in (0, 1)], val=[batches.val("pairs", 2)])
+    for side, parts in used.items():
+        kept = weights_of(tmp_path / "run")[f"reference/{side}"]
+        known = torch.cat([part.label.abs().unique() for part in parts]).unique()[1:] - 1
+        assert torch.equal((~kept.isnan()).all(1).nonzero()[:, 0], known) and 0 < len(known) < len(kept)
+    windows = len({tuple(row) for part in used["train"] for row in part.x.tolist()}) + 2
+    assert f"reference: {windows} of {windows} windows\n" in capsys.readouterr().out
+
+
+def test_a_stop_while_the_reference_is_taken_begins_again(chat_sets, tmp_path, monkeypatch, undrawn, capsys):
+    config = chat_run(chat_sets, "dpo", out=str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Stop, "asked", lambda self: True)
+        history, _ = train.train(config)
+    assert history == [] and not train.checkpoints(tmp_path / "run")
+    assert "the same command begins again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no checkpoint yet, which would say what run it is"):
+        train.parse([f"--out={tmp_path / 'run'}", "--resume"])
+    history, _ = train.train(config, quiet=True)
+    assert history[-1]["step"] == 4 and history[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 # ---- notes/ ------------------------------------------------------------------------------------------------
 
 def test_the_page_on_speed_shows_its_raw_numbers(tmp_path, monkeypatch):
@@ -8928,7 +9770,7 @@ def quiet_main(name, *args):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", [name for name in NOTES if name != "gpu"])
+@pytest.mark.parametrize("name", [name for name in NOTES if name not in ("gpu", "whole_life")])
 def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet_main(name, "--quick")
@@ -8957,6 +9799,107 @@ def test_a_page_shows_its_raw_numbers(name, tmp_path, monkeypatch):
     verdict = page[parts[-1]:]
     assert any(word in verdict for word in ("reproduced", "refuted", "not distinguishable here", "not run"))
     assert f"({name}.md)" in (HERE / "notes/README.md").read_text("utf-8")
+
+
+def test_no_stage_of_post_training_meets_a_family_of_its_test():
+    from notes import post_training as note
+    s = replace(note.cells(False)[0][2], facts=8, told=200, plain=200)
+    unseen = [family for _, held_out in note.families().values() for family in held_out]
+    assert len(unseen) == 24
+    said = [row["text"] for row in note.texts(0, s)["worked"]]
+    for arm in (note.SFT, *note.DATA_ARMS):
+        for records in note.lessons(arm, 0, s).values():
+            said += [message["content"] for record in records for message in record["messages"]]
+    trees = [parsed(line) for text in said for line in re.findall(r"(?m)^(?:= )?([-(\d].*)$", text)]
+    forms = [note.family_of(tree) for tree in trees]
+    assert len(forms) > 2000 and max(map(str, forms), key=len).count("n") == 4
+    assert not any(form in unseen for form in forms)
+    tested = [tree for group in note.GROUPS for tree in note.test_set(20)[group]]
+    assert len(tested) == 60 and all(note.family_of(tree) in unseen for tree in tested)
+    asked = [note.written(tree) for tree in note.test_set(20)["seen"]]
+    assert len(set(asked)) == 20 and all(note.family_of(parsed(text)) not in unseen for text in asked)
+
+    # What a length leaves out is no longer than what it keeps.
+    size = lambda record: len("".join(message["content"] for message in record["messages"]))
+    sizes = [size(record) for record in note.lessons(note.SFT, 0, s)["plain"]]
+    for arm, share in note.LENGTHS.items():
+        kept = [size(record) for record in note.lessons(arm, 0, s)["plain"]]
+        assert kept == sorted(sizes)[int(share * len(sizes)):] and kept[0] > min(sizes)
+
+
+def parsed(text):
+    """An expression of notes/post_training.py as its tree, by Python's own parser."""
+    signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+
+    def tree(node):
+        if isinstance(node, ast.BinOp):
+            return [tree(node.left), signs[type(node.op)], tree(node.right)]
+        return ast.literal_eval(node)
+    return tree(ast.parse(text, mode="eval").body)
+
+
+def test_answers_of_post_training_are_judged_line_by_line():
+    from notes import post_training as note
+    asked = note.question([[3, "-", 7], "*", [2, "+", 1]])
+    assert asked == "Work out:\n(3 - 7) * (2 + 1)"
+    lines = "= (-4) * (2 + 1)", "= (-4) * 3", "= -12"
+    assert note.worked([[3, "-", 7], "*", [2, "+", 1]]) == "\n".join(lines)
+    assert note.right(asked, "\n".join(lines)) and note.right(asked, lines[2])
+    for wrong in ("", "= 12", "-12", "= -12 ", lines[0], "\n".join((*lines, "")), "= (-4) * 4\n= -12",
+                  "= -12\n= (-4) * 3", "= -12 = 4", "= x\n= -12", "it is\n= -12", "= 1/0\n= -12"):
+        assert not note.right(asked, wrong), wrong
+    assert note.worked([5, "*", 5]) is None and note.worked([[4, "*", 5], "+", 1]) is None
+    assert note.worked([[4, "-", 9], "-", [1, "-", 6]]) == "= (-5) - (1 - 6)\n= (-5) - (-5)\n= 0"
+
+
+def test_pairs_of_post_training_are_a_right_and_a_wrong_answer(monkeypatch):
+    """Coarse: any; fine: those with the longest common beginning. A question with one kind gives none."""
+    from notes import post_training as note
+    trees = [[[9, "-", 5], "-", 2], [1, "+", 1], [2, "*", 3]]
+    said = [["= 4 - 2\n= 2", "= 2", "= 8\n= 2"], ["= 7", "= 2", "= 5"], ["= 4 - 2\n= 2", "= 2", "= 6"],
+            ["= 4 - 2\n= 1", "= 2", ""]]
+    s = replace(note.Setting(), answers=4)
+    for seed in range(5):
+        monkeypatch.setattr(note, "answers", lambda *args, at=iter(said): next(at))
+        first, second = note.pairs_of(None, None, trees, seed, s, fine=True)
+        assert first == dict(prompt=note.question(trees[0]), chosen="= 4 - 2\n= 2", rejected="= 4 - 2\n= 1")
+        assert second["prompt"] == note.question(trees[2]) and second["chosen"] == "= 6"
+        assert second["rejected"] in ("= 8\n= 2", "= 5"), "a blank answer is none"
+    found = set()
+    for seed in range(9):
+        monkeypatch.setattr(note, "answers", lambda *args, at=iter(said): next(at))
+        found.add(note.pairs_of(None, None, trees, seed, s)[0]["rejected"])
+    assert found == {"= 4 - 2\n= 1", "= 7"}
+
+
+def test_post_training_measures_log_probabilities_and_divergence():
+    from notes import post_training as note
+    tokenizer = data.tokenizer_of(data.DataConfig(tokenizer="bytes"), 261, (), None)
+    small = replace(note.cells(True)[0][2].base.model, init_std=0.3)
+    model, other = (net.Transformer(small, seed=seed).eval() for seed in range(2))
+    pair = dict(prompt="Work out:\n1 + 2", chosen="= 3", rejected="= 12")
+    head = tokenizer.encode(pair["prompt"]).tolist()
+    end, user, assistant = (tokenizer.specials[f"<|{name}|>"] for name in ("end", "user", "assistant"))
+    found = note.log_probabilities(model, tokenizer, [pair])[0].tolist()
+    for side, value in zip(("chosen", "rejected"), found):
+        ids = [user, *head, end, assistant, *tokenizer.encode(pair[side]).tolist(), end]
+        p = model(torch.tensor([ids]))[0].log_softmax(-1)
+        expected = sum(p[i - 1, ids[i]].item() for i in range(len(head) + 3, len(ids)))
+        assert value == pytest.approx(expected, rel=1e-4)
+
+    # Exact over the vocabulary at each position of what the model itself has written, up to its end.
+    trees = [[a, "+", b] for a in range(1, 9) for b in range(1, 9)]
+    (tokens, length, _), = note.written_on(model, tokenizer, trees, 1.0, 11)
+    assert (tokens[:, length:-1] == end).any()
+    expected = 0
+    for row in tokens:
+        stop = [*row[length:].tolist(), end].index(end)
+        p, q = (of(row[None])[0].double().log_softmax(-1) for of in (model, other))
+        for i in range(length - 1, min(length + stop, len(row) - 1)):
+            expected += F.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / len(trees)
+    assert note.divergence(model, other, tokenizer, trees) == pytest.approx(expected, rel=1e-5)
+    assert expected > 1
+    assert note.divergence(model, model, tokenizer, trees) == 0
 
 
 def test_a_grid_resumes_where_it_was_killed(tmp_path, capsys):
@@ -9184,3 +10127,136 @@ def test_arms_on_real_facts_take_turns_as_those_on_people_do():
         patch.setattr(note, "likelihoods", scores)
         right = note.asked_elements(None, None, known, 0)
     assert right.shape == (5, 3) and right.mean(0).tolist() == [100, 0, 0]
+
+
+def test_a_whole_life_as_a_toy_goes_on_where_it_was_stopped(tmp_path, monkeypatch, undrawn, capfd):
+    """Every stage with its command, one of which is stopped in the middle; each begins where the one before
+    it ended; what is read back is what was exported."""
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "report", lambda *args: None)       # samples text
+    complete = train.train
+    (tmp_path / "out/quick/life/raw").mkdir(parents=True)          # of an earlier toy
+
+    def stopped(config, *args):
+        return complete(replace(config, steps=2 * (config.objective == "sft")), *args)
+    monkeypatch.setattr(train, "train", stopped)
+    with pytest.raises(SystemExit):
+        whole_life.main(["--quick"])
+    said, _ = capfd.readouterr()
+    sft = next(line for line in said.splitlines() if line.startswith("$ torchrun train.py sft"))
+    assert said.endswith(f"The stage \"SFT\" did not end: stopped at step 2 of 4\n  {sft[2:]}\n"
+                         "Started again, python -m notes.whole_life goes on here.\n")
+
+    # The same again
+    monkeypatch.setattr(train, "train", complete)
+    path = tmp_path / "out/quick/whole_life.csv"
+    before = _note.read(path)
+    rows = _note.grid(path, whole_life.cells(True), whole_life.run)
+    said, _ = capfd.readouterr()
+    assert rows[:len(before)] == before and said.count("\n$ ") == 6
+    assert f"{sft} --resume\n" in said and "resuming out/quick/life/sft at step 2" in said
+    stages = {row["arm"]: row for row in rows if "minutes" in row}
+    assert list(stages) == list(whole_life.life(""))
+    assert stages["pre-train"]["after"] == pytest.approx(stages["anneal"]["before"], rel=1e-6)
+    assert stages["SFT"]["after"] < stages["SFT"]["before"]
+    assert stages["pairs"]["documents"] == 8
+    assert stages["read back"]["difference"] == 0
+    assert stages["conversation"]["text"].startswith("> Who are you?\n")
+    figure, lines = whole_life.show(rows)
+    assert "| SFT | 1,024 tokens |" in "\n".join(lines) and len(figure.axes) == 3
+
+
+def test_a_stage_of_a_life_says_what_failed(tmp_path, monkeypatch, capfd):
+    from notes import whole_life
+    monkeypatch.chdir(tmp_path)
+    command = "python data.py clean prose=nowhere.jsonl out/prose"
+    with pytest.raises(SystemExit):
+        list(whole_life.run("clean prose", 0, ("out", False, command)))
+    said, error = capfd.readouterr()
+    assert "data.py: " in error and f'The stage "clean prose" did not end: status 1\n  {command}\n' in said
+
+
+def test_the_problems_of_a_life_are_judged_and_unseen(tmp_path, monkeypatch):
+    from notes import whole_life
+    known, unseen = whole_life.sums(2000, 200)
+    keys = [whole_life.operands(problem["result"]) for problem in known + unseen]
+    assert (len(known), len(unseen)) == (2000, 200) and len(set(keys)) == 2200
+    said = "\n".join(problem["output"] for problem in known)
+    for problem in unseen:
+        a, sign, b, *_ = problem["result"].split()
+        assert not re.search(rf"(?<![+-] )\b({a} \{sign} {b}|{b} \{sign} {a}) =", said)
+    assert whole_life.stated("27 + 5 = 32\nones: 6 + 4 + 1 = 11\n-3 + 5 = 2\nCheck: 8 + 9 = 17") == {
+        ("+", 5, 27), ("+", 8, 9)}
+    assert whole_life.operands("27 + 5 = 32") == whole_life.operands("5 + 27 = 32") != ("-", 5, 27)
+    for problem, other in zip(known[:60], known[1:]):
+        answer, result = problem["output"], problem["result"]
+        assert whole_life.right(problem, answer)
+        wrong = result[:-1] + str((int(result[-1]) + 1) % 10)
+        assert not whole_life.right(problem, answer.replace(result, wrong)), "false"
+        assert not whole_life.right(problem, answer.replace(result, "")), "no result"
+        assert not whole_life.right(problem, answer + "\n1 + 1 = 3"), "more that is false"
+        assert not whole_life.right(problem, other["output"]), "another problem's"
+
+    # Of the text, problems with the numbers of unseen ones are left out.
+    known, unseen = whole_life.sums(60, 4)
+    told = [f"Again: {problem['output']}\n{problem['result']}\n" for problem in (unseen[0], known[0])]
+    monkeypatch.setattr(embedded, "worked_math", lambda size: told)
+    whole_life.raw(tmp_path / "raw", few=True)
+    assert [row["text"] for row in whole_life.lines_of(tmp_path / "raw/math.jsonl")] == told[1:]
+    assert whole_life.lines_of(tmp_path / "raw/unseen.jsonl") == unseen
+    assert not (tmp_path / "raw.partial").exists()
+
+
+def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
+    from notes import whole_life
+    for name in ("base", "raw"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match="has the runs of an earlier life: remove the folder"):
+        list(whole_life.run("raw", 0, (str(tmp_path), True, "python -m notes.whole_life raw there")))
+    assert (tmp_path / "raw").exists()
+
+
+# ---- what has run beside all other tests -------------------------------------------------------------------
+# Together a minute on one core, of which most other tests leave one free.
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """Begins what the last tests ask for, if they are selected → {test: process}, and a folder for one."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
+    begin = dict(
+        test_interpreted=lambda: begun(f"import test_all; test_all.try_interpreted({str(folder)!r})",
+                                       TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
+        test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions=lambda: proving(
+            "[[*row.values(), list(note.faults(row))] for row in note.prove([proof for proof in note.PROOFS "
+            f"if not any(word in proof.name for word in {variants})], ('sm_80', 'sm_90', 'gfx942'))]"))
+    selected = {item.function.__name__ for item in request.session.items}
+    if importlib.util.find_spec("triton") is None:
+        selected = ()
+    processes = {name: start() for name, start in begin.items() if name in selected}
+    yield processes, folder
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def tried_by_the_interpreter(beside):
+    pytest.importorskip("triton")
+    processes, folder = beside
+    ended(processes["test_interpreted"])
+    return folder
+
+
+@pytest.mark.parametrize("claim", INTERPRETED)
+def test_interpreted(claim, tried_by_the_interpreter):
+    said = (tried_by_the_interpreter / claim).read_text()
+    assert said == "", said
+
+
+def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions(request, beside):
+    pytest.importorskip("triton")
+    rows = json.loads(ended(beside[0][request.node.name]))
+    assert len(rows) > 20 and not [row for row in rows if row[-1]]
+    assert all(row[3] >= 16 for row in rows), "registers were not read"

@@ -6,10 +6,14 @@
   shakespeare   Motif's block on the bytes of one file, named by --data.files=shakespeare=PATH
   motif-2.6b deepseek-v3 kimi-k2   the reported runs; their stages are motif-2.6b-lc, kimi-k2-anneal, ...
 
+  sft           learns the answers of conversations:  --init=RUN --data.files=chat=PATH
+  dpo           learns which of two answers is better:  --init=RUN --data.files=pairs=PATH
+
   --out=FOLDER    the run folder (default: out/RECIPE)
   --resume        continue from the newest checkpoint in the run folder
-  --init=FOLDER   start from the weights of another run (and its moments, if the optimizer is the same) or
-                  of a Hugging Face folder, with its tokenizer; without a RECIPE, with its model too
+  --init=FOLDER   start from the weights of another run (and its moments, if optimizer and objective are
+                  the same) or of a Hugging Face folder, with its tokenizer; without a RECIPE, and for sft
+                  and dpo, with its model too
   --steps=N       stop early; the schedules do not change
   --dry-run       print what would run
   --seed=N  --tokens=N  --batch=N  ...          every field of Config
@@ -40,10 +44,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import parallel
-from data import (MIXTURES, Batch, Batches, Corpus, DataConfig, Windows, atomic, bigram_bits, load_tokenizer,
-                  prepare, write_atomically)
+from data import (MIXTURES, Batch, Batches, ChatBatches, Corpus, DataConfig, Windows, atomic, bigram_bits,
+                  load_tokenizer, prepare, prepare_chats, write_atomically)
 from kernels import attention_path, listed
 from model import (PRESETS, Local, ModelConfig, Ops, Transformer, count_parameters, count_parts,
                    flops_per_token, generate, layer_costs, read_tensors, renormalise_, write_tensors)
@@ -62,6 +67,10 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    # What is learned: text; the answers of conversations; or which of two answers is better.
+    objective: str = "pretrain"  # pretrain | sft | dpo
+    beta: float = 0.1            # dpo: how much a ratio to the reference counts        [2305.18290, App. B]
 
     # Budget: the schedules end where the tokens do.
     tokens: int = 2_000_000      # of the whole run
@@ -99,6 +108,10 @@ class Config:
         for name in ("eval_windows", "steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.objective not in EVALUATED:
+            raise ValueError(f"objective={self.objective!r}: have {', '.join(EVALUATED)}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: must be positive")
 
         # Combinations, checked in this order: (whether it holds, the message if it does not).
         period = self.average_every // self.step_tokens
@@ -128,6 +141,9 @@ class Config:
              "recompute"),
             ("expert_up" not in parallel.names(self.mesh.fp8) or self.model.n_expert,
              f"mesh.fp8={self.mesh.fp8}: the model has no experts whose inputs expert_up could store"),
+            (self.objective != "dpo" or self.batch % 2 == self.micro % 2 == 0,
+             f"batch={self.batch}, micro={self.micro}: must be even, since a pair of answers may take two "
+             "windows, which stay together"),
             (self.tokens >= self.step_tokens,
              f"tokens={self.tokens} is less than one step: {self.batch} windows of {self.model.context} "
              f"= {self.step_tokens} tokens"),
@@ -147,6 +163,9 @@ class Config:
         return self.tokens // self.step_tokens
 
 
+# What an evaluation tells of each domain, as columns of the log: see log_columns.
+EVALUATED = dict(pretrain=("val", "bpb"), sft=("val", "bpb"), dpo=("val", "accuracy", "margin"))
+
 # A short run: the momentum has a short memory.
 LAPTOP = Config(model=PRESETS["laptop"], tokens=950_000, batch=8, micro=8,
                 optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.9))
@@ -161,6 +180,10 @@ RECIPES = {
         optim=OptimConfig(lr=1e-2, decay_start=0.3, floor=0.0, momentum=0.8, weight_decay=0.3),
         eval_windows=0, data=DataConfig(domains="shakespeare:1:1", tokenizer="bytes")),
 }
+# After pre-training. The model is that of `init`, and so is its context, the window.
+SFT = replace(LAPTOP, recipe="sft", objective="sft", tokens=400_000, eval_every=50,
+              optim=replace(LAPTOP.optim, lr=3e-3, warmup=0.05))
+RECIPES |= dict(sft=SFT, dpo=replace(SFT, recipe="dpo", objective="dpo", optim=replace(SFT.optim, lr=2e-4)))
 
 # The reported runs. A stage starts from the weights of the one before it (`init`). Batches: in windows.
 # Warm-ups are written steps × windows × context / tokens; domains NAME:START_WEIGHT:END_WEIGHT.
@@ -573,7 +596,9 @@ def begin(config, chunks, owners, facts, mesh, say):
     if manifest["tokenizer"] != facts["tokenizer"]:
         raise ValueError(f"--init={config.init} was trained with another tokenizer than "
                          f"--data.tokenizer={config.data.tokenizer}: leave that out to take its own")
-    same = manifest["config"]["optim"]["name"] == config.optim.name
+    before = manifest["config"]
+    alike = before["optim"]["name"], before.get("objective", "pretrain")
+    same = alike == (config.optim.name, config.objective)
     restore(chunks, owners, saved, moments=same)
     what = "weights and moments" if same else "weights"
     say(f"{what} of {config.init} at step {manifest['step']}")
@@ -592,6 +617,14 @@ def data_of(config):
             return replace(config.data, tokenizer=str(path))
     raise ValueError(f"--init={config.init} has no tokenizer.json: name its tokenizer with "
                      "--data.tokenizer=PATH/tokenizer.json, or a tiktoken name")
+
+
+def corpus_of(config, launch=""):
+    """The Corpus of a run: of text, or of conversations in its windows. See `prepare`."""
+    c = config.model
+    if config.objective == "pretrain":
+        return prepare(data_of(config), c.vocab_size, launch)
+    return prepare_chats(data_of(config), c.vocab_size, c.context, config.objective == "dpo", launch)
 
 
 def load_run(folder, average=1):
@@ -715,57 +748,88 @@ class RunFolder:
 
 # ---- evaluation, speed, signals -----------------------------------------------------------------------
 
-@torch.no_grad()
-def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False):
+def evaluate(chunks, batches, config, mesh, dtype=None, stop_asked=lambda: False, reference=None):
     """{domain: (nats/token, bits/byte)} over validation windows without overlap, shared among the ranks;
-    None if a stop was requested on any of them during the evaluation."""
-    micro = config.micro
+    with conversations, over the answers. Of pairs: (loss, accuracy, margin), see `Pairs`.
+
+    None if a stop was requested on any rank during the evaluation."""
     results = {}
     token_bytes = torch.as_tensor(batches.corpus.tokenizer.token_bytes)
-    for chunk in chunks.values():
-        chunk.eval()
+    for name in batches.corpus.domains:
+        val = batches.val(name, config.eval_windows)
+        sums = torch.zeros(len(Pairs._fields) if config.objective == "dpo" else 3, dtype=torch.float64)
 
-    # Windows that pass through a pipeline without a break; then the ranks ask whether to stop.
+        # What every window adds; those past the end are dropped.
+        for windows, real in in_turn(len(val.x), config.micro, mesh):
+            if asked_anywhere(stop_asked, mesh):
+                return None
+            batch = Batch(*(None if part is None else part[windows] for part in val))
+            mean, nats = forward(chunks, batch, config, mesh, dtype)
+            if mesh.pp.rank != mesh.pp.size - 1:
+                continue
+            if config.objective == "dpo":
+                label = batch.label * real[:, None]
+                sums += torch.stack(compare_pairs(label, nats, reference, config.beta)[0]).sum(1)
+                continue
+            targets = batch.y[real]
+            total = mean[real].sum().item() * config.model.context
+            if config.objective == "sft":
+                learned = batch.label[real] != 0
+                targets = targets[learned]
+                total = nats[real][learned].sum().item()
+            text_bytes = token_bytes[targets].sum().item()
+            sums += torch.tensor([total, targets.numel(), text_bytes], dtype=torch.float64)
+
+        # The totals of all ranks.
+        sums = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
+        if config.objective == "dpo":
+            pairs = Pairs(*sums)
+            results[name] = [total / pairs.count for total in (pairs.loss, pairs.accuracy, pairs.margin)]
+        else:
+            nats, tokens, size = sums
+            results[name] = nats / max(1, tokens), nats / math.log(2) / max(1, size)
+    return results
+
+
+def in_turn(n, micro, mesh):
+    """Which of n windows this rank evaluates: a few micro-batches at a time, (numbers, which are real).
+
+    The ranks of a stage take micro-batches in turn, and all take equally many, because an all-to-all needs
+    every rank in a forward: the last one may be shorter, or past the end, where window 0 stands in. Pairs of
+    answers need an even `micro`, so that the two windows of one are never in different micro-batches."""
+    rounds = math.ceil(n / micro / mesh.dp.size)
+    own = torch.arange(rounds * mesh.dp.size * micro).view(rounds, -1, micro)[:, mesh.dp.rank].flatten()
+    inside = int((own < n).sum())
+    own = own[:max(inside, len(own) - micro + 1)]
+
+    # Windows that pass through a pipeline without a break.
     at_once = micro
     if mesh.pp.size > 1:
         at_once *= 4 * mesh.pp.size
-    for name in batches.corpus.domains:
-        x, y, doc_start = batches.val(name, config.eval_windows)
-        sums = torch.zeros(3, dtype=torch.float64)             # nats, tokens, bytes
+    for windows in own.split(at_once):
+        real = windows < n
+        yield windows * real, real
 
-        # The ranks of a stage take micro-batches in turn, and all take equally many, because an all-to-all
-        # needs every rank in a forward: the last one may be shorter, or a window past the end.
-        rounds = math.ceil(len(x) / micro / mesh.dp.size)
-        own = torch.arange(rounds * mesh.dp.size * micro).view(rounds, -1, micro)[:, mesh.dp.rank].flatten()
-        inside = int((own < len(x)).sum())
-        own = own[:max(inside, len(own) - micro + 1)]
-        for windows in own.split(at_once):
-            stop = torch.tensor([float(stop_asked())], device=mesh.device)
-            if parallel.all_max(stop, mesh).item():
-                for chunk in chunks.values():
-                    chunk.train()
-                return None
 
-            # Past the end, run window 0 and drop its loss.
-            real = windows < len(x)
-            windows = windows * real
-            starts = None if doc_start is None else doc_start[windows]
-            plan = plans_of(config, len(windows), micro)[mesh.pp.rank]
-            forwards = [act for act in plan if act.op == "F"]
-            batch = Batch(x[windows], y[windows], starts, None)
-            nats = parallel.execute(forwards, chunks, batch, micro, mesh, dtype)
-            if mesh.pp.rank == mesh.pp.size - 1:
-                targets = y[windows[real]]
-                text_bytes = token_bytes[targets].sum().item()
-                total = nats.cpu()[real].sum().item() * config.model.context
-                sums += torch.tensor([total, targets.numel(), text_bytes], dtype=torch.float64)
+def asked_anywhere(stop_asked, mesh):
+    """Whether a stop was requested on any rank."""
+    stop = torch.tensor([float(stop_asked())], device=mesh.device)
+    return bool(parallel.all_max(stop, mesh).item())
 
-        # The totals of all ranks.
-        nats, tokens, size = parallel.all_sum(sums.to(mesh.device), mesh).tolist()
-        results[name] = nats / tokens, nats / math.log(2) / size
+
+@torch.no_grad()
+def forward(chunks, batch, config, mesh, dtype=None):
+    """The plan's forwards alone, which record nothing → nats/token of each window (b,), nats of each token
+    (b, T), float64 on the CPU; zeros if the loss is on another stage."""
+    for chunk in chunks.values():
+        chunk.eval()
+    plan = plans_of(config, len(batch.x), config.micro)[mesh.pp.rank]
+    forwards = [act for act in plan if act.op == "F"]
+    nats = torch.zeros(batch.x.shape, dtype=torch.float64, device=mesh.device)
+    mean = parallel.execute(forwards, chunks, batch, config.micro, mesh, dtype, nats=nats)
     for chunk in chunks.values():
         chunk.train()
-    return results
+    return mean.cpu(), nats.cpu()
 
 
 @functools.cache
@@ -832,16 +896,20 @@ class Status:
     def __call__(self, row, config, left, end=False):
         """Show the row of a step, with `left` seconds to go. Rate-limited, except at the `end`."""
         self.logit = row.get("max_logit", self.logit)
+        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
+        self.show(f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  "
+                  f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
+                  f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  {known}"
+                  f"{clock(left)} left", end)
+
+    def show(self, text, end=False):
+        """Show the status line. Rate-limited, except at the `end`."""
         interval = 0.2 if self.live else 10
         if self.quiet or not end and time.monotonic() - self.last < interval:
             return
         self.last = time.monotonic()
 
         # One line; on a terminal the next one overwrites it.
-        known = "" if self.logit is None else f"max logit {self.logit:.1f}  "
-        text = (f"step {row['step']}/{config.total_steps}  {row['tokens'] / 1e6:.2f}M tokens  "
-                f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  "
-                f"{row['tokens_per_s'] / 1e3:.1f}k tokens/s  MFU {row['mfu']:.0%}  {known}{clock(left)} left")
         line_end = "\n"
         if self.live:
             text = f"\r{text}\033[K"
@@ -875,6 +943,7 @@ class Run:
     dtype: torch.dtype = None          # of the computation; None = that of the weights
     folder: RunFolder = None           # log and figure, on rank 0 of a run that is written
     savings: parallel.Savings = None   # how what the backward needs is kept; None = by autograd
+    reference: dict = field(default_factory=dict)  # dpo: {side: (P, 2) log-probability of each answer}
     mean: dict = field(default_factory=dict)       # {name: mean} of this period's snapshots so far
     history: list = field(default_factory=list)    # rows of the log
     step: int = 0                      # steps done
@@ -936,10 +1005,11 @@ def train(config, resume=False, quiet=False, watch=None):
         launch = parallel.launch_id()
         if launch:
             launch += " " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        corpus = prepare(data_of(config), config.model.vocab_size, launch)
+        corpus = corpus_of(config, launch)
         horizon = config.data.horizon or config.tokens
-        batches = Batches(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
-                          config.model.context)
+        kind = ChatBatches if corpus.pack else Batches
+        batches = kind(corpus, replace(config.data, horizon=horizon), config.seed, config.batch,
+                       config.model.context)
 
         # Join the other ranks, and run.
         mesh = parallel.join_mesh(config.mesh, must_be_alike(config, resume, corpus))
@@ -959,6 +1029,9 @@ def check_mesh(config, world):
     """Raise ValueError unless `world` ranks can be laid out as config.mesh says."""
     c = config.model
     config.mesh.check(world, config.batch, c.n_expert, math.ceil(c.n_layer / c.share_kv))
+    if config.objective == "dpo" and config.batch * config.mesh.pp // world % 2:
+        raise ValueError(f"--batch={config.batch} gives each rank an odd number of windows, but a pair of "
+                         "answers may take two")
     if config.mesh.offload:
         plans = plans_of(config, config.batch * config.mesh.pp // world, config.micro)
         if not any(map(parallel.absences, plans)):
@@ -994,6 +1067,9 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     status.say(f"{config.recipe}: {count_parameters(config.model)['total']:,} parameters, "
                f"{config.total_steps} steps of {config.batch} × {config.model.context} tokens on "
                f"{mesh.world.size} × {mesh.device.type}")
+    for domain in corpus.domains.values():
+        if domain.said:
+            status.say(f"  {domain.said}")
     for line in (*describe(all_parameters(config.model).items(), config.optim), *owners.describe()):
         status.say(f"  {line}")
     if mesh.pp.size > 1:
@@ -1006,11 +1082,14 @@ def start(config, resume, mesh, corpus, batches, status, stop, folder):
     weights = {name: t for chunk in chunks.values() for name, t in chunk.state_dict().items()}
     parallel.compare_weights(weights, mesh, tied_names(config.model))
     launches = parallel.gather(parallel.launch_id(), mesh)
+    if config.objective == "dpo" and not manifest and not take_reference(run):
+        run.last = run.step
+        return run
 
     # The log keeps its rows up to the checkpoint; a new run has none.
     if folder:
         folder.belongs_to(launches)
-        columns = log_columns(corpus.domains, run.sparse)
+        columns = log_columns(corpus.domains, run.sparse, config.objective)
         newest_row = run.step if manifest else -1
         run.history = folder.open_log(columns, newest_row, status.say)
         corpus.tokenizer.save(folder.path / "tokenizer.json")
@@ -1082,6 +1161,8 @@ def take_up(run, resume):
                          + "; ".join(f"{name}={old}, not {new}" for name, old, new in wrong))
     say(f"resuming {config.out} at step {manifest['step']}")
     run.step = manifest["step"]
+    if config.objective == "dpo":
+        run.reference = {side: saved[f"reference/{side}"].clone() for side in run.batches.sides}
 
     # The mean of the snapshots so far: of what this rank owns, and of the buffers.
     if any(name.startswith("mean/") for name in saved):
@@ -1112,6 +1193,127 @@ def loop(run, watch=None):
             layer.compile_parts(False)
 
 
+# ---- objectives: a weight for each token --------------------------------------------------------------
+# The batches bring the weights of a mean over the answers' tokens, which is all of SFT. DPO makes them here:
+#     L = -1/P Σ log σ(m),   m = β [log π(c)/π_ref(c) - log π(r)/π_ref(r)]                         (1)
+# over P pairs of answers, c better than r. Its gradient is that of the sum of weight × (-log π(token)) with
+#     weight = ± β σ(-m) / P,   + at tokens of c, - at tokens of r                                  (2)
+# where m is a number, from a forward of the same weights. [2305.18290, eq. 7 and the gradient after it]
+
+class Pairs(NamedTuple):
+    """Of pairs of answers: values of each (P,), or sums over several pairs. A reward is β log π/π_ref."""
+    loss: torch.Tensor           # -log σ(margin)
+    count: torch.Tensor          # 1
+    chosen: torch.Tensor         # reward of the chosen answer
+    rejected: torch.Tensor
+    accuracy: torch.Tensor       # 1 if the chosen answer has the higher one, ½ if they are equal
+    margin: torch.Tensor         # chosen - rejected                                                   (1) m
+    logp_chosen: torch.Tensor    # log π(chosen), the sum over its tokens
+    logp_rejected: torch.Tensor
+    lost: torch.Tensor           # log π_ref/π of both answers
+    tokens: torch.Tensor         # of both
+
+    def logged(self):
+        """Means over the pairs, by the names of LOGGED_PAIRS. kl is in nats/token: how much less likely the
+        answers are than under the reference, which estimates KL(π_ref ‖ π) if it has written them."""
+        means = [total / self.count for total in self[2:8]]
+        return dict(zip(LOGGED_PAIRS, [*means, self.lost / self.tokens]))
+
+
+LOGGED_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+                "logps/rejected", "kl")
+
+
+def log_probabilities(label, nats):
+    """label (b, T), the number of each token's pair as in data.packed, and nats (b, T) → of the p pairs there
+    number - 1 (p,), log-probabilities of both answers (p, 2), their tokens (p, 2); and each target's pair."""
+    # The same pair may come twice, in two packs of two windows.
+    target = label != 0
+    pack = torch.arange(len(label))[:, None] // 2
+    most = int(label.abs().max()) + 1
+    found, at = torch.unique((pack * most + label.abs())[target], return_inverse=True)
+    side = (label[target] < 0).long()
+    sums = torch.zeros(2, len(found), 2, dtype=torch.float64)
+    values = torch.stack([-nats[target], torch.ones_like(nats[target])])
+    sums.index_put_((torch.arange(2)[:, None], at, side), values, accumulate=True)
+    return found % most - 1, *sums, at
+
+
+def compare_pairs(label, nats, reference, beta):
+    """→ Pairs, values of each; their numbers - 1; and m of every token's pair (b, T), 0 where there is no
+    target. reference (P, 2): the log-probabilities of all answers under the reference."""
+    number, logps, tokens, at = log_probabilities(label, nats)
+    ratios = logps - reference[number]                                                     # (p, 2)
+    rewards = beta * ratios
+    margin = rewards[:, 0] - rewards[:, 1]
+    pairs = Pairs(-F.logsigmoid(margin), torch.ones_like(margin), *rewards.T, (1 + margin.sign()) / 2, margin,
+                  *logps.T, -ratios.sum(1), tokens.sum(1))
+    of_token = torch.zeros_like(nats)
+    of_token[label != 0] = margin[at]
+    return pairs, number, of_token
+
+
+def weigh_pairs(run, batch):
+    """→ the batch with its weights (2), and sums as of sums_of, with those of Pairs appended. Only the last
+    stage, which has the loss, makes them. A forward gives m: both answers of a pair are on this rank."""
+    config, mesh = run.config, run.mesh
+    sums = torch.zeros(len(run.corpus.domains), 3 + len(Pairs._fields), dtype=torch.float64)
+    _, nats = forward(run.chunks, batch, config, mesh, run.dtype)
+    if mesh.pp.rank < mesh.pp.size - 1:
+        return batch, sums.to(mesh.device)
+    pairs, number, margin = compare_pairs(batch.label, nats, run.reference["train"], config.beta)
+    push = config.beta * torch.sigmoid(-margin)                                            # (b, T)
+
+    # By the domains of the pairs, whose numbers run through all domains.
+    ends = torch.from_numpy(run.batches.pairs["train"][1:])
+    sums.index_add_(0, torch.searchsorted(ends, number, right=True),
+                    torch.stack([pairs.loss, pairs.count, torch.zeros_like(pairs.loss), *pairs], 1))
+    sums[:, 2] = torch.bincount(batch.domain, minlength=len(sums))
+    return batch._replace(weight=batch.weight * push.to(batch.weight.dtype)), sums.to(mesh.device)
+
+
+def take_reference(run):
+    """Set run.reference: log-probabilities of answers under the weights that the run begins with, which every
+    checkpoint keeps; of the answers that its steps draw and its evaluations use, NaN of others. → False if a
+    stop was requested meanwhile."""
+    config, mesh, batches = run.config, run.mesh, run.batches
+    used = batches.ever(config.total_steps, config.eval_windows)
+    done, total = 0, sum(len(window) for _, window in used.values())
+    reference = {}
+    for side, (domain, window) in used.items():
+        sums = torch.zeros(int(batches.pairs[side][-1]), 3, dtype=torch.float64)       # of both answers; 1
+        for at, real in in_turn(len(window), config.micro, mesh):
+            at = at.numpy()
+            if asked_anywhere(run.stop.asked, mesh):
+                run.status.say("stopped before the reference was complete: the same command begins again")
+                return False
+            batch = batches.cut(side, domain[at], window[at])
+            _, nats = forward(run.chunks, batch, config, mesh, run.dtype)
+            if mesh.pp.rank == mesh.pp.size - 1:
+                number, logps, _, _ = log_probabilities(batch.label * real[:, None], nats)
+                sums[number] += F.pad(logps, (0, 1), value=1.0)
+            done = min(done + len(at) * mesh.dp.size, total)
+            run.status.show(f"reference: {done:,} of {total:,} windows", done == total)
+        sums = parallel.all_sum(sums.to(mesh.device), mesh).cpu()
+        reference[side] = sums[:, :2].where(sums[:, 2:] > 0, math.nan)
+    run.reference = reference
+    return True
+
+
+def sums_of(run, batch, mean, nats):
+    """What this rank's windows add to the sums of each domain, (D, 3): losses; how many windows, or with nats
+    targets, have them; windows. mean (b,): nats/token of each window; nats (b, T): of each token."""
+    device = run.mesh.device
+    sums = torch.zeros(len(run.corpus.domains), 3, dtype=torch.float64, device=device)
+    if run.mesh.pp.rank == run.mesh.pp.size - 1:
+        loss, count = mean, torch.ones_like(mean)
+        if nats is not None:
+            targets = (batch.label != 0).to(device)
+            loss, count = (nats * targets).sum(1), targets.sum(1)
+        sums.index_add_(0, batch.domain.to(device), torch.stack([loss, count, torch.ones_like(mean)], 1))
+    return sums
+
+
 # ---- one step -----------------------------------------------------------------------------------------
 
 class Seen(NamedTuple):
@@ -1120,9 +1322,11 @@ class Seen(NamedTuple):
     unwell: list                 # ranks whose loss or gradient is not finite
     logits: torch.Tensor         # (n_layer, n_head) largest logit of each head
     loads: torch.Tensor          # (layers with experts, n_expert) tokens routed to each expert
-    nats: list                   # nats/token summed over the windows of each domain
+    nats: list                   # losses summed over each domain: over its windows, targets or pairs
+    counts: list                 # how many windows, targets or pairs these are
     windows: list                # number of windows of each domain
-    loss: float                  # nats/token
+    loss: float                  # nats/token; dpo: nats/pair
+    pairs: Pairs                 # dpo: sums over all pairs
 
 
 def train_step(run):
@@ -1135,10 +1339,17 @@ def train_step(run):
     owners.set_rate(lr)
     exact = clear_records(run)
     batch = run.batches(run.step, mesh.dp.rank, mesh.dp.size)
+    sums = nats = None
+    if config.objective == "dpo":
+        batch, sums = weigh_pairs(run, batch)
+    if config.objective == "sft":
+        nats = torch.zeros(batch.x.shape, dtype=torch.float64, device=mesh.device)
     plan = plans_of(config, len(batch.x), config.micro)[mesh.pp.rank]
-    nats = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.savings,
-                            owners.begin_reduce)
-    seen = share_what_was_seen(run, batch, nats)
+    mean = parallel.execute(plan, run.chunks, batch, config.micro, mesh, run.dtype, run.savings,
+                            owners.begin_reduce, nats=nats)
+    if sums is None:
+        sums = sums_of(run, batch, mean, nats)
+    seen = share_what_was_seen(run, sums)
 
     # Gradients go to their owners. All ranks decide alike whether to use them, from the same numbers.
     owners.reduce()
@@ -1171,17 +1382,13 @@ def clear_records(run):
     return exact
 
 
-def share_what_was_seen(run, batch, nats):
+def share_what_was_seen(run, sums):
     """Combine the statistics of all ranks → Seen. Two collectives: one of maxima, one of sums.
 
-    nats (b,): nats/token of each window of this rank. Each attention gets its largest logits, for QK-Clip.
-    What is on other stages counts as -∞ in a maximum, and as 0 in a sum."""
+    sums: see sums_of. Each attention gets its largest logits, for QK-Clip. What is on other stages counts as
+    -∞ in a maximum, and as 0 in a sum."""
     config, mesh = run.config, run.mesh
     c = config.model
-    domains = len(run.corpus.domains)
-    sums = torch.zeros(domains, 2, dtype=torch.float64, device=mesh.device)    # loss, windows
-    if mesh.pp.rank == mesh.pp.size - 1:
-        sums.index_add_(0, batch.domain.to(mesh.device), torch.stack([nats, torch.ones_like(nats)], 1))
 
     # Maxima: two kinds of flags (stop requested; rank r is not finite), and every head's logit.
     flags = torch.zeros(1 + mesh.world.size, device=mesh.device)
@@ -1201,16 +1408,19 @@ def share_what_was_seen(run, batch, nats):
     for layer, moe in run.mixtures.items():
         loads[run.sparse.index(layer)] = moe.load
     counted = parallel.all_sum(torch.cat([sums.flatten(), loads.flatten()]), mesh)
-    sums, loads = counted.tensor_split([sums.numel()])
+    sums, loads = counted[:sums.numel()].view(sums.shape), counted[sums.numel():]
 
     # The first of the step's two host syncs with a GPU; the other one fetches the gradient norm.
     stop, *unwell = flags.tolist()
-    sums = sums.cpu().view(domains, 2)
-    loss = (sums[:, 0].sum() / config.batch).item()
-    domain_nats, domain_windows = sums.T.tolist()
+    sums = sums.cpu()
+    nats, counts, windows, *_ = sums.T.tolist()
+    loss = (sums[:, 0].sum() / max(1, sum(counts))).item()
+    pairs = None
+    if config.objective == "dpo":
+        pairs = Pairs(*sums[:, 3:].sum(0).tolist())
     return Seen(stop=bool(stop), unwell=[rank for rank, flag in enumerate(unwell) if flag],
-                logits=logits, loads=loads.view(len(run.sparse), c.n_expert),
-                nats=domain_nats, windows=domain_windows, loss=loss)
+                logits=logits, loads=loads.view(len(run.sparse), c.n_expert), nats=nats, counts=counts,
+                windows=windows, loss=loss, pairs=pairs)
 
 
 def skip(run, seen, norm):
@@ -1266,18 +1476,23 @@ def update(run, sound, seen):
 
 # ---- after a step: log and checkpoint -----------------------------------------------------------------
 
-def log_columns(names, sparse):
+def log_columns(names, sparse, objective="pretrain"):
     """The columns of log.csv, for the domains `names`. A field is blank where there is nothing to report.
 
     max_logit   in steps that measure it exactly
     load        of an expert: largest over mean, in the layer where that is worst
     loss_NAME   training loss in nats/token, in steps with windows of that domain
     share_NAME  part of the step's windows
-    val_NAME    nats/token, and bpb_NAME bits/byte, on validation text, in steps with an evaluation"""
+    val_NAME    nats/token, and bpb_NAME bits/byte, on validation text, in steps with an evaluation
+
+    sft: losses are over the answers' tokens. dpo: they are nats/pair; an evaluation has accuracy_NAME and
+    margin_NAME too; and LOGGED_PAIRS are means over the step's pairs, see `Pairs`."""
     columns = ["step", "tokens", "lr", "loss", "grad_norm", "max_logit", "clipped", "skipped"]
+    if objective == "dpo":
+        columns += LOGGED_PAIRS
     if sparse:
         columns.append("load")
-    for what in ("loss", "share", "epochs", "val", "bpb"):
+    for what in ("loss", "share", "epochs", *EVALUATED[objective]):
         columns += [f"{what}_{name}" for name in names]
     return columns + ["tokens_per_s", "mfu", "seconds"]
 
@@ -1303,11 +1518,13 @@ def log_row(run, seen, lr, norm, sound, exact, took):
     if run.sparse:
         row["load"] = (seen.loads.amax(1) / seen.loads.mean(1)).max()
     epochs = run.batches.epochs(run.step)
-    for name, nats, windows in zip(run.corpus.domains, seen.nats, seen.windows):
+    for name, nats, count, windows in zip(run.corpus.domains, seen.nats, seen.counts, seen.windows):
         row[f"share_{name}"] = windows / config.batch
         row[f"epochs_{name}"] = epochs[name]
-        if windows:
-            row[f"loss_{name}"] = nats / windows
+        if count:
+            row[f"loss_{name}"] = nats / count
+    if seen.pairs:
+        row |= seen.pairs.logged()
     return row
 
 
@@ -1338,12 +1555,12 @@ def record(run, row):
 
     # A row with an evaluation is always logged, others every log_every steps.
     if row["step"] % config.eval_every == 0 or row["step"] == run.last:
-        results = evaluate(run.chunks, run.batches, config, run.mesh, run.dtype, run.stop.asked)
+        results = evaluate(run.chunks, run.batches, config, run.mesh, run.dtype, run.stop.asked,
+                           run.reference.get("val"))
         if results is None:
             return False
-        for name, (nats, bits) in results.items():
-            row[f"val_{name}"] = nats
-            row[f"bpb_{name}"] = bits
+        for name, values in results.items():
+            row |= {f"{what}_{name}": value for what, value in zip(EVALUATED[config.objective], values)}
     elif row["step"] % config.log_every:
         return True
 
@@ -1358,7 +1575,8 @@ def record(run, row):
     if f"val_{names[0]}" in row and row["step"]:
         try:
             from notes._figure import draw
-            draw(run.history, names, run.folder.path / "loss.png")
+            unit = "nats/pair" if config.objective == "dpo" else "nats/token"
+            draw(run.history, names, run.folder.path / "loss.png", unit)
         except Exception as error:
             run.status.say(f"loss.png was not drawn: {type(error).__name__}: {error}")
     return True
@@ -1384,6 +1602,8 @@ def save(run, row):
     settle(row)
     tensors = run.owners.tensors()
     tensors |= {f"mean/{name}": t for name, t in mean.items() if name not in run.buffers}
+    if mesh.world.rank == 0:
+        tensors |= {f"reference/{side}": t for side, t in run.reference.items()}
     if mesh.dp.rank == 0:
         tensors |= run.buffers | {f"mean/{name}": mean[name] for name in run.buffers if name in mean}
     facts = run.facts | dict(seconds=run.seconds, skipped=run.skipped, row=row)
@@ -1465,7 +1685,8 @@ def build_chunk(config, i, ops=Ops(), experts=None):
     """Chunk i of the model."""
     ranges = chunk_ranges(config)
     last = i == len(ranges) - 1
-    return Transformer(config.model, ops, ranges[i], config.seed, experts, last)
+    return Transformer(config.model, ops, ranges[i], config.seed, experts, last,
+                       restart=config.objective != "pretrain")
 
 
 def owners_of(config, chunks, mesh):
@@ -1515,6 +1736,12 @@ def report(config, history, model, corpus):
     """Print what was learned: a table by domain, next to a bigram model, and a sample of each domain. The
     bits/byte before training are blank if the log has lost its row 0."""
     first, last = history[0], history[-1]
+    if config.objective != "pretrain":
+        for name in corpus.domains:
+            told = [f"{what} {first[f'{what}_{name}']:.3f} → {last[f'{what}_{name}']:.3f}"
+                    for what in EVALUATED[config.objective] if f"{what}_{name}" in first]
+            print(f"{name}, held out, after {last[f'epochs_{name}']:.2f} epochs: {', '.join(told)}")
+        return
 
     # The table.
     print(f"\n{'domain':<12}{'windows seen':>14}{'epochs':>9}{'bits/byte':>11}{'':>4}{'after':<9}"
@@ -1800,9 +2027,9 @@ def parse(argv):
         raise ValueError(f"no recipe {' '.join(words)!r}; have {', '.join(RECIPES)}")
     config = RECIPES[words[0] if words else "laptop"]
 
-    # Without a recipe, the initial weights also choose the model.
+    # Without a recipe, or after pre-training, the initial weights also choose the model.
     folder = options.get("init")
-    if folder and not words:
+    if folder and (not words or options.get("objective", config.objective) != "pretrain"):
         if is_hf(folder):
             from notes.huggingface import hf_config
             config = replace(config, model=hf_config(folder))
@@ -1820,6 +2047,8 @@ def parse(argv):
     resume = "resume" in flags or begun_by_this_launch(config.out)
     if resume:
         config = resumed(config, options, words, "resume" in flags)
+    if config.objective != "pretrain" and not config.init:
+        raise ValueError(f"{config.objective} goes on from a run: --init=RUN")
     return config, resume, "dry-run" in flags
 
 
@@ -1841,6 +2070,10 @@ def resumed(config, options, words, asked):
         raise ValueError(f"--resume: there is no run in {run}; without --resume it is started")
     kept = kept_config(run)
     if not kept:
+        # The folder does not say which run it is; a command that says nothing either means another one.
+        if asked and not words and "out" in options and len(options) == 1 and not checkpoints(run):
+            raise ValueError(f"--resume: {run} has no checkpoint yet, which would say what run it is: name "
+                             f"its recipe and options too, as in: laptop --out={run} --resume")
         return config
 
     # Data is read where the run had it, and must be unchanged. Where to write, and on which mesh, is up to
@@ -1890,7 +2123,7 @@ def main(argv):
         if parallel.this_rank() == 0 and history and history[-1]["step"] == config.total_steps:
             if config.mesh.ep * config.mesh.pp * config.mesh.chunks > 1:
                 model, _ = load_run(config.out)
-            report(config, history, model, prepare(data_of(config), config.model.vocab_size))
+            report(config, history, model, corpus_of(config))
     except (ValueError, FloatingPointError, OSError, ImportError, parallel.LostRank) as error:
         give_up(error)
 

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure                               # not pyplot:
 from data import atomic
 
 
-def draw(history, domains, path):
-    """loss.png: loss by domain, learning rate, mixture and largest logit, all over tokens."""
+def draw(history, domains, path, unit="nats/token"):
+    """loss.png: loss by domain, in this unit, learning rate, mixture and largest logit, all over tokens."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2)
     steps = [row for row in history if "loss" in row]
@@ -27,7 +27,7 @@ def draw(history, domains, path):
     mixture.stackplot(million, shares, labels=domains, alpha=0.8)
     exact = [row for row in steps if "max_logit" in row]
     logit.plot([row["tokens"] / 1e6 for row in exact], [row["max_logit"] for row in exact], color="C0")
-    for axis, title in ((loss, "loss (nats/token)"), (rate, "learning rate"),
+    for axis, title in ((loss, f"loss ({unit})"), (rate, "learning rate"),
                         (mixture, "mixture (share of windows)"), (logit, "largest logit q·k/√d")):
         axis.set(title=title, xlabel="million tokens")
     loss.legend(fontsize=8)

@@ -26,6 +26,7 @@ from data import atomic
 HERE = Path(__file__).parent
 # The Okabe–Ito palette, which colour-blind readers can tell apart
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+TEXTS = "arm", "setting", "machine", "text"                        # columns of a CSV; the others are numbers
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def read(path):
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [{k: v if k in ("arm", "setting", "machine") else float(v) for k, v in row.items() if v != ""}
+        return [{k: v if k in TEXTS else float(v) for k, v in row.items() if v != ""}
                 for row in csv.DictReader(file)]
 
 
@@ -144,17 +145,22 @@ def toy(config):
                    data=replace(config.data, tokenizer="bytes", files=files, cache="out/quick/cache"))
 
 
-def main(name, cells, run, show, argv=None):
-    """A note's command line. cells(quick) → [(arm, seed, setting)]; show(rows) → (figure, table lines)"""
+def main(name, cells, run, show, argv=None, folder=HERE):
+    """A note's command line. cells(quick) → [(arm, seed, setting)]; show(rows) → (figure, table lines).
+    folder: where a run leaves its CSV, page and figure, for a note that everybody runs anew."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a toy of the same code, into out/quick/")
     parser.add_argument("--plot", action="store_true", help="figure and table from the CSV alone")
     args = parser.parse_args(argv)
-    folder = Path("out/quick") if args.quick else HERE
+    if args.quick:
+        folder = Path("out/quick")
+    elif args.plot:
+        folder = HERE
     path = folder / f"{name}.csv"
     if args.quick:
-        folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
+    if folder != HERE:
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / f"{name}.md", folder)
     rows = read(path) if args.plot else grid(path, cells(args.quick), run)
     if not rows:

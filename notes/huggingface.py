@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import EOT, Tokenizer, sha256, write_atomically
+from data import SPECIALS, Tokenizer, sha256, write_atomically
 from kernels import listed
 from model import ModelConfig, Transformer, json_object, read_tensors, write_tensors
 
@@ -469,6 +469,19 @@ PROBE = ("A  word,  two  blanks,\r\na\ttab; \u212b \ufb01 e\u0301 \u00e9 \u6f22\
          "Don't\u3000x\x00\n\n\nEnd \n ")
 
 
+# The template of data.chat_ids in Jinja. transformers reads a special that a message spells as that special,
+# unless it is called with sanitize_control_tokens=True, which keeps it text, in slightly other tokens
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] "
+    "or message['content'] is not string -%}"
+    "{{ raise_exception('a message is a system, user or assistant role and a text as content') }}"
+    "{%- endif -%}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}")
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A foreign byte-level tokenizer.json, read by the tokenizers package; `text`: the file, `eot`: an id."""
     def __init__(self, text, eot):
@@ -527,9 +540,18 @@ def read_hf_tokenizer(path, text):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read."""
+    """Write tokenizer.json and tokenizer_config.json, which the tokenizers package and transformers read. If
+    it has the tokens of a conversation, then also their template, and in generation_config.json what ends an
+    answer."""
+    folder, eot = Path(folder), tokenizer.pieces[tokenizer.eot].decode()
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eot, clean_up_tokenization_spaces=False)
+    if tokenizer.specials.keys() >= set(SPECIALS[1:]):
+        about["chat_template"] = CHAT_TEMPLATE
+        ends = dict(eos_token_id=[tokenizer.eot, tokenizer.specials["<|end|>"]])
+        write_atomically(folder / "generation_config.json", json.dumps(ends).encode())
+    write_atomically(folder / "tokenizer_config.json", json.dumps(about).encode())
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        return write_atomically(Path(folder) / "tokenizer.json", tokenizer.text.encode())
+        return write_atomically(folder / "tokenizer.json", tokenizer.text.encode())
     ranks = {piece: i for i, piece in enumerate(tokenizer.pieces[:tokenizer.eot]) if piece}
     shown = lambda piece: "".join(BYTE_CHARS[b] for b in piece)
     merges = [[shown(half) for half in halves(piece, ranks)] for piece in ranks if len(piece) > 1]
@@ -542,6 +564,4 @@ def save_tokenizer(tokenizer, folder):
                  pre_tokenizer=dict(type="Sequence", pretokenizers=[split] * bool(merges) + [level]),
                  decoder=level, model=dict(type="BPE", vocab={shown(p): i for p, i in ranks.items()},
                                            merges=merges))
-    about = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=EOT, clean_up_tokenization_spaces=False)
-    write_atomically(Path(folder) / "tokenizer.json", json.dumps(saved).encode())
-    write_atomically(Path(folder) / "tokenizer_config.json", json.dumps(about).encode())
+    write_atomically(folder / "tokenizer.json", json.dumps(saved).encode())

@@ -30,7 +30,7 @@ def by_position(model, config):
     """Mean nats/byte on fixed validation windows of LONG bytes, for each bin of BIN positions."""
     corpus = prepare(config.data, config.model.vocab_size)
     batches = Batches(corpus, replace(config.data, horizon=1), 0, 1, LONG)
-    x, y, _ = batches.val("code", min(384, config.tokens // 8192))
+    x, y, *_ = batches.val("code", min(384, config.tokens // 8192))
     model.eval()
     # (windows, LONG)
     nll = torch.cat([model(a, b)[1].view(a.shape) for a, b in zip(x.split(32), y.split(32))])
