@@ -63,6 +63,7 @@ from notes import endpoint as asking
 from notes.faults import LAYOUTS, PERIOD, command, log_of, tiny_run, weights_of, write_sentences
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)                                           # the other core is for what runs beside
 TINY = net.ModelConfig(n_layer=3, n_head=4, n_kv_head=4, d_model=32, d_head=8, d_ff=48, vocab_size=61,
                        context=32)
 MHA = replace(TINY, differential=False)
@@ -204,23 +205,6 @@ def test_poly_norm_in_bfloat16_is_as_accurate_as_its_rounding():
     ours = kernels.poly_norm(x, w, b)
     assert ours.dtype == torch.bfloat16
     assert (ours.double() - exact).norm() / exact.norm() < 2 ** -8
-
-
-def test_compiling_poly_norm_or_layers_changes_no_number():
-    """The only test that compiles. Training uses the compiled norm, evaluation the closed form."""
-    network, x = lively(replace(TINY, compile_act=True, n_layer=1)), tokens(2, 16)
-    twin, compiled = lively(replace(TINY, n_layer=1)), lively(replace(TINY, n_layer=1))
-    if kernels.compiled_poly_norm() is not None:
-        compiled.layers["0"].compile_parts()
-    else:
-        assert not shutil.which("g++")
-    for n in (network, twin, compiled):
-        n(x, x)[0].backward()
-    for n in (network, compiled):
-        for (name, a), b in zip(n.named_parameters(), twin.named_parameters()):
-            torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
-        torch.testing.assert_close(n.layers["0"].attention.max_logits,
-                                   twin.layers["0"].attention.max_logits)
 
 
 def test_poly_norm_works_without_a_compiler(monkeypatch, capsys):
@@ -9770,15 +9754,16 @@ def quiet_main(name, *args):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", [name for name in NOTES if name not in ("gpu", "whole_life")])
-def test_a_note_runs_end_to_end_as_a_toy(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    quiet_main(name, "--quick")
-    page = (tmp_path / f"out/quick/{name}.md").read_text("utf-8")
-    rows = _note.read(tmp_path / f"out/quick/{name}.csv")
-    cells = importlib.import_module(f"notes.{name}").cells(True)
-    assert {(row["arm"], row["seed"]) for row in rows} == {cell[:2] for cell in cells}
-    assert "minutes on" in page and (tmp_path / f"out/quick/{name}.png").stat().st_size > 10_000
+def run_toys(folder, names):
+    """Each of these notes as a toy, in a folder of its own, where a traceback is left of what was raised."""
+    for name in names:
+        here = Path(folder, name)
+        here.mkdir()
+        os.chdir(here)
+        try:
+            quiet_main(name, "--quick")
+        except BaseException:
+            (here / "failed").write_text(traceback.format_exc())
 
 
 @pytest.mark.parametrize("name", NOTES)
@@ -10218,23 +10203,28 @@ def test_a_life_is_not_begun_over_an_earlier_one(tmp_path):
 
 
 # ---- what has run beside all other tests -------------------------------------------------------------------
-# Together a minute on one core, of which most other tests leave one free.
+# Together two minutes on one core, of which most other tests leave one free.
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """Begins what the last tests ask for, if they are selected → {test: process}, and a folder for one."""
-    folder = tmp_path_factory.mktemp("interpreted")
-    variants = "192/", "/256", "documents", "small", "square", "fp32", "11001"     # `python -m notes.kernels`
-    begin = dict(
-        test_interpreted=lambda: begun(f"import test_all; test_all.try_interpreted({str(folder)!r})",
-                                       TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
-        test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions=lambda: proving(
-            "[[*row.values(), list(note.faults(row))] for row in note.prove([proof for proof in note.PROOFS "
-            f"if not any(word in proof.name for word in {variants})], ('sm_80', 'sm_90', 'gfx942'))]"))
-    selected = {item.function.__name__ for item in request.session.items}
-    if importlib.util.find_spec("triton") is None:
-        selected = ()
-    processes = {name: start() for name, start in begin.items() if name in selected}
+    """Begins what the last tests ask for, if they are selected → {test: process}, and a folder for them."""
+    folder = tmp_path_factory.mktemp("beside")
+    selected = {}
+    for item in request.session.items:
+        selected.setdefault(item.function, []).append(item)
+    processes = {}
+    if test_a_note_runs_end_to_end_as_a_toy in selected:
+        names = [item.callspec.params["name"] for item in selected[test_a_note_runs_end_to_end_as_a_toy]]
+        processes["toys"] = begun(f"import test_all; test_all.run_toys({str(folder)!r}, {names})",
+                                  OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    if importlib.util.find_spec("triton") and test_interpreted in selected:
+        processes["interpreted"] = begun(f"import test_all; test_all.try_interpreted({str(folder)!r})",
+                                         TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    if importlib.util.find_spec("triton") and test_kernels_compile_for_gpus in selected:
+        left_out = "192/", "/256", "documents", "small", "square", "fp32", "11001"       # notes/kernels.py
+        proofs = f"[proof for proof in note.PROOFS if not any(word in proof.name for word in {left_out})]"
+        processes["compiled"] = proving("[[*row.values(), list(note.faults(row))] for row in "
+                                        f"note.prove({proofs}, ('sm_80', 'sm_90', 'gfx942'))]")
     yield processes, folder
     for process in processes.values():
         process.kill()
@@ -10245,7 +10235,7 @@ def beside(request, tmp_path_factory):
 def tried_by_the_interpreter(beside):
     pytest.importorskip("triton")
     processes, folder = beside
-    ended(processes["test_interpreted"])
+    ended(processes["interpreted"])
     return folder
 
 
@@ -10255,8 +10245,46 @@ def test_interpreted(claim, tried_by_the_interpreter):
     assert said == "", said
 
 
-def test_kernels_compile_for_gpus_without_spills_and_with_matrix_instructions(request, beside):
+def test_kernels_compile_for_gpus(beside):
+    """Without spills, and with matrix instructions."""
     pytest.importorskip("triton")
-    rows = json.loads(ended(beside[0][request.node.name]))
+    rows = json.loads(ended(beside[0]["compiled"]))
     assert len(rows) > 20 and not [row for row in rows if row[-1]]
     assert all(row[3] >= 16 for row in rows), "registers were not read"
+
+
+@pytest.fixture(scope="session")
+def toys(beside):
+    processes, folder = beside
+    _, errors = processes["toys"].communicate(timeout=300)
+    assert processes["toys"].returncode == 0, errors
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in NOTES if name not in ("gpu", "whole_life")])
+def test_a_note_runs_end_to_end_as_a_toy(name, toys):
+    folder = toys / name
+    assert not (folder / "failed").exists(), (folder / "failed").read_text()
+    page = (folder / f"out/quick/{name}.md").read_text("utf-8")
+    rows = _note.read(folder / f"out/quick/{name}.csv")
+    cells = importlib.import_module(f"notes.{name}").cells(True)
+    assert {(row["arm"], row["seed"]) for row in rows} == {cell[:2] for cell in cells}
+    assert "minutes on" in page and (folder / f"out/quick/{name}.png").stat().st_size > 10_000
+
+
+def test_compiling_poly_norm_or_layers_changes_no_number():
+    """The only test that compiles, which is slow beside others. Training uses the compiled norm, evaluation
+    the closed form."""
+    network, x = lively(replace(TINY, compile_act=True, n_layer=1)), tokens(2, 16)
+    twin, compiled = lively(replace(TINY, n_layer=1)), lively(replace(TINY, n_layer=1))
+    if kernels.compiled_poly_norm() is not None:
+        compiled.layers["0"].compile_parts()
+    else:
+        assert not shutil.which("g++")
+    for n in (network, twin, compiled):
+        n(x, x)[0].backward()
+    for n in (network, compiled):
+        for (name, a), b in zip(n.named_parameters(), twin.named_parameters()):
+            torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(n.layers["0"].attention.max_logits,
+                                   twin.layers["0"].attention.max_logits)
