@@ -127,6 +127,8 @@ TABLE = {
          "return takes_kernels(x) and", "descriptors_take"),
     ],
     "data.py": [
+        ("a second Ctrl-C is lost while the first one is answered", "pool.shutdown(patient, ", "pool.shutdown(",
+         "ctrl_c_waits"),
         ("the end of an answer is not learned", 'np.full(len(text) + 1, message["role"] == "assistant")]',
          'np.arange(len(text) + 1) < len(text) * (message["role"] == "assistant")]', "chat_template"),
         ("pairs in the order of the file", "key=lambda i: -sum(units[i])", "key=lambda i: i", "best_fit"),
