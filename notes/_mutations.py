@@ -127,7 +127,7 @@ TABLE = {
          "return takes_kernels(x) and", "descriptors_take"),
     ],
     "data.py": [
-        ("a second Ctrl-C is lost while the first one is answered", "pool.shutdown(patient, ", "pool.shutdown(",
+        ("a second Ctrl-C is lost during the first one", "pool.shutdown(patient, ", "pool.shutdown(",
          "ctrl_c_waits"),
         ("the end of an answer is not learned", 'np.full(len(text) + 1, message["role"] == "assistant")]',
          'np.arange(len(text) + 1) < len(text) * (message["role"] == "assistant")]', "chat_template"),
