@@ -12,6 +12,8 @@
                    every window has a closed form, so the number of windows taken from a domain never
                    falls and stays within 3 of the integral of the domain's weight.
   compared exactly a near-duplicate goes only after a comparison with one that stays; MinHash finds the pairs.
+  whole packs      conversations are packed once into windows, each a document of its own, and none is cut
+                   but after an answer; both answers of a pair stay in one pack.
   paid for once    recipes have a model rewrite data; every answer is kept, so that a killed one goes on.
 
 Letters:  N windows  D domains  W windows of a domain  b windows of a rank's batch  T context in tokens
